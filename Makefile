@@ -1,0 +1,28 @@
+# `make demo` and `make test` set up everything they need in .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	mkdir -p demo
+	$(VENV)/bin/onnxq quantize models/fashion_resnet.onnx --data models/fashion_calibration.npz \
+	  --target cpu -o demo/fashion_resnet.int8.onnx --report demo/fashion_resnet.report.html
+	$(VENV)/bin/onnxq compare models/fashion_resnet.onnx demo/fashion_resnet.int8.onnx --data models/fashion_test.npz
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info

@@ -1,0 +1,26 @@
+"""The one exception that users of onnxq meet."""
+
+from __future__ import annotations
+
+
+class OnnxqError(Exception):
+    """Something the user can put right.
+
+    Args:
+        message: One line: what was expected, what was found and where (node, tensor or file name).
+        hint: One line: what to do about it.
+
+    The command line prints ``error: message`` and ``  tip: hint`` and exits with code 2.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class CheckFailed(OnnxqError):
+    """A result was made but does not pass its own check (exit code 1)."""
