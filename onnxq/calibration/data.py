@@ -1,0 +1,388 @@
+"""Where calibration inputs come from: npz files, folders of images, any iterable of dicts. Always streamed.
+
+A source yields one sample at a time, as a dict from input name to an array without the batch axis, so that
+memory does not grow with the number of samples. Labels, where a source has them, come under ``labels``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq.errors import OnnxqError
+
+Array = np.ndarray[Any, Any]
+Sample = dict[str, Array]
+
+LABEL_KEYS = ("labels", "label")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+READ_BYTES = 1 << 20
+
+
+class Source(Protocol):
+    """Samples that can be read again from the start."""
+
+    def __iter__(self) -> Iterator[Sample]: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the model says about one of its inputs.
+
+    Attributes:
+        name: The input's name.
+        dtype: Its numpy dtype.
+        shape: Its dimensions; ``None`` where they are free.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+    @property
+    def batch(self) -> int | None:
+        """The fixed batch size, or ``None`` where the first axis is free (or there is none)."""
+        return self.shape[0] if self.shape else None
+
+
+def input_specs(model: ir.Model) -> list[InputSpec]:
+    """The inputs that a run of the model must be given."""
+    specs = []
+    for value in model.graph.inputs:
+        if value.is_initializer() or value.name is None:
+            continue
+        dimensions = tuple(size if isinstance(size, int) else None for size in value.shape or ())
+        dtype = value.dtype or ir.DataType.FLOAT
+        specs.append(InputSpec(value.name, dtype.numpy(), dimensions))
+    return specs
+
+
+def open_source(
+    data: str | os.PathLike[str] | Iterable[Mapping[str, Array]],
+    specs: Sequence[InputSpec],
+    preprocessing: Preprocessing | None = None,
+) -> Source:
+    """Open whatever the user gave: an ``.npz`` file, a folder of images or npz files, or an iterable of dicts.
+
+    Raises:
+        OnnxqError: nothing usable is there.
+    """
+    if not isinstance(data, (str, os.PathLike)):
+        return Iterables(data)
+    path = Path(data)
+    if path.is_dir():
+        return _open_folder(path, specs, preprocessing)
+    if not path.is_file():
+        raise OnnxqError(f"expected calibration data at {path}, found nothing", hint="check --data")
+    if path.suffix == ".npy" and len(specs) == 1:
+        raise OnnxqError(
+            f"expected an .npz keyed by input name, found a single array: {path}",
+            hint=f"write it with np.savez('data.npz', **{{{specs[0].name!r}: array}})",
+        )
+    if path.suffix == ".txt":
+        raise OnnxqError(
+            f"expected arrays or images, found a text file: {path}",
+            hint="tokenize it and write an .npz keyed by the model's input names",
+        )
+    return Npz(path, specs)
+
+
+def _open_folder(path: Path, specs: Sequence[InputSpec], preprocessing: Preprocessing | None) -> Source:
+    archives = sorted(path.glob("*.npz"))
+    if archives:
+        return Chained([Npz(archive, specs) for archive in archives])
+    images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise OnnxqError(
+            f"expected .npz files or images in {path}, found neither",
+            hint=f"images end in {', '.join(IMAGE_SUFFIXES)}; npz files are keyed by the model's input names",
+        )
+    return Images(path, images, specs, preprocessing or Preprocessing())
+
+
+class Npz:
+    """Rows of an ``.npz`` file, read array by array in step, never as a whole and never unpickled."""
+
+    def __init__(self, path: Path, specs: Sequence[InputSpec]) -> None:
+        self.path = path
+        names = [spec.name for spec in specs]
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
+                headers = {}
+                for key, member in members.items():
+                    if key in names or key in LABEL_KEYS:
+                        with archive.open(member) as stream:
+                            headers[key] = _read_header(stream, key, path)
+        except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+            raise OnnxqError(
+                f"expected an .npz file, found one that cannot be read: {path} ({error})",
+                hint="write it with np.savez, keyed by the model's input names",
+            ) from error
+        missing = [name for name in names if name not in headers]
+        if missing:
+            found = ", ".join(sorted(members)) or "nothing"
+            raise OnnxqError(
+                f"expected arrays {', '.join(missing)} in {path}, found {found}",
+                hint="key the arrays by the model's input names",
+            )
+        lengths = {key: (shape[0] if shape else 0) for key, (shape, _) in headers.items()}
+        if len(set(lengths.values())) > 1 or min(lengths.values()) == 0:
+            raise OnnxqError(
+                f"expected the same number of rows (at least one) for every array in {path}, found {lengths}",
+                hint="one row per sample along the first axis of every array",
+            )
+        self._members = {key: members[key] for key in headers}
+        self._headers = headers
+        self._length = next(iter(lengths.values()))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Sample]:
+        with zipfile.ZipFile(self.path) as archive:
+            streams: dict[str, IO[bytes]] = {}
+            try:
+                for key, member in self._members.items():
+                    streams[key] = archive.open(member)
+                    _read_header(streams[key], key, self.path)
+                for row in range(self._length):
+                    yield {key: self._read_row(streams[key], key, row) for key in streams}
+            except (zipfile.BadZipFile, EOFError) as error:
+                raise OnnxqError(
+                    f"expected {self._length} rows in {self.path}, found a damaged file ({error})",
+                    hint="write the file again",
+                ) from error
+            finally:
+                for stream in streams.values():
+                    stream.close()
+
+    def _read_row(self, stream: IO[bytes], key: str, row: int) -> Array:
+        shape, dtype = self._headers[key]
+        count = int(np.prod(shape[1:], dtype=np.int64))
+        size = count * dtype.itemsize
+        chunk = stream.read(size)
+        if len(chunk) != size:
+            raise OnnxqError(
+                f"expected {shape[0]} rows of {key} in {self.path}, found only {row}",
+                hint="the file is truncated; write it again",
+            )
+        return np.frombuffer(chunk, dtype, count).reshape(shape[1:])
+
+
+def _read_header(stream: IO[bytes], key: str, path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, column_order, dtype = read(stream)
+    if dtype.hasobject:
+        raise OnnxqError(
+            f"expected numbers in {key} of {path}, found Python objects",
+            hint="onnxq never unpickles; save a plain array",
+        )
+    if column_order and len(shape) > 1:
+        raise OnnxqError(
+            f"expected row-major arrays in {path}, found {key} in column-major order",
+            hint="save np.ascontiguousarray(array)",
+        )
+    return shape, dtype
+
+
+class Chained:
+    """Several sources, one after the other."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = list(sources)
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self.sources)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return itertools.chain.from_iterable(self.sources)
+
+
+class Iterables:
+    """Any iterable of dicts; each holds one batch (with the batch axis) of every input."""
+
+    def __init__(self, batches: Iterable[Mapping[str, Array]]) -> None:
+        if iter(batches) is batches:
+            batches = list(batches)  # a generator can be read once only, and results are checked on the same data
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return sum(len(next(iter(batch.values()))) for batch in self.batches)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for batch in self.batches:
+            arrays = {key: np.asarray(value) for key, value in batch.items()}
+            for row in range(len(next(iter(arrays.values())))):
+                yield {key: array[row] for key, array in arrays.items()}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How image files become the model's input.
+
+    Attributes:
+        mean: Subtracted per channel after ``scale``.
+        std: Divided by per channel.
+        scale: Pixel values 0..255 are divided by it first.
+        channels: ``rgb`` or ``bgr``.
+        resize: ``crop`` (shorter side to size/0.875, then a centre crop) or ``squash``.
+    """
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    scale: float = 255.0
+    channels: str = "rgb"
+    resize: str = "crop"
+
+
+class Images:
+    """A folder of image files; with one subfolder per class, their sorted order gives the labels."""
+
+    def __init__(
+        self, folder: Path, files: Sequence[Path], specs: Sequence[InputSpec], preprocessing: Preprocessing
+    ) -> None:
+        images = [spec for spec in specs if len(spec.shape) == 4 and spec.dtype == np.float32]
+        if len(specs) != 1 or not images:
+            raise OnnxqError(
+                f"expected a model with one float image input for the image folder {folder}, "
+                f"found inputs {', '.join(spec.name for spec in specs)}",
+                hint="write an .npz keyed by the model's input names instead",
+            )
+        self.spec = images[0]
+        _, *size = self.spec.shape
+        if size[0] in (1, 3):
+            self.planar, self.channel_count, height, width = True, size[0], size[1], size[2]
+        elif size[2] in (1, 3):
+            self.planar, self.channel_count, height, width = False, size[2], size[0], size[1]
+        else:
+            raise OnnxqError(
+                f"expected an image input of 1 or 3 channels, found {self.spec.name} {list(self.spec.shape)}",
+                hint="write an .npz keyed by the model's input names instead",
+            )
+        self.height, self.width = height or 224, width or 224
+        self.files = list(files)
+        self.preprocessing = preprocessing
+        classes = sorted({file.parent.name for file in files if file.parent != folder})
+        self.labels = {name: index for index, name in enumerate(classes)} if len(classes) > 1 else {}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for file in self.files:
+            sample = {self.spec.name: self._read(file)}
+            if self.labels:
+                sample["labels"] = np.asarray(self.labels[file.parent.name])
+            yield sample
+
+    def _read(self, file: Path) -> Array:
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(file) as opened:
+                picture = opened.convert("RGB" if self.channel_count == 3 else "L")
+        except (UnidentifiedImageError, OSError) as error:
+            raise OnnxqError(f"expected an image, found {file} ({error})", hint="remove or replace the file") from error
+        if self.preprocessing.resize == "crop":
+            ratio = max(self.width / picture.width, self.height / picture.height) / 0.875
+            picture = picture.resize(
+                (max(self.width, round(picture.width * ratio)), max(self.height, round(picture.height * ratio)))
+            )
+            left, top = (picture.width - self.width) // 2, (picture.height - self.height) // 2
+            picture = picture.crop((left, top, left + self.width, top + self.height))
+        else:
+            picture = picture.resize((self.width, self.height))
+        pixels = np.asarray(picture, np.float32).reshape(self.height, self.width, self.channel_count)
+        if self.preprocessing.channels == "bgr":
+            pixels = pixels[..., ::-1]
+        mean = np.asarray(self.preprocessing.mean[: self.channel_count], np.float32)
+        std = np.asarray(self.preprocessing.std[: self.channel_count], np.float32)
+        pixels = (pixels / np.float32(self.preprocessing.scale) - mean) / std
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1) if self.planar else pixels, np.float32)
+
+
+def batches(
+    source: Source, specs: Sequence[InputSpec], *, batch_size: int = 1, samples: int | None = None
+) -> Iterator[dict[str, Array]]:
+    """Feeds for the model: rows stacked to its batch size, checked against its inputs.
+
+    A fixed batch in the model overrides ``batch_size``; an incomplete last batch is then dropped, unless it is
+    the only one (which is filled by repeating its rows). Labels are passed through as ``labels``.
+
+    Raises:
+        OnnxqError: a name, dtype or shape does not fit the model, or a value is not finite.
+    """
+    fixed = next((spec.batch for spec in specs if spec.batch is not None), None)
+    size = fixed or batch_size
+    rows: list[Sample] = []
+    count = 0
+    for sample in itertools.islice(source, samples):
+        rows.append(_checked(sample, specs, count))
+        count += 1
+        if len(rows) == size:
+            yield _stack(rows)
+            rows = []
+    if count == 0:
+        raise OnnxqError("expected at least one sample, found none", hint="check --data and --samples")
+    if rows and (fixed is None or count < size):
+        if fixed is not None:
+            rows = [rows[index % len(rows)] for index in range(size)]
+        yield _stack(rows)
+
+
+def _stack(rows: Sequence[Sample]) -> dict[str, Array]:
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _checked(sample: Sample, specs: Sequence[InputSpec], index: int) -> Sample:
+    checked = {}
+    for spec in specs:
+        if spec.name not in sample:
+            raise OnnxqError(
+                f"expected input {spec.name!r} in sample {index}, found {', '.join(sorted(sample)) or 'nothing'}",
+                hint="key the data by the model's input names",
+            )
+        value = np.asarray(sample[spec.name])
+        if value.dtype != spec.dtype:
+            same_kind = np.can_cast(value.dtype, spec.dtype, "same_kind") or (
+                value.dtype.kind in "iu" and spec.dtype.kind in "iu"
+            )
+            if not same_kind:
+                raise OnnxqError(
+                    f"expected {spec.dtype} for input {spec.name!r}, found {value.dtype} (sample {index})",
+                    hint="convert the array, and preprocess it as the model expects",
+                )
+            value = value.astype(spec.dtype)
+        expected = spec.shape[1:]
+        fits = len(value.shape) == len(expected) and all(
+            want is None or want == have for want, have in zip(expected, value.shape, strict=True)
+        )
+        if not fits:
+            wanted = ["batch", *("any" if size is None else size for size in expected)]
+            raise OnnxqError(
+                f"expected shape [{', '.join(map(str, wanted))}] for input {spec.name!r}, "
+                f"found [batch, {', '.join(map(str, value.shape))}] (sample {index})",
+                hint="check the layout (NCHW or NHWC) and the size",
+            )
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise OnnxqError(
+                f"expected finite numbers for input {spec.name!r}, found NaN or infinity (sample {index})",
+                hint="clean the data; one such value would spoil every scale",
+            )
+        checked[spec.name] = value
+    for key in LABEL_KEYS:
+        if key in sample and key not in checked:
+            checked["labels"] = np.asarray(sample[key])
+    return checked

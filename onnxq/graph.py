@@ -1,0 +1,144 @@
+"""Questions about a graph: what is constant, what is a weight, who reads a value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+ONNX_DOMAINS = ("", "ai.onnx")
+
+# Ops whose arithmetic runs on integer or FP8 matrix units: input 0 is the activation, input 1 the weight.
+WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def is_op(node: ir.Node | None, *op_types: str) -> bool:
+    """Whether ``node`` is one of the given ops of the ONNX domain."""
+    return node is not None and node.domain in ONNX_DOMAINS and node.op_type in op_types
+
+
+def is_quantize(node: ir.Node | None) -> bool:
+    """Whether ``node`` is a QuantizeLinear."""
+    return is_op(node, "QuantizeLinear")
+
+
+def is_dequantize(node: ir.Node | None) -> bool:
+    """Whether ``node`` is a DequantizeLinear."""
+    return is_op(node, "DequantizeLinear")
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether the value is known when the model is built: an initializer that is not also an input."""
+    return value is not None and value.is_initializer() and not value.is_graph_input()
+
+
+def is_float(value: ir.Value) -> bool:
+    """Whether the value is float32, float16 or bfloat16 (unknown types count as float32)."""
+    return value.dtype in (None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def rank(value: ir.Value) -> int | None:
+    """Number of dimensions, if it is known."""
+    return None if value.shape is None else len(value.shape)
+
+
+def consumers(value: ir.Value) -> list[tuple[ir.Node, int]]:
+    """The nodes that read the value and at which input, in graph order of insertion."""
+    return [(use.node, use.idx) for use in value.uses()]
+
+
+@dataclass(frozen=True)
+class WeightedNode:
+    """A Conv, ConvTranspose, Gemm or MatMul, with its constant weight if it has one.
+
+    Attributes:
+        node: The node.
+        activation_index: Which input is the activation.
+        weight_index: Which input is the weight, ``None`` for the product of two activations.
+        channel_axis: The weight's axis of output channels.
+        reduction_axis: The weight's axis that the product sums over (the first, for a convolution).
+    """
+
+    node: ir.Node
+    activation_index: int
+    weight_index: int | None
+    channel_axis: int = 0
+    reduction_axis: int = 1
+
+    @property
+    def weight(self) -> ir.Value | None:
+        """The weight as the node reads it: an initializer, or what a DequantizeLinear makes of one."""
+        return None if self.weight_index is None else self.node.inputs[self.weight_index]
+
+    @property
+    def activation(self) -> ir.Value:
+        """The activation as the node reads it."""
+        value = self.node.inputs[self.activation_index]
+        if value is None:
+            raise ValueError(f"{self.node.name} has no activation input")
+        return value
+
+
+def weighted(node: ir.Node) -> WeightedNode | None:
+    """``node`` as a :class:`WeightedNode`, or ``None`` if it is no matrix product of floats.
+
+    A weight may already be behind DequantizeLinear: the question is the same before and after insertion.
+    """
+    if not is_op(node, *WEIGHTED_OPS) or len(node.inputs) < 2 or node.inputs[0] is None or node.inputs[1] is None:
+        return None
+    first, second = (_is_weight(value) for value in node.inputs[:2])
+    if node.op_type == "Conv":
+        return WeightedNode(node, 0, 1 if second else None, 0, 1)
+    if node.op_type == "ConvTranspose":
+        return WeightedNode(node, 0, 1 if second else None, 1, 0)
+    if node.op_type == "Gemm":
+        transposed = bool(node.attributes.get_int("transB", 0))
+        return WeightedNode(node, 0, 1 if second else None, 0 if transposed else 1, 1 if transposed else 0)
+    if second:
+        dimensions = rank(node.inputs[1])
+        if dimensions is None or dimensions < 2:
+            return WeightedNode(node, 0, None)  # a matrix-vector product: nothing to gain
+        return WeightedNode(node, 0, 1, dimensions - 1, dimensions - 2)
+    if first:
+        dimensions = rank(node.inputs[0])
+        if dimensions is None or dimensions < 2:
+            return WeightedNode(node, 0, None)
+        return WeightedNode(node, 1, 0, dimensions - 2, dimensions - 1)  # weight on the left
+    return WeightedNode(node, 0, None)
+
+
+def _is_weight(value: ir.Value) -> bool:
+    if is_constant(value):
+        return True
+    producer = value.producer()
+    seen = 0
+    while producer is not None and seen < 4:
+        if is_dequantize(producer) or is_quantize(producer):
+            source = producer.inputs[0]
+        elif is_op(producer, "Transpose", "Reshape", "Identity"):
+            source = producer.inputs[0]
+        else:
+            return False
+        if is_constant(source):
+            return True
+        producer = None if source is None else source.producer()
+        seen += 1
+    return False
+
+
+def weighted_nodes(graph: ir.Graph) -> Iterator[WeightedNode]:
+    """Every Conv, ConvTranspose, Gemm and MatMul of the graph, in order."""
+    for node in graph:
+        found = weighted(node)
+        if found is not None:
+            yield found
+
+
+def values(graph: ir.Graph) -> dict[str, ir.Value]:
+    """Every named value of the graph: inputs, initializers and node outputs."""
+    found = {value.name: value for value in graph.inputs if value.name}
+    found |= {name: value for name, value in graph.initializers.items() if name}
+    for node in graph:
+        found |= {value.name: value for value in node.outputs if value.name}
+    return found

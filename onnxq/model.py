@@ -1,0 +1,304 @@
+"""Load a model from a file, bring it to the one form the passes expect, and save it whole or not at all.
+
+The form: functions inlined, constants lifted to initializers and folded, initializers not listed as inputs,
+opset 21 or later, every value and node named, shapes inferred. BatchNormalization is left alone, because
+synthesis reads its statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+from onnx_ir.passes import Sequential
+
+from onnxq import graph as graphs
+from onnxq.errors import OnnxqError
+
+OLDEST_OPSET = 7
+LOWEST_OPSET = 21  # the first with int4, block scales and output_dtype
+EXTERNAL_DATA_LIMIT_BYTES = 1_900_000_000  # protobuf ends at 2 GiB
+METADATA_PREFIX = "onnxq."
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Read an ONNX file and normalise it. Weights stay memory-mapped where they lie outside the file.
+
+    Raises:
+        OnnxqError: the file is missing, empty, truncated or not ONNX; its opset is below 7; its graph is
+            cyclic or invalid; or its external data is missing or lies outside the model's folder.
+    """
+    model = read(path)
+    normalise(model, name=Path(path).name)
+    return model
+
+
+def read(path: str | os.PathLike[str]) -> ir.Model:
+    """Read an ONNX file as it is, with the checks of :func:`load` on the file itself."""
+    file = Path(path)
+    if not file.is_file():
+        found = "a folder" if file.is_dir() else "nothing"
+        raise OnnxqError(f"expected an ONNX file at {file}, found {found}", hint="check the path")
+    if file.stat().st_size == 0:
+        raise OnnxqError(f"expected an ONNX model, found an empty file: {file}", hint="export the model again")
+    try:
+        with _quiet():
+            model = ir.load(file)
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  protobuf, onnx and onnx_ir raise many kinds for broken bytes
+        raise OnnxqError(
+            f"expected an ONNX model in {file}, found something that does not parse ({_one_line(error)})",
+            hint="the file is truncated or not ONNX; copy or export it again",
+        ) from error
+    if not model.graph.opset_imports or len(model.graph) == 0:
+        raise OnnxqError(
+            f"expected an ONNX model with at least one node in {file}, found none",
+            hint="the file is truncated, not ONNX, or an empty graph",
+        )
+    _check_external_data(model, file)
+    return model
+
+
+def normalise(model: ir.Model, *, name: str = "the model") -> None:
+    """Bring ``model`` to the project's form, in place. Does nothing to a model that is in it already."""
+    opset = model.graph.opset_imports.get("")
+    if opset is None or opset < OLDEST_OPSET:
+        raise OnnxqError(
+            f"expected opset {OLDEST_OPSET} or later in {name}, found {opset or 'no ONNX opset at all'}",
+            hint="export the model again with a newer opset (21 is best)",
+        )
+    try:
+        with _quiet():
+            _normalise(model, opset)
+    except OnnxqError:
+        raise
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  what the passes raise on an invalid graph is not documented
+        raise OnnxqError(
+            f"expected a valid graph in {name}, found one that cannot be brought to opset {LOWEST_OPSET} "
+            f"({_one_line(error)})",
+            hint="run `python -m onnx.checker` or load it in onnxruntime to see what is wrong, then export it again",
+        ) from error
+
+
+def _normalise(model: ir.Model, opset: int) -> None:
+    Sequential(
+        common_passes.InlinePass(),
+        common_passes.RemoveInitializersFromInputsPass(),
+        common_passes.TopologicalSortPass(),
+        common_passes.NameFixPass(),
+    )(model)
+    _name_nodes(model)
+    if opset < LOWEST_OPSET:
+        from onnxscript import version_converter
+
+        version_converter.convert_version(model, LOWEST_OPSET, fallback=True)
+        reached = model.graph.opset_imports[""]
+        if reached < LOWEST_OPSET:
+            raise OnnxqError(
+                f"expected a model that converts to opset {LOWEST_OPSET}, found an op that stays at opset {reached}",
+                hint=f"export the model again with opset {LOWEST_OPSET}",
+            )
+    model.ir_version = max(model.ir_version or 0, 10)
+    common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    if any(_is_foldable(node) for node in model.graph):
+        from onnxscript import optimizer
+
+        optimizer.fold_constants(model)
+        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    Sequential(
+        common_passes.IdentityEliminationPass(),
+        common_passes.RemoveUnusedNodesPass(),
+        common_passes.ShapeInferencePass(),
+        common_passes.NameFixPass(),
+    )(model)
+    _name_nodes(model)
+
+
+def _is_foldable(node: ir.Node) -> bool:
+    """All inputs constant, or a Shape: what constant folding could remove."""
+    if node.op_type in ("Shape", "Size", "ConstantOfShape"):
+        return True
+    if graphs.is_quantize(node) or graphs.is_dequantize(node):
+        return False
+    return bool(node.inputs) and all(value is None or graphs.is_constant(value) for value in node.inputs)
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Give every node a name of its own: lint, engine proofs and ``--exclude`` speak of nodes by name."""
+    taken = {node.name for node in model.graph if node.name}
+    for index, node in enumerate(model.graph):
+        if not node.name:
+            name = f"{node.op_type}_{index}"
+            while name in taken:
+                name += "_"
+            node.name = name
+            taken.add(name)
+
+
+def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool | None = None) -> Path:
+    """Write ``model`` to ``path`` whole or not at all; large weights go to ``path`` + ``.data`` beside it.
+
+    Args:
+        model: The model.
+        path: Where the ``.onnx`` file goes.
+        external_data: Whether weights go to a file of their own; ``None``: only where protobuf needs it.
+
+    Returns:
+        The path written.
+
+    Raises:
+        OnnxqError: the folder does not exist or cannot be written, or the disk is full.
+    """
+    file = Path(path)
+    if external_data is None:
+        external_data = initializer_bytes(model) > EXTERNAL_DATA_LIMIT_BYTES
+    data_name = f"{file.name}.data"
+    with atomic_folder(file) as folder:
+        ir.save(model, folder / file.name, external_data=data_name if external_data else None)
+        if external_data:
+            os.replace(folder / data_name, file.parent / data_name)
+        os.replace(folder / file.name, file)
+    return file
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` to write in before renaming; gone afterwards, whatever happens."""
+    check_writable(target)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".onnxq-", dir=target.parent))
+    except OSError as error:
+        raise _not_written(target, error) from error
+    try:
+        yield folder
+    except OSError as error:
+        raise _not_written(target, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_writable(target: Path) -> None:
+    """Raise before the work is done if ``target`` cannot be written afterwards."""
+    parent = target.parent
+    if not parent.is_dir():
+        raise OnnxqError(f"expected a folder at {parent} to write {target.name} in, found none", hint="create it first")
+    if target.is_dir():
+        raise OnnxqError(f"expected a file name for the output, found a folder: {target}", hint="name a file in it")
+    if not os.access(parent, os.W_OK):
+        raise OnnxqError(f"expected a writable folder, found one that is not: {parent}", hint="choose another -o")
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with atomic_folder(target) as folder:
+        temporary = folder / target.name
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+
+
+def _not_written(target: Path, error: OSError) -> OnnxqError:
+    return OnnxqError(
+        f"expected to write {target}, found: {error.strerror or error}",
+        hint="free some space or choose another -o; nothing was left behind",
+    )
+
+
+def initializer_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers, without reading them."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+
+
+def file_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes of a model file and of the external data files that it names."""
+    file = Path(path)
+    total = file.stat().st_size
+    with _quiet():
+        model = ir.load(file)
+    locations = {tensor.location for tensor in _external_tensors(model)}
+    return total + sum((file.parent / location).stat().st_size for location in locations)
+
+
+def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    yield attribute.value
+
+
+def _check_external_data(model: ir.Model, file: Path) -> None:
+    folder = file.resolve().parent
+    for tensor in _external_tensors(model):
+        location = Path(tensor.location)
+        resolved = (folder / location).resolve()
+        if location.is_absolute() or not resolved.is_relative_to(folder):
+            raise OnnxqError(
+                f"expected external data beside {file.name}, found a path that leaves its folder: "
+                f"{tensor.location!r} (tensor {tensor.name!r})",
+                hint="save the model again with its data beside it; such paths are not followed",
+            )
+        if not resolved.is_file():
+            raise OnnxqError(
+                f"expected the external data of {file.name} at {resolved}, found nothing (tensor {tensor.name!r})",
+                hint="copy the data file beside the model",
+            )
+        end = (tensor.offset or 0) + tensor.nbytes
+        if resolved.stat().st_size < end:
+            raise OnnxqError(
+                f"expected at least {end} bytes in {resolved}, found {resolved.stat().st_size} "
+                f"(tensor {tensor.name!r})",
+                hint="the data file is truncated; copy it again",
+            )
+
+
+def set_metadata(model: ir.Model, **entries: str) -> None:
+    """Write what onnxq must remember into the model's metadata, under ``onnxq.``."""
+    for key, text in entries.items():
+        model.metadata_props[METADATA_PREFIX + key] = text
+
+
+def get_metadata(model: ir.Model) -> dict[str, str]:
+    """What :func:`set_metadata` wrote."""
+    return {
+        key.removeprefix(METADATA_PREFIX): text
+        for key, text in model.metadata_props.items()
+        if key.startswith(METADATA_PREFIX)
+    }
+
+
+def _one_line(error: BaseException) -> str:
+    cause = error
+    while cause.__cause__ is not None:  # the passes wrap what went wrong; the innermost says it
+        cause = cause.__cause__
+    text = " ".join(str(cause).split())
+    return text[:200] or type(cause).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The graph libraries log their fallbacks; a user cannot do anything about them."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,204 @@
+"""onnxruntime: sessions on a chosen device, values tapped without keeping them, and the nodes it really runs."""
+
+from __future__ import annotations
+
+import collections
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from onnxq.errors import OnnxqError
+
+Array = np.ndarray[Any, Any]
+Feed = Mapping[str, Array]
+
+PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+LARGE_TENSOR_BYTES = 1 << 20  # kept out of the serialised model, which protobuf limits to 2 GiB
+IN_MEMORY_LIMIT_BYTES = 1 << 30
+
+# What onnxruntime calls integer kernels: they read codes and never see a float activation.
+INTEGER_OPS = frozenset(
+    {
+        "QLinearConv", "QLinearMatMul", "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearAveragePool",
+        "QLinearGlobalAveragePool", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax", "QLinearWhere",
+        "QLinearReduceMean", "QGemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
+        "ConvInteger", "MatMulNBits",
+    }
+)  # fmt: skip
+
+
+class Session:
+    """An onnxruntime session over a model in memory or on disk.
+
+    Args:
+        model: A model, or the path of one.
+        taps: Names of inner values to return after the model's own outputs.
+        optimize: ``False`` runs every node literally (the reference for Q/DQ), ``True`` runs what is deployed.
+        device: ``cpu`` or ``cuda``.
+        threads: Threads inside an op; 0 lets onnxruntime choose.
+        optimized_path: Where to write the optimised graph, for looking at its nodes.
+        layouts: ``False`` keeps the optimiser from changing tensor layouts for this processor.
+
+    Raises:
+        OnnxqError: onnxruntime refuses the model, or the device is not there.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model | str | os.PathLike[str],
+        *,
+        taps: Sequence[str] = (),
+        optimize: bool = True,
+        device: str = "cpu",
+        threads: int = 0,
+        optimized_path: str | None = None,
+        layouts: bool = True,
+    ) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors come back as exceptions
+        options.intra_op_num_threads = threads
+        if optimized_path is not None:
+            options.optimized_model_filepath = optimized_path
+        levels = onnxruntime.GraphOptimizationLevel
+        full = levels.ORT_ENABLE_ALL if layouts else levels.ORT_ENABLE_EXTENDED
+        options.graph_optimization_level = full if optimize else levels.ORT_DISABLE_ALL
+        # x86 kernels take signed int8 activations only on request (symmetric Q/DQ made for TensorRT).
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
+        _check_device(device)
+        self._keep_alive: list[Array] = []
+        try:
+            source = self._source(model, taps, options)
+            self._session = onnxruntime.InferenceSession(source, options, providers=PROVIDERS[device])
+        except OnnxqError:
+            raise
+        except Exception as error:  # noqa: BLE001  onnxruntime's exceptions share no base class
+            raise OnnxqError(
+                f"expected a model that onnxruntime runs, found one that it refuses ({_one_line(error)})",
+                hint="check the model in onnxruntime alone; its op or opset may be unsupported here",
+            ) from error
+        self.input_names = [value.name for value in self._session.get_inputs()]
+        self.output_names = [value.name for value in self._session.get_outputs()]
+
+    def _source(
+        self, model: ir.Model | str | os.PathLike[str], taps: Sequence[str], options: onnxruntime.SessionOptions
+    ) -> bytes | str:
+        if not isinstance(model, ir.Model):
+            if not taps:
+                return os.fspath(model)
+            from onnxq.model import read
+
+            model = read(model)
+        data, large = serialize(model, taps)
+        if large:
+            self._keep_alive = list(large.values())
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._keep_alive]
+            options.add_external_initializers(list(large), values)
+        return data
+
+    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[Array]:
+        """Run one batch and return the named outputs (all, taps last, if none are named)."""
+        try:
+            result: list[Array] = self._session.run(outputs, dict(feed))
+        except Exception as error:  # noqa: BLE001  onnxruntime's exceptions share no base class
+            shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feed.items())
+            raise OnnxqError(
+                f"expected the model to run on {shapes}, found an error in onnxruntime ({_one_line(error)})",
+                hint="check that the data has the shapes that the model was exported for",
+            ) from error
+        return result
+
+
+def serialize(model: ir.Model, taps: Sequence[str] = ()) -> tuple[bytes, dict[str, Array]]:
+    """The model as bytes, with ``taps`` as further outputs, and the large initializers left out of them.
+
+    Models below 1 GiB keep everything in the bytes. Larger ones reference their large initializers as external
+    data that the caller hands to onnxruntime as (memory-mapped) arrays, so nothing is copied.
+    """
+    from onnxq.graph import values as named_values
+
+    graph = model.graph
+    own = {value.name for value in graph.outputs}
+    wanted = [name for name in taps if name not in own]
+    if wanted:
+        known = named_values(graph)
+        graph.outputs.extend(known[name] for name in wanted)
+    large: dict[str, Array] = {}
+    kept: dict[str, ir.TensorProtocol] = {}
+    try:
+        tensors = {name: value.const_value for name, value in graph.initializers.items()}
+        if sum(tensor.nbytes for tensor in tensors.values() if tensor is not None) > IN_MEMORY_LIMIT_BYTES:
+            for name, tensor in tensors.items():
+                if tensor is None or tensor.nbytes < LARGE_TENSOR_BYTES:
+                    continue
+                large[name] = tensor.numpy()
+                kept[name] = tensor
+                graph.initializers[name].const_value = ir.ExternalTensor(
+                    "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=""
+                )
+        data = ir.to_proto(model).SerializeToString()
+    finally:
+        for name, tensor in kept.items():
+            graph.initializers[name].const_value = tensor
+        if wanted:
+            del graph.outputs[-len(wanted) :]
+    return data, large
+
+
+def optimized_nodes(model: ir.Model | str | os.PathLike[str]) -> collections.Counter[str]:
+    """How many nodes of each op onnxruntime's CPU provider runs after its own optimisations."""
+    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+        path = str(Path(folder) / "optimized.onnx")
+        Session(model, optimized_path=path, layouts=True)
+        return collections.Counter(node.op_type for node in ir.load(path).graph.all_nodes())
+
+
+def integer_kernels(nodes: Mapping[str, int]) -> int:
+    """How many of the optimised nodes are integer kernels."""
+    return sum(count for op, count in nodes.items() if op in INTEGER_OPS)
+
+
+def latency_ms(
+    sessions: Mapping[str, Session], feed: Feed, *, seconds: float = 2.0, minimum_runs: int = 10
+) -> dict[str, float]:
+    """Median latency of each session in milliseconds, runs interleaved so that drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for session in sessions.values():
+        session.run(feed)
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(next(iter(times.values()))) < minimum_runs:
+        for name, session in sessions.items():
+            before = time.perf_counter()
+            session.run(feed)
+            times[name].append(time.perf_counter() - before)
+    return {name: float(np.median(series) * 1000) for name, series in times.items()}
+
+
+def run_all(session: Session, feeds: Iterable[Feed]) -> list[Array]:
+    """The first output for every feed."""
+    return [session.run(feed, [session.output_names[0]])[0] for feed in feeds]
+
+
+def _check_device(device: str) -> None:
+    if device not in PROVIDERS:
+        raise OnnxqError(f"expected a device of {', '.join(PROVIDERS)}, found {device!r}", hint="use --device cpu")
+    if device == "cuda":
+        try:
+            import ctypes
+
+            ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise OnnxqError(
+                "expected an NVIDIA driver for --device cuda, found none (libcuda.so.1 does not load)",
+                hint="use --device cpu; every command works without a GPU",
+            ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
