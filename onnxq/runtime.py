@@ -78,7 +78,7 @@ class Session:
             self._session = onnxruntime.InferenceSession(source, options, providers=PROVIDERS[device])
         except OnnxqError:
             raise
-        except Exception as error:  # noqa: BLE001  onnxruntime's exceptions share no base class
+        except Exception as error:
             raise OnnxqError(
                 f"expected a model that onnxruntime runs, found one that it refuses ({_one_line(error)})",
                 hint="check the model in onnxruntime alone; its op or opset may be unsupported here",
@@ -106,7 +106,7 @@ class Session:
         """Run one batch and return the named outputs (all, taps last, if none are named)."""
         try:
             result: list[Array] = self._session.run(outputs, dict(feed))
-        except Exception as error:  # noqa: BLE001  onnxruntime's exceptions share no base class
+        except Exception as error:
             shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feed.items())
             raise OnnxqError(
                 f"expected the model to run on {shapes}, found an error in onnxruntime ({_one_line(error)})",
@@ -147,7 +147,8 @@ def serialize(model: ir.Model, taps: Sequence[str] = ()) -> tuple[bytes, dict[st
         for name, tensor in kept.items():
             graph.initializers[name].const_value = tensor
         if wanted:
-            del graph.outputs[-len(wanted) :]
+            for _ in wanted:
+                graph.outputs.pop()  # one by one: deleting a slice would leave the values marked as outputs
     return data, large
 
 

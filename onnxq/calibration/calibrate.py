@@ -1,0 +1,207 @@
+"""Run the float graph once over the calibration inputs, and turn what was seen into scales."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+from onnxq.calibration.data import InputSpec, Source, batches
+from onnxq.calibration.observers import Observer, Range, Statistics
+from onnxq.errors import OnnxqError
+from onnxq.formats import NumberFormat, parse_format, scale_and_zero_point
+from onnxq.passes.insert_qdq import FORMAT, STATISTICS, SYMMETRIC
+from onnxq.runtime import Session
+
+Array = np.ndarray[Any, Any]
+
+TAPPED_BYTES_PER_BATCH = 24 << 20  # bounds memory, and keeps a batch's activations near the caches
+LARGEST_BATCH = 16
+SAMPLED_VALUES = 1 << 18  # per tensor over the whole run
+KEPT_SAMPLES = 8  # float outputs kept to check the result against
+
+
+@dataclass
+class Recording:
+    """What one pass over the data gave.
+
+    Attributes:
+        statistics: By the name of the tapped value.
+        kept: The first feeds and the float model's outputs for them.
+        samples: How many samples were run.
+        inference_seconds: Time inside the float session.
+    """
+
+    statistics: dict[str, Statistics]
+    kept: list[tuple[dict[str, Array], list[Array]]] = field(default_factory=list)
+    samples: int = 0
+    inference_seconds: float = 0.0
+
+
+def record(
+    session: Session,
+    taps: Sequence[str],
+    source: Source,
+    specs: Sequence[InputSpec],
+    *,
+    samples: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Recording:
+    """Stream ``source`` through a session that returns ``taps``, and keep statistics of them.
+
+    Args:
+        session: The float session; its last outputs are the taps.
+        taps: Names of the values to observe, graph inputs included.
+        source: Calibration samples.
+        specs: The model's inputs.
+        samples: Use at most so many.
+        on_batch: Called with the number of samples after each batch.
+    """
+    total = min(len(source), samples or len(source))
+    per_sample = max(256, SAMPLED_VALUES // max(total, 1))
+    recording = Recording({name: Statistics() for name in taps})
+    names = {spec.name for spec in specs}
+    inner = [name for name in taps if name not in names]
+    own_outputs = [name for name in session.output_names if name not in inner]
+    wanted = own_outputs + inner
+    with ThreadPoolExecutor(2) as pool:
+        for feed in _sized_batches(session, wanted, source, specs, samples):
+            rows = len(next(iter(feed.values())))
+            before = time.perf_counter()
+            outputs = session.run(feed, wanted)
+            recording.inference_seconds += time.perf_counter() - before
+            tapped = dict(zip(wanted, outputs, strict=True)) | feed
+            observed = [(recording.statistics[name], tapped[name], per_sample * rows) for name in taps]
+            list(pool.map(_observe, observed))
+            for name in taps:
+                _check_finite(name, recording.statistics[name])
+            if recording.samples < KEPT_SAMPLES:
+                recording.kept.append((feed, outputs[: len(own_outputs)]))
+            recording.samples += rows
+            if on_batch is not None:
+                on_batch(recording.samples)
+    return recording
+
+
+def _observe(work: tuple[Statistics, Array, int]) -> None:
+    statistics, values, sampled = work
+    statistics.update(values, sampled)
+
+
+def _sized_batches(
+    session: Session, wanted: Sequence[str], source: Source, specs: Sequence[InputSpec], samples: int | None
+) -> Iterator[dict[str, Array]]:
+    """Batches as large as the taps' memory allows; the first sample tells how much one takes."""
+    first = next(batches(source, specs, batch_size=1, samples=1))
+    first.pop("labels", None)
+    tapped_bytes = sum(output.nbytes for output in session.run(first, wanted))
+    size = max(1, min(LARGEST_BATCH, TAPPED_BYTES_PER_BATCH // max(tapped_bytes, 1)))
+    for feed in batches(source, specs, batch_size=size, samples=samples):
+        feed.pop("labels", None)
+        yield feed
+
+
+def _check_finite(name: str, statistics: Statistics) -> None:
+    if not (np.isfinite(statistics.low) and np.isfinite(statistics.high)):
+        raise OnnxqError(
+            f"expected finite activations, found NaN or infinity in {name!r} of the float model",
+            hint="the float model itself overflows on this data; check its inputs",
+        )
+
+
+def quantized_values(graph: ir.Graph) -> list[str]:
+    """Names of the values whose statistics calibration needs: what activation quantizers read."""
+    names = {
+        node.metadata_props[STATISTICS]
+        for node in graph
+        if graphs.is_quantize(node) and STATISTICS in node.metadata_props and not graphs.is_constant(node.inputs[0])
+    }
+    return sorted(names)
+
+
+def set_activation_scales(model: ir.Model, statistics: dict[str, Statistics], observer: Observer) -> dict[str, Range]:
+    """Write scale and zero point of every activation quantizer; returns the ranges by value name."""
+    ranges: dict[str, Range] = {}
+    for node in model.graph:
+        if not graphs.is_quantize(node) or graphs.is_constant(node.inputs[0]):
+            continue
+        name = node.metadata_props[STATISTICS]
+        number_format, _ = parse_format(node.metadata_props[FORMAT])
+        symmetric = node.metadata_props[SYMMETRIC] == "1"
+        if name not in ranges:
+            ranges[name] = observer(statistics[name], number_format, symmetric)
+        chosen = ranges[name]
+        scale, zero_point = scale_and_zero_point(chosen.low, chosen.high, number_format, symmetric=symmetric)
+        write_scales(node, scale, zero_point)
+        _write_clip(node, scale, zero_point, number_format)
+    return ranges
+
+
+def set_weight_scales(
+    model: ir.Model, search: Callable[[Array, NumberFormat, bool], tuple[Array, Array]] | None = None
+) -> None:
+    """Write scale and zero point of every weight quantizer from the weight itself.
+
+    Args:
+        model: A Q/DQ model whose weights are still float.
+        search: From values [channels, elements], a format and symmetry to the clip [channels] at both ends;
+            ``None`` takes the extremes.
+    """
+    for node in model.graph:
+        weight = node.inputs[0] if graphs.is_quantize(node) else None
+        if weight is None or not graphs.is_constant(weight) or weight.const_value is None:
+            continue
+        number_format, _ = parse_format(node.metadata_props[FORMAT])
+        symmetric = node.metadata_props[SYMMETRIC] == "1"
+        scale_value = node.inputs[1]
+        assert scale_value is not None and scale_value.const_value is not None
+        shape = tuple(int(size) for size in scale_value.const_value.shape)
+        rows = _rows(weight.const_value.numpy(), shape, node)
+        low, high = (rows.min(axis=1), rows.max(axis=1)) if search is None else search(rows, number_format, symmetric)
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+        scale, zero_point = scale_and_zero_point(
+            low.reshape(shape), high.reshape(shape), number_format, symmetric=symmetric
+        )
+        write_scales(node, scale, zero_point)
+
+
+def _rows(weight: Array, shape: tuple[int, ...], node: ir.Node) -> Array:
+    """The weight as [scales, elements that share one]."""
+    if not shape:
+        return weight.reshape(1, -1)
+    axis = node.attributes.get_int("axis", 1)
+    block = node.attributes.get_int("block_size", 0)
+    if not block:
+        return np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    blocks = shape[axis]
+    padding = blocks * block - weight.shape[axis]
+    widths = [(0, padding if index == axis else 0) for index in range(weight.ndim)]
+    padded = np.pad(weight, widths)
+    split = padded.reshape(*weight.shape[:axis], blocks, block, *weight.shape[axis + 1 :])
+    return np.moveaxis(split, axis + 1, -1).reshape(-1, block)
+
+
+def write_scales(node: ir.Node, scale: Array, zero_point: Array) -> None:
+    """Put new values into the initializers that a QuantizeLinear reads."""
+    for value, array in zip(node.inputs[1:3], (scale, zero_point), strict=True):
+        assert value is not None and value.dtype is not None and value.const_value is not None
+        array = np.asarray(array).astype(value.dtype.numpy()).reshape(tuple(value.const_value.shape))
+        value.const_value = ir.Tensor(array, dtype=value.dtype, name=value.name)
+
+
+def _write_clip(node: ir.Node, scale: Array, zero_point: Array, number_format: NumberFormat) -> None:
+    source = node.inputs[0]
+    producer = None if source is None else source.producer()
+    if number_format.fills_container or producer is None or not graphs.is_op(producer, "Clip"):
+        return
+    offset = np.asarray(zero_point).astype(np.float32)
+    for value, code in zip(producer.inputs[1:3], (number_format.low, number_format.high), strict=True):
+        assert value is not None and value.dtype is not None
+        bound = np.asarray((code - offset) * np.asarray(scale)).astype(value.dtype.numpy())
+        value.const_value = ir.Tensor(bound, dtype=value.dtype, name=value.name)

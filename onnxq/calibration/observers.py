@@ -1,0 +1,230 @@
+"""What calibration keeps of a tensor, and the ranges that follow from it.
+
+Statistics are monoids: ``update`` with values, ``merge`` with others, then ask for a ``range``. Extremes are exact.
+The body of the distribution is a histogram over the upper 16 bits of float32, which needs no range beforehand, of a
+strided sample of the values: the full histogram costs more than the network itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxq.errors import OnnxqError
+from onnxq.formats import NumberFormat
+
+Array = np.ndarray[Any, Any]
+
+BINS = 1 << 16
+PENDING_VALUES = 1 << 17
+CANDIDATES = 120
+
+
+class Statistics:
+    """Exact extremes and a sampled histogram of one tensor over all batches.
+
+    Attributes:
+        low: Smallest value seen.
+        high: Largest value seen.
+        count: Values seen (not only those sampled).
+    """
+
+    def __init__(self) -> None:
+        self.low = np.inf
+        self.high = -np.inf
+        self.count = 0
+        self._histogram: Array | None = None
+        self._pending: list[Array] = []
+        self._pending_values = 0
+
+    def update(self, values: Array, sampled: int = 4096) -> None:
+        """Add one batch of values, of which about ``sampled`` go into the histogram."""
+        flat = np.asarray(values, np.float32).reshape(-1)
+        if flat.size == 0:
+            return
+        self.low = min(self.low, float(flat.min()))
+        self.high = max(self.high, float(flat.max()))
+        stride = max(1, flat.size // max(sampled, 1)) | 1  # odd, so that rows of even width are not aliased
+        offset = self.count % stride if flat.size > stride else 0
+        self.count += flat.size
+        picked = np.ascontiguousarray(flat[offset::stride]).view(np.uint32) >> np.uint32(16)
+        self._pending.append(picked.astype(np.uint16))
+        self._pending_values += picked.size
+        if self._pending_values > PENDING_VALUES:
+            self._flush()
+
+    def merge(self, other: Statistics) -> None:
+        """Add what another part of the data gave."""
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.count += other.count
+        other._flush()
+        self._flush()
+        if other._histogram is not None:
+            self._histogram = other._histogram + (0 if self._histogram is None else self._histogram)
+
+    def _flush(self) -> None:
+        if self._pending:
+            counts = np.bincount(np.concatenate(self._pending), minlength=BINS)
+            self._histogram = counts if self._histogram is None else self._histogram + counts
+            self._pending, self._pending_values = [], 0
+
+    def distribution(self) -> tuple[Array, Array]:
+        """Sampled values in rising order and how often each was seen."""
+        self._flush()
+        if self._histogram is None:
+            return np.zeros(1), np.ones(1)
+        occupied = np.flatnonzero(self._histogram)
+        # The middle of a bin: its upper 16 bits, then a one bit; zero itself stays zero.
+        bits = (occupied.astype(np.uint32) << np.uint32(16)) | np.uint32(0x8000)
+        bits[(occupied & 0x7FFF) == 0] = 0
+        values = bits.view(np.float32).astype(np.float64)
+        values = np.clip(values, self.low, self.high)
+        order = np.argsort(values, kind="stable")
+        return values[order], self._histogram[occupied[order]].astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values between which a tensor is quantized; outside it saturates."""
+
+    low: float
+    high: float
+
+
+Observer = Callable[[Statistics, NumberFormat, bool], Range]
+
+
+def minmax(statistics: Statistics, number_format: NumberFormat, symmetric: bool) -> Range:
+    """Everything that was seen."""
+    return Range(min(statistics.low, 0.0), max(statistics.high, 0.0))
+
+
+def percentile(statistics: Statistics, number_format: NumberFormat, symmetric: bool, fraction: float = 0.9999) -> Range:
+    """All but one value in 10,000 (half of them at either end, where there are two ends)."""
+    values, counts = statistics.distribution()
+    if symmetric:
+        magnitudes, order = np.abs(values), np.argsort(np.abs(values), kind="stable")
+        limit = _quantile(magnitudes[order], counts[order], fraction)
+        return Range(max(-limit, statistics.low, -limit) if statistics.low < 0 else 0.0, limit)
+    one_sided = statistics.low >= 0 or statistics.high <= 0
+    tail = (1 - fraction) * (1 if one_sided else 0.5)
+    low = min(0.0, _quantile(values, counts, tail)) if statistics.low < 0 else 0.0
+    high = max(0.0, _quantile(values, counts, 1 - tail)) if statistics.high > 0 else 0.0
+    return Range(low, high)
+
+
+def _quantile(values: Array, counts: Array, fraction: float) -> float:
+    cumulative = np.cumsum(counts)
+    return float(values[min(int(np.searchsorted(cumulative, fraction * cumulative[-1])), len(values) - 1)])
+
+
+def mse(statistics: Statistics, number_format: NumberFormat, symmetric: bool) -> Range:
+    """The clip with the least expected squared error.
+
+    Inside the range a value costs step²/12, or its own square where it is below half a step (so exact zeros, half of
+    every ReLU output, cost nothing); outside it costs the square of what is cut off.
+    """
+    if number_format.is_float or not statistics.high > statistics.low:
+        return minmax(statistics, number_format, symmetric)
+    values, counts = statistics.distribution()
+    levels = number_format.high - number_format.low
+    sums = _Moments(values, counts)
+    low, high = min(statistics.low, 0.0), max(statistics.high, 0.0)
+    shrink = np.linspace(1.0, 0.1, CANDIDATES)
+    if symmetric:
+        limit = max(-low, high)
+        step = shrink * limit / number_format.high
+        errors = sums.error(-shrink * limit, shrink * limit, step)
+        best = float(shrink[int(np.argmin(errors))] * limit)
+        return Range(-best if low < 0 else 0.0, best)
+    if low < 0 < high:
+        best_low, best_high = low, high
+        for _ in range(2):  # one end, then the other; twice settles
+            candidates = best_high * shrink
+            errors = sums.error(np.full_like(candidates, best_low), candidates, (candidates - best_low) / levels)
+            best_high = float(candidates[int(np.argmin(errors))])
+            candidates = low * shrink
+            errors = sums.error(candidates, np.full_like(candidates, best_high), (best_high - candidates) / levels)
+            best_low = float(candidates[int(np.argmin(errors))])
+        return Range(best_low, best_high)
+    lows, highs = low * shrink, high * shrink
+    best_index = int(np.argmin(sums.error(lows, highs, (highs - lows) / levels)))
+    return Range(float(lows[best_index]), float(highs[best_index]))
+
+
+class _Moments:
+    """Prefix sums of 1, x and x² over sorted values: any clip's error is a few look-ups."""
+
+    def __init__(self, values: Array, counts: Array) -> None:
+        self.values = values
+        zero = np.zeros(1)
+        self.zeroth = np.concatenate([zero, np.cumsum(counts)])
+        self.first = np.concatenate([zero, np.cumsum(counts * values)])
+        self.second = np.concatenate([zero, np.cumsum(counts * values * values)])
+
+    def error(self, lows: Array, highs: Array, steps: Array) -> Array:
+        """Expected squared error, times the number of values, for each candidate."""
+        below = np.searchsorted(self.values, lows, "left")
+        above = np.searchsorted(self.values, highs, "right")
+        half_low = np.clip(np.searchsorted(self.values, -steps / 2, "left"), below, above)
+        half_high = np.clip(np.searchsorted(self.values, steps / 2, "right"), half_low, above)
+        zeroth, first, second = self.zeroth, self.first, self.second
+        cut_low = second[below] - 2 * lows * first[below] + lows**2 * zeroth[below]
+        tail = [moment[-1] - moment[above] for moment in (zeroth, first, second)]
+        cut_high = tail[2] - 2 * highs * tail[1] + highs**2 * tail[0]
+        rounded = (zeroth[above] - zeroth[below]) - (zeroth[half_high] - zeroth[half_low])
+        small = second[half_high] - second[half_low]
+        result: Array = cut_low + cut_high + small + rounded * steps**2 / 12
+        return result
+
+
+def entropy(statistics: Statistics, number_format: NumberFormat, symmetric: bool) -> Range:
+    """The clip whose quantized distribution is nearest in KL divergence (TensorRT's classic calibrator).
+
+    Source: S. Migacz, 8-bit inference with TensorRT, GTC 2017: 2,048 bins of |x|, 128 levels.
+    """
+    values, counts = statistics.distribution()
+    magnitudes = np.abs(values)
+    limit = max(-statistics.low, statistics.high)
+    if not limit > 0 or number_format.is_float:
+        return minmax(statistics, number_format, symmetric)
+    bins, levels = 2048, 128
+    histogram, _ = np.histogram(magnitudes, bins=bins, range=(0, limit), weights=counts)
+    histogram[0] = histogram[1]  # exact zeros say nothing about where to clip
+    best, best_divergence = bins, np.inf
+    for end in range(levels, bins + 1, 16):
+        reference = histogram[:end].astype(np.float64)
+        clipped = reference.copy()
+        clipped[-1] += histogram[end:].sum()
+        group = np.arange(end) * levels // end
+        occupied = reference > 0
+        totals = np.bincount(group, weights=reference, minlength=levels)
+        members = np.maximum(np.bincount(group, weights=occupied, minlength=levels), 1)
+        quantized = np.where(occupied, (totals / members)[group], 0.0)
+        divergence = _divergence(clipped, quantized)
+        if divergence < best_divergence:
+            best, best_divergence = end, divergence
+    clip = limit * best / bins
+    return Range(max(min(statistics.low, 0.0), -clip), min(max(statistics.high, 0.0), clip))
+
+
+def _divergence(reference: Array, quantized: Array) -> float:
+    p, q = reference / reference.sum(), quantized / max(quantized.sum(), 1e-12)
+    occupied = p > 0
+    return float(np.sum(p[occupied] * np.log(p[occupied] / np.maximum(q[occupied], 1e-12))))
+
+
+OBSERVERS: dict[str, Observer] = {"minmax": minmax, "mse": mse, "percentile": percentile, "entropy": entropy}
+
+
+def get(name: str) -> Observer:
+    """The range rule of that name."""
+    if name not in OBSERVERS:
+        raise OnnxqError(
+            f"expected a range rule of {', '.join(OBSERVERS)}, found {name!r}",
+            hint="use for example --set observer=minmax",
+        )
+    return OBSERVERS[name]

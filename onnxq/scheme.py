@@ -1,0 +1,64 @@
+"""A scheme: which number format, granularity and symmetry weights and activations get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from onnxq.errors import OnnxqError
+from onnxq.formats import NumberFormat, parse_format
+
+GRANULARITIES = ("tensor", "channel", "block")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How one kind of tensor is quantized.
+
+    Attributes:
+        format: The number format.
+        granularity: ``tensor`` (one scale), ``channel`` (one per output channel) or ``block``.
+        symmetric: Whether the zero point is the middle of the format.
+        block_size: Elements along the reduction axis that share a scale, for ``block``.
+    """
+
+    format: NumberFormat
+    granularity: str = "tensor"
+    symmetric: bool = True
+    block_size: int | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is quantized at all (``float`` means no)."""
+        return not self.format.is_passthrough
+
+    def __str__(self) -> str:
+        text = f"{self.format.name}{f':{self.block_size}' if self.block_size else ''}"
+        return text if not self.enabled else f"{text} per {self.granularity}"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What weights and activations become."""
+
+    weights: Spec
+    activations: Spec
+
+
+def parse_weights(text: str, *, symmetric: bool = True) -> Spec:
+    """Weights are per channel, or per block where a block size is named: ``int8``, ``int4:128``."""
+    number_format, block_size = parse_format(text)
+    if number_format.name.startswith("u") and symmetric:
+        symmetric = False
+    spec = Spec(number_format, "channel", symmetric)
+    return spec if block_size is None else replace(spec, granularity="block", block_size=block_size)
+
+
+def parse_activations(text: str) -> Spec:
+    """Activations have one scale per tensor; unsigned formats are asymmetric."""
+    number_format, block_size = parse_format(text)
+    if block_size is not None:
+        raise OnnxqError(
+            f"expected an activation format without a block size, found {text!r}",
+            hint=f"use --activations {number_format.name}; blocks are for weights",
+        )
+    return Spec(number_format, "tensor", symmetric=not number_format.name.startswith("u"))

@@ -1,0 +1,54 @@
+"""Targets: what runs the quantized model. Each knows its own rules; recipes do not mention them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import onnx_ir as ir
+
+from onnxq.errors import OnnxqError
+from onnxq.scheme import Scheme
+from onnxq.targets.findings import Finding
+from onnxq.targets.placement import Placement, Site
+
+__all__ = ["Finding", "Placement", "Site", "Target", "get", "names"]
+
+
+class Target(Protocol):
+    """Placement, legality, lowering and lint of one runtime."""
+
+    name: str
+
+    def scheme(self, weights: str | None, activations: str | None) -> Scheme:
+        """The scheme for the formats asked for (the target's own defaults where ``None``), or an error."""
+
+    def prepare(self, model: ir.Model) -> None:
+        """Rewrites that keep the function and let this target's kernels match."""
+
+    def place(self, graph: ir.Graph, scheme: Scheme, exclude: Sequence[str] = ()) -> Placement:
+        """Where Q/DQ go."""
+
+    def lower(self, model: ir.Model) -> None:
+        """The last step after calibration: the form that the target runs."""
+
+    def lint(self, model: ir.Model, sm: int | None = None) -> list[Finding]:
+        """Every rule of the target that the graph breaks."""
+
+
+def names() -> list[str]:
+    """The targets there are."""
+    return ["tensorrt", "cpu"]
+
+
+def get(name: str) -> Target:
+    """The target of that name."""
+    if name == "tensorrt":
+        from onnxq.targets.tensorrt import TensorRT
+
+        return TensorRT()
+    if name == "cpu":
+        from onnxq.targets.cpu import Cpu
+
+        return Cpu()
+    raise OnnxqError(f"expected a target of {', '.join(names())}, found {name!r}", hint="use --target tensorrt or cpu")

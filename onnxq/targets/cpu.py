@@ -1,0 +1,214 @@
+"""onnxruntime's CPU provider: uint8 activations and int8 weights, so that whole regions run on integer kernels.
+
+The provider replaces ``DequantizeLinear → op → QuantizeLinear`` by one integer kernel, so a convolution is fast only
+where its output is quantized too, and every op between two convolutions must either have an integer kernel or only
+move data; a single float op in between costs two conversions. Matrix products also have a kernel that reads codes
+and writes floats, so a transformer keeps its LayerNorm, Gelu and residual stream in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+from onnxq.errors import OnnxqError
+from onnxq.scheme import Scheme, Spec, parse_activations, parse_weights
+from onnxq.targets.findings import Finding
+from onnxq.targets.placement import Placement, Site, excluded, weight_sites
+
+# One kernel each between DequantizeLinear and QuantizeLinear.
+ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
+
+# The codes pass through unchanged, so input and output share one scale.
+DATA_MOVEMENT = (
+    "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Expand", "Tile",
+)  # fmt: skip
+
+# Absorbed into the QuantizeLinear that follows, because its range does not leave theirs.
+ABSORBED = ("Relu", "Clip")
+
+LEGAL_WEIGHTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "uint8", "uint4", "fp8", "float")
+LEGAL_ACTIVATIONS = ("uint8", "int8", "int16", "uint16", "int5", "int6", "int7", "fp8", "float")
+
+
+class Cpu:
+    """The CPU execution provider of onnxruntime."""
+
+    name = "cpu"
+
+    def scheme(self, weights: str | None, activations: str | None) -> Scheme:
+        """uint8 activations (asymmetric) and int8 weights per channel by default.
+
+        Raises:
+            OnnxqError: there is no kernel for the format.
+        """
+        weight_spec = parse_weights(weights or "int8")
+        if activations is None:
+            weight_only = weight_spec.granularity == "block" or weight_spec.format.name in ("float", "fp8")
+            activations = "float" if weight_only else "uint8"
+        activation_spec = parse_activations(activations)
+        for what, spec, legal in (
+            ("weights", weight_spec, LEGAL_WEIGHTS),
+            ("activations", activation_spec, LEGAL_ACTIVATIONS),
+        ):
+            if spec.format.name not in legal:
+                raise OnnxqError(
+                    f"expected {what} that onnxruntime's CPU provider runs, found {spec.format.name}",
+                    hint=f"use one of {', '.join(legal)}",
+                )
+        return Scheme(weight_spec, activation_spec)
+
+    def prepare(self, model: ir.Model) -> None:
+        """Fold BatchNormalization and Pad, so that regions of integer kernels are not interrupted."""
+        from onnxq.passes.fold_batchnorm import FoldBatchNorm
+
+        FoldBatchNorm()(model)
+
+    def place(self, graph: ir.Graph, scheme: Scheme, exclude: Sequence[str] = ()) -> Placement:
+        """Q/DQ around every op with an integer kernel, as long as the region they form pays."""
+        skipped = excluded(graph, exclude)
+        left_float: dict[str, str] = {}
+        chosen: list[graphs.WeightedNode] = []
+        for item in graphs.weighted_nodes(graph):
+            name = item.node.name or ""
+            reason = "excluded" if name in skipped else _why_float(item, scheme)
+            if reason:
+                left_float[name] = reason
+            else:
+                chosen.append(item)
+        sites = weight_sites(chosen, scheme.weights) if scheme.weights.enabled else []
+        if scheme.activations.enabled:
+            sites += _Regions(graph, chosen, skipped).sites(scheme.activations)
+        return Placement(sites, left_float)
+
+    def lower(self, model: ir.Model) -> None:
+        """Weights become codes, and scales after a Clip stay inside it so that it is absorbed."""
+        from onnxq.passes.lower_weights import LowerWeights
+
+        LowerWeights()(model)
+        _keep_ranges_inside_clips(model.graph)
+
+    def lint(self, model: ir.Model, sm: int | None = None) -> list[Finding]:
+        """What keeps a kernel from running on integers."""
+        from onnxq.targets.cpu_lint import lint
+
+        return lint(model)
+
+
+def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
+    """Why this node stays in float, or an empty string."""
+    node, weight = item.node, item.weight
+    if node.op_type == "ConvTranspose":
+        return "onnxruntime has no integer ConvTranspose"
+    if weight is None or not graphs.is_constant(weight):
+        return "both operands are activations"
+    if item.weight_index == 0:
+        return "the weight is the left operand"
+    if not graphs.is_float(weight) or weight.shape is None:
+        return "the weight is not a float tensor"
+    if node.op_type == "Gemm" and (
+        node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0
+    ):
+        return "the integer Gemm has no alpha or beta"
+    if scheme.weights.granularity == "block" and node.op_type == "Conv":
+        return "block scales are for matrix products"
+    return ""
+
+
+class _Regions:
+    """Which values are held as codes."""
+
+    def __init__(self, graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], skipped: set[str]) -> None:
+        self.graph = graph
+        self.chosen = list(chosen)
+        self.core = {item.node for item in chosen}
+        self.skipped = skipped
+        self.codes: set[ir.Value] = set()  # quantized for every reader
+        self.like: dict[ir.Value, ir.Value] = {}
+        self.useful = self._useful_nodes()
+        for node in graph:
+            self._visit(node)
+
+    def _useful_nodes(self) -> set[ir.Node]:
+        """Nodes whose output reaches a core op through ops that have integer kernels."""
+        useful: set[ir.Node] = set()
+        for node in reversed(list(self.graph)):
+            for reader, _ in graphs.consumers(node.outputs[0]):
+                passes = graphs.is_op(reader, *ARITHMETIC, *DATA_MOVEMENT, *ABSORBED) and reader in useful
+                if reader in self.core or passes:
+                    useful.add(node)
+                    break
+        return useful
+
+    def _visit(self, node: ir.Node) -> None:
+        if node.name in self.skipped:
+            return
+        if node in self.core:
+            if node.op_type == "Conv":
+                self._hold(_after_activation(node))
+        elif node in self.useful and graphs.is_op(node, *ARITHMETIC) and self._all_codes(node):
+            self._hold(_after_activation(node))
+        elif node in self.useful and graphs.is_op(node, *DATA_MOVEMENT) and node.inputs[0] in self.codes:
+            source = node.inputs[0]
+            self._hold(node.outputs[0])
+            self.like[node.outputs[0]] = self.like.get(source, source)
+
+    def _hold(self, value: ir.Value) -> None:
+        if graphs.is_float(value):
+            self.codes.add(value)
+
+    def _all_codes(self, node: ir.Node) -> bool:
+        inputs = [value for value in node.inputs if value is not None]
+        if graphs.is_op(node, "Add", "Mul") and any(graphs.is_constant(value) for value in inputs):
+            return False
+        return all(value in self.codes for value in inputs)
+
+    def sites(self, spec: Spec) -> list[Site]:
+        """Pairs for all readers of held values, and for the core ops alone elsewhere."""
+        sites = [Site(value, (), spec, like=self.like.get(value)) for value in self._in_order()]
+        uses: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+        for item in self.chosen:
+            if item.activation not in self.codes:
+                uses.setdefault(item.activation, []).append((item.node, item.activation_index))
+        sites += [Site(value, tuple(readers), spec) for value, readers in uses.items()]
+        return sites
+
+    def _in_order(self) -> Iterator[ir.Value]:
+        for node in self.graph:
+            for value in node.outputs:
+                if value in self.codes:
+                    yield value
+
+
+def _after_activation(node: ir.Node) -> ir.Value:
+    """The node's output, or that of the Relu or Clip that is its only reader."""
+    output = node.outputs[0]
+    readers = graphs.consumers(output)
+    if len(readers) == 1 and not output.is_graph_output() and graphs.is_op(readers[0][0], *ABSORBED):
+        reader = readers[0][0]
+        if all(value is None or graphs.is_constant(value) for value in reader.inputs[1:]):
+            return reader.outputs[0]
+    return output
+
+
+def _keep_ranges_inside_clips(graph: ir.Graph) -> None:
+    """Lower a scale by one float where rounding took the largest code past the Clip before it."""
+    for node in graph:
+        source = node.inputs[0] if graphs.is_quantize(node) else None
+        clip = None if source is None else source.producer()
+        if clip is None or not graphs.is_op(clip, "Clip") or len(clip.inputs) < 3:
+            continue
+        scale, zero_point, bound = node.inputs[1], node.inputs[2], clip.inputs[2]
+        if scale is None or zero_point is None or bound is None or not graphs.is_constant(bound):
+            continue
+        assert scale.const_value and zero_point.const_value and bound.const_value and scale.dtype
+        step = scale.const_value.numpy()
+        limit = bound.const_value.numpy()
+        codes = np.iinfo(zero_point.const_value.numpy().dtype)
+        largest = np.float32(codes.max) - zero_point.const_value.numpy().astype(np.float32)
+        while np.any(largest * step > limit) and np.all(largest * np.nextafter(step, np.float32(0)) >= limit * 0.999):
+            step = np.nextafter(step, np.float32(0))
+        scale.const_value = ir.Tensor(np.asarray(step), dtype=scale.dtype, name=scale.name)

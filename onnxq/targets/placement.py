@@ -1,0 +1,96 @@
+"""What a target answers when asked where Q/DQ go: one :class:`Site` for every pair to insert."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+from onnxq.errors import OnnxqError
+from onnxq.scheme import Spec
+
+Use = tuple[ir.Node, int]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One Q/DQ pair to insert.
+
+    Attributes:
+        value: The float value to quantize.
+        uses: The inputs that read the quantized value; ``()`` means all of them, and the graph output too.
+        spec: Number format, granularity and symmetry.
+        axis: The axis of per-channel or block scales.
+        like: The value whose scale it takes, for ops that only move data (MaxPool, Reshape, …).
+    """
+
+    value: ir.Value
+    uses: tuple[Use, ...]
+    spec: Spec
+    axis: int | None = None
+    like: ir.Value | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where Q/DQ go, and what was left in float on purpose (node name → reason)."""
+
+    sites: list[Site]
+    left_float: dict[str, str] = field(default_factory=dict)
+
+
+def excluded(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
+    """Names of the nodes that ``--exclude`` patterns (shell wildcards on node names or op types) match.
+
+    Raises:
+        OnnxqError: a pattern matches nothing, which is most often a typing error.
+    """
+    matched: set[str] = set()
+    for pattern in patterns:
+        found = {
+            node.name or ""
+            for node in graph
+            if fnmatch.fnmatchcase(node.name or "", pattern) or fnmatch.fnmatchcase(node.op_type, pattern)
+        }
+        if not found:
+            examples = ", ".join(item.node.name or "" for item in list(graphs.weighted_nodes(graph))[:3])
+            raise OnnxqError(
+                f"expected --exclude {pattern!r} to match a node name or an op, found no match",
+                hint=f"names look like: {examples}",
+            )
+        matched |= found
+    return matched
+
+
+def weight_sites(items: Sequence[graphs.WeightedNode], spec: Spec) -> list[Site]:
+    """The Q/DQ pairs of constant weights: one for every weight and axis, whoever shares it."""
+    uses: dict[tuple[int, int | None], list[Use]] = {}
+    values: dict[tuple[int, int | None], ir.Value] = {}
+    for item in items:
+        if item.weight_index is None or item.weight is None or not graphs.is_constant(item.weight):
+            continue
+        axis = {"tensor": None, "channel": item.channel_axis, "block": item.reduction_axis}[spec.granularity]
+        key = (id(item.weight), axis)
+        values[key] = item.weight
+        uses.setdefault(key, []).append((item.node, item.weight_index))
+    return [Site(values[key], tuple(readers), spec, key[1]) for key, readers in uses.items()]
+
+
+def quantized_twice(graph: ir.Graph) -> None:
+    """Refuse a graph that holds Q/DQ nodes or integer kernels already.
+
+    Raises:
+        OnnxqError: it does.
+    """
+    for node in graph:
+        if graphs.is_quantize(node) or graphs.is_dequantize(node) or node.op_type in QUANTIZED_OPS:
+            raise OnnxqError(
+                f"expected a float model, found one that is quantized already (node {node.name!r}, {node.op_type})",
+                hint="give the float model that it was made from",
+            )
+
+
+QUANTIZED_OPS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm")

@@ -1,0 +1,195 @@
+"""TensorRT: Q/DQ on the inputs of convolutions and matrix products, symmetric, with constant scalar scales.
+
+Placement follows the builder's fusions: nothing between Conv, BatchNormalization and Relu; nothing on outputs; one
+branch of a residual Add, so that Conv + Add + Relu fuse with an INT8 shortcut. Weights are stored as codes with a
+DequantizeLinear; a bias stays float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+from onnxq.errors import OnnxqError
+from onnxq.scheme import Scheme, Spec, parse_activations, parse_weights
+from onnxq.targets.findings import Finding
+from onnxq.targets.placement import Placement, Site, excluded, weight_sites
+
+NARROW_CHANNELS = 16  # below it the INT8 kernels pad channels and gain nothing
+
+# Ops through which the builder moves a DequantizeLinear without changing what it computes.
+DATA_MOVEMENT = ("MaxPool", "Identity", "Transpose", "Slice", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+
+LEGAL_WEIGHTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "fp4", "float")
+LEGAL_ACTIVATIONS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "float")
+
+
+class TensorRT:
+    """Explicit quantization as TensorRT 10, 11 and RTX compile it."""
+
+    name = "tensorrt"
+
+    def scheme(self, weights: str | None, activations: str | None) -> Scheme:
+        """INT8 by default; FP8 activations ask for FP8 weights and the other way round.
+
+        Raises:
+            OnnxqError: the builder refuses the format, or reads it as another one.
+        """
+        if weights is None:
+            weights = "fp8" if activations == "fp8" else "int8"
+        weight_spec = parse_weights(weights)
+        if activations is None:
+            weight_only = weight_spec.granularity == "block" or weight_spec.format.name in ("float", "fp4")
+            activations = "float" if weight_only else ("fp8" if weight_spec.format.name == "fp8" else "int8")
+        activation_spec = parse_activations(activations)
+        _check_legal("weights", weight_spec, LEGAL_WEIGHTS)
+        _check_legal("activations", activation_spec, LEGAL_ACTIVATIONS)
+        if activation_spec.enabled and weight_spec.enabled:
+            if activation_spec.format.is_float != weight_spec.format.is_float:
+                raise OnnxqError(
+                    f"expected weights and activations of one kind for TensorRT, found {weight_spec.format.name} "
+                    f"weights and {activation_spec.format.name} activations (rule E7)",
+                    hint="use the same format for both, or --activations float",
+                )
+            if weight_spec.format.storage == ir.DataType.INT4:
+                # TensorRT multiplies INT8 by INT8 only: narrow weights take an INT8 container there.
+                from dataclasses import replace
+
+                weight_spec = replace(
+                    weight_spec, format=replace(weight_spec.format, storage=ir.DataType.INT8), granularity="channel"
+                )
+        return Scheme(weight_spec, activation_spec)
+
+    def prepare(self, model: ir.Model) -> None:
+        """Fold BatchNormalization and Pad, so that Conv → Relu are neighbours."""
+        from onnxq.passes.fold_batchnorm import FoldBatchNorm
+
+        FoldBatchNorm()(model)
+
+    def place(self, graph: ir.Graph, scheme: Scheme, exclude: Sequence[str] = ()) -> Placement:
+        """Q/DQ on the inputs of weighted ops (rule P1), and on the shortcut of residual Adds (rule P5)."""
+        skipped = excluded(graph, exclude)
+        left_float: dict[str, str] = {}
+        chosen: list[graphs.WeightedNode] = []
+        for item in graphs.weighted_nodes(graph):
+            name = item.node.name or ""
+            reason = "excluded" if name in skipped else _why_float(item, scheme)
+            if reason:
+                left_float[name] = reason
+            else:
+                chosen.append(item)
+        sites = weight_sites(chosen, scheme.weights) if scheme.weights.enabled else []
+        if scheme.activations.enabled:
+            sites += _activation_sites(chosen, scheme.activations)
+            sites += _shortcut_sites(graph, chosen, scheme.activations, skipped)
+        return Placement(_merged(sites), left_float)
+
+    def lower(self, model: ir.Model) -> None:
+        """Weights become codes."""
+        from onnxq.passes.lower_weights import LowerWeights
+
+        LowerWeights()(model)
+
+    def lint(self, model: ir.Model, sm: int | None = None) -> list[Finding]:
+        """Rules E1–E10 and P1–P10."""
+        from onnxq.targets.tensorrt_lint import lint
+
+        return lint(model, sm)
+
+
+def _check_legal(what: str, spec: Spec, legal: Sequence[str]) -> None:
+    if spec.format.name not in legal:
+        raise OnnxqError(
+            f"expected {what} that TensorRT compiles, found {spec.format.name}",
+            hint=f"use one of {', '.join(legal)}; or --target cpu",
+        )
+
+
+def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
+    """Why this node gains nothing from quantization, or an empty string."""
+    node, weight = item.node, item.weight
+    if node.op_type == "ConvTranspose":
+        return "TensorRT compiles a ConvTranspose with Q/DQ as float"
+    if weight is None or not graphs.is_constant(weight):
+        return "both operands are activations"
+    if item.weight_index == 0:
+        return "the weight is the left operand"
+    if not graphs.is_float(weight) or weight.shape is None:
+        return "the weight is not a float tensor"
+    sizes = [int(size) for size in weight.shape if isinstance(size, int)]
+    if item.reduction_axis < len(sizes) and scheme.activations.enabled:
+        groups = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
+        narrowest = min(sizes[item.channel_axis], sizes[item.reduction_axis] * groups)
+        if narrowest < NARROW_CHANNELS:
+            return f"only {narrowest} channels (rule P10)"
+    if scheme.weights.granularity == "block":
+        if node.op_type in ("Conv", "ConvTranspose"):
+            return "block scales are for matrix products"
+        if sizes[item.reduction_axis] % (scheme.weights.block_size or 1):
+            return f"{sizes[item.reduction_axis]} rows do not divide into blocks of {scheme.weights.block_size}"
+    return ""
+
+
+def _activation_sites(items: Sequence[graphs.WeightedNode], spec: Spec) -> list[Site]:
+    """One pair for each value, read by the chosen consumers alone (rule P6)."""
+    return [Site(item.activation, ((item.node, item.activation_index),), spec) for item in items]
+
+
+def _merged(sites: Sequence[Site]) -> list[Site]:
+    """Sites on one value with one format share a pair."""
+    merged: dict[tuple[int, int | None, str], Site] = {}
+    for site in sites:
+        key = (id(site.value), site.axis, str(site.spec))
+        if key in merged:
+            uses = merged[key].uses + tuple(use for use in site.uses if use not in merged[key].uses)
+            site = Site(site.value, uses, site.spec, site.axis, site.like)
+        merged[key] = site
+    return list(merged.values())
+
+
+def _shortcut_sites(
+    graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], spec: Spec, skipped: set[str]
+) -> list[Site]:
+    """The shortcut of ``Add(Conv(…), shortcut)``, where a quantized op reads the sum."""
+    quantized = {item.node for item in chosen}
+    order = {node: index for index, node in enumerate(graph)}
+    sites = []
+    for node in graph:
+        if not graphs.is_op(node, "Add") or node.name in skipped:
+            continue
+        operands = [value for value in node.inputs if value is not None and not graphs.is_constant(value)]
+        if len(operands) != 2 or operands[0] is operands[1] or not _feeds(node, quantized):
+            continue
+        convolutions = [
+            (order[producer], index)
+            for index, value in enumerate(node.inputs)
+            if value is not None
+            and (producer := value.producer()) in quantized
+            and producer is not None
+            and producer.op_type == "Conv"
+            and len(value.uses()) == 1
+        ]
+        if not convolutions:
+            continue
+        fused = max(convolutions)[1]  # the later convolution takes the Add as its epilogue
+        shortcut = 1 - fused
+        value = node.inputs[shortcut]
+        if value is not None and graphs.is_float(value):
+            sites.append(Site(value, ((node, shortcut),), spec))
+    return sites
+
+
+def _feeds(node: ir.Node, quantized: set[ir.Node], depth: int = 0) -> bool:
+    """Whether a quantized op reads the node's output, if only through Relu, pooling or another Add."""
+    for reader, _ in graphs.consumers(node.outputs[0]):
+        if reader in quantized:
+            return True
+        if (
+            depth < 6
+            and graphs.is_op(reader, "Relu", "Clip", "Add", *DATA_MOVEMENT)
+            and _feeds(reader, quantized, depth + 1)
+        ):
+            return True
+    return False

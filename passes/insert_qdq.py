@@ -1,0 +1,159 @@
+"""Insert QuantizeLinear/DequantizeLinear pairs where a target's placement wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from onnxq import graph as graphs
+from onnxq.formats import NumberFormat
+from onnxq.targets.placement import Site
+
+# Keys of a QuantizeLinear's metadata: what calibration must know and the codes alone do not say.
+FORMAT = "onnxq.format"
+SYMMETRIC = "onnxq.symmetric"
+STATISTICS = "onnxq.statistics"
+
+
+class InsertQDQ(InPlacePass):  # type: ignore[misc]
+    """Put one Q/DQ pair at every site, with scale and zero point as named initializers.
+
+    Before::
+
+        x ─────────────► Conv
+
+    After::
+
+        x ─► QuantizeLinear(x_scale, x_zero_point) ─► DequantizeLinear ─► Conv
+
+    Scales are 1 until calibration sets them. Sites whose values share a scale (``like``) share the initializers.
+    A site without uses quantizes the value for all readers; a graph output keeps its name, and the float value
+    under it is then called ``<name>_float``.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.sites = list(sites)
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Insert the pairs."""
+        for site in self.sites:
+            _insert(model.graph, site)
+        return PassResult(model, bool(self.sites))
+
+
+def _insert(graph: ir.Graph, site: Site) -> None:
+    value = site.value
+    if not site.uses and value.is_graph_output():
+        _rename_output(value)
+    root = site.like or value
+    scale, zero_point = _parameters(graph, site, root)
+    tape = ir.tape.Tape()
+    source = value
+    if not site.spec.format.fills_container and not value.is_initializer():
+        # An odd width is 8-bit Q/DQ whose input never leaves the narrower range (weights are clipped when lowered).
+        source = tape.op("Clip", [value, *_clip_bounds(graph, site, root)])
+        source.name, source.dtype, source.shape = f"{value.name}_clipped", value.dtype, value.shape
+    attributes: dict[str, int] = {}
+    if site.axis is not None and site.spec.granularity != "tensor":
+        attributes["axis"] = site.axis
+        if site.spec.granularity == "block":
+            attributes["block_size"] = site.spec.block_size or 0
+    quantized = tape.op("QuantizeLinear", [source, scale, zero_point], attributes)
+    dequantized = tape.op("DequantizeLinear", [quantized, scale, zero_point], attributes)
+    suffix = _free_suffix(graph, f"{value.name}_quantized")
+    quantized.name, dequantized.name = f"{value.name}_quantized{suffix}", f"{value.name}_dequantized{suffix}"
+    quantized.dtype, dequantized.dtype = site.spec.format.storage, value.dtype
+    quantized.shape = dequantized.shape = value.shape
+    *clip, quantize, dequantize = tape.nodes
+    for node in clip:
+        node.name = f"{value.name}_clip{suffix}"
+    quantize.name, dequantize.name = f"{value.name}_Q{suffix}", f"{value.name}_DQ{suffix}"
+    quantize.metadata_props[FORMAT] = dequantize.metadata_props[FORMAT] = site.spec.format.name
+    quantize.metadata_props[SYMMETRIC] = str(int(site.spec.symmetric))
+    quantize.metadata_props[STATISTICS] = root.name or ""
+    uses = site.uses or [use for use in graphs.consumers(value) if use[0] not in tape.nodes]
+    producer = value.producer()
+    if producer is None:
+        first = next(node for node in graph if any(node is reader for reader, _ in uses))
+        graph.insert_before(first, tape.nodes)
+    else:
+        graph.insert_after(producer, tape.nodes)
+    for node, index in uses:
+        node.replace_input_with(index, dequantized)
+    if not site.uses and value.is_graph_output():
+        position = next(index for index, output in enumerate(graph.outputs) if output is value)
+        original = value.meta.pop("onnxq.output_name")
+        graph.outputs[position] = dequantized
+        dequantized.name = original
+
+
+def _rename_output(value: ir.Value) -> None:
+    value.meta["onnxq.output_name"] = value.name
+    value.name = f"{value.name}_float"
+
+
+def _free_suffix(graph: ir.Graph, name: str) -> str:
+    """A suffix that keeps a second pair on the same value apart from the first."""
+    taken = graph.meta.setdefault("onnxq.qdq_names", {})
+    count: int = taken.get(name, 0)
+    taken[name] = count + 1
+    return "" if count == 0 else f"_{count}"
+
+
+def _parameters(graph: ir.Graph, site: Site, root: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The scale and zero-point initializers of the site: those of ``root`` if they are there already."""
+    name = root.name
+    scale_name, zero_point_name = f"{name}_scale", f"{name}_zero_point"
+    shape = parameter_shape(site)
+    number_format = site.spec.format
+    if scale_name in graph.initializers:
+        scale, zero_point = graph.initializers[scale_name], graph.initializers[zero_point_name]
+        if scale.shape == ir.Shape(shape) and zero_point.dtype == number_format.storage:
+            return scale, zero_point
+        scale_name, zero_point_name = f"{scale_name}_{number_format.name}", f"{zero_point_name}_{number_format.name}"
+        if scale_name in graph.initializers:
+            return graph.initializers[scale_name], graph.initializers[zero_point_name]
+    dtype = site.value.dtype or ir.DataType.FLOAT
+    scale = ir.Value(name=scale_name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    scale.const_value = ir.tensor(np.ones(shape, dtype.numpy()), name=scale_name)
+    zero_point = ir.Value(name=zero_point_name, shape=ir.Shape(shape), type=ir.TensorType(number_format.storage))
+    zero_point.const_value = zero_point_tensor(np.zeros(shape), number_format, zero_point_name)
+    graph.register_initializer(scale)
+    graph.register_initializer(zero_point)
+    return scale, zero_point
+
+
+def zero_point_tensor(codes: np.ndarray, number_format: NumberFormat, name: str) -> ir.TensorProtocol:
+    """Codes as a tensor of the format's container."""
+    array = np.asarray(codes).astype(number_format.numpy_dtype)
+    return ir.Tensor(array, dtype=number_format.storage, name=name)
+
+
+def parameter_shape(site: Site) -> tuple[int, ...]:
+    """The shape of the site's scale: () for a tensor, [channels], or the value's with blocks counted."""
+    if site.axis is None or site.spec.granularity == "tensor":
+        return ()
+    if site.value.shape is None:
+        raise ValueError(f"{site.value.name} needs a known shape for {site.spec}")
+    sizes = [int(size) for size in site.value.shape]  # type: ignore[arg-type]
+    if site.spec.granularity == "channel":
+        return (sizes[site.axis],)
+    sizes[site.axis] = -(-sizes[site.axis] // (site.spec.block_size or sizes[site.axis]))
+    return tuple(sizes)
+
+
+def _clip_bounds(graph: ir.Graph, site: Site, root: ir.Value) -> list[ir.Value]:
+    bounds = []
+    for suffix, bound in (("clip_low", site.spec.format.low), ("clip_high", site.spec.format.high)):
+        name = f"{root.name}_{suffix}"
+        if name not in graph.initializers:
+            dtype = site.value.dtype or ir.DataType.FLOAT
+            initializer = ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(dtype))
+            initializer.const_value = ir.tensor(np.asarray(bound, dtype.numpy()), name=name)
+            graph.register_initializer(initializer)
+        bounds.append(graph.initializers[name])
+    return bounds

@@ -1,0 +1,54 @@
+"""Replace the QuantizeLinear of constant weights by the integers it gives."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+from onnx_ir.passes import InPlacePass, PassResult
+
+from onnxq import graph as graphs
+from onnxq.formats import parse_format, quantize
+from onnxq.passes.insert_qdq import FORMAT
+
+
+class LowerWeights(InPlacePass):  # type: ignore[misc]
+    """Store weights as codes: the file shrinks, and both targets see a quantized constant.
+
+    Before::
+
+        W (float) ─► QuantizeLinear ─► DequantizeLinear ─► Conv
+
+    After::
+
+        W_quantized (int8) ─► DequantizeLinear ─► Conv
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Lower every QuantizeLinear that reads an initializer."""
+        modified = False
+        for node in list(model.graph):
+            if not graphs.is_quantize(node) or not graphs.is_constant(node.inputs[0]):
+                continue
+            weight, scale, zero_point = node.inputs[:3]
+            assert weight is not None and scale is not None and zero_point is not None
+            assert weight.const_value and scale.const_value and zero_point.const_value
+            number_format, _ = parse_format(node.metadata_props[FORMAT])
+            per_tensor = scale.const_value.size == 1 and not scale.const_value.shape
+            codes = quantize(
+                weight.const_value.numpy(),
+                scale.const_value.numpy(),
+                zero_point.const_value.numpy(),
+                number_format,
+                axis=None if per_tensor else node.attributes.get_int("axis", 1),
+                block_size=node.attributes.get_int("block_size", 0) or None,
+            )
+            quantized = node.outputs[0]
+            stored = ir.Value(name=quantized.name, shape=weight.shape, type=ir.TensorType(number_format.storage))
+            stored.const_value = ir.Tensor(codes, dtype=number_format.storage, name=quantized.name)
+            quantized.replace_all_uses_with(stored)
+            model.graph.remove(node, safe=True)
+            model.graph.register_initializer(stored)
+            modified = True
+        if modified:
+            common_passes.RemoveUnusedNodesPass()(model)  # the float weights that nothing reads any more
+        return PassResult(model, modified)
