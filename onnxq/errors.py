@@ -22,5 +22,5 @@ class OnnxqError(Exception):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
 
-class CheckFailed(OnnxqError):
+class CheckError(OnnxqError):
     """A result was made but does not pass its own check (exit code 1)."""

@@ -114,9 +114,7 @@ def _is_weight(value: ir.Value) -> bool:
     producer = value.producer()
     seen = 0
     while producer is not None and seen < 4:
-        if is_dequantize(producer) or is_quantize(producer):
-            source = producer.inputs[0]
-        elif is_op(producer, "Transpose", "Reshape", "Identity"):
+        if is_dequantize(producer) or is_quantize(producer) or is_op(producer, "Transpose", "Reshape", "Identity"):
             source = producer.inputs[0]
         else:
             return False

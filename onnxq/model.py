@@ -8,12 +8,13 @@ synthesis reads its statistics.
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -54,7 +55,7 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
             model = ir.load(file)
     except (KeyboardInterrupt, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001  protobuf, onnx and onnx_ir raise many kinds for broken bytes
+    except Exception as error:
         raise OnnxqError(
             f"expected an ONNX model in {file}, found something that does not parse ({_one_line(error)})",
             hint="the file is truncated or not ONNX; copy or export it again",
@@ -83,7 +84,7 @@ def normalise(model: ir.Model, *, name: str = "the model") -> None:
         raise
     except (KeyboardInterrupt, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001  what the passes raise on an invalid graph is not documented
+    except Exception as error:
         raise OnnxqError(
             f"expected a valid graph in {name}, found one that cannot be brought to opset {LOWEST_OPSET} "
             f"({_one_line(error)})",
@@ -263,6 +264,53 @@ def _check_external_data(model: ir.Model, file: Path) -> None:
                 f"(tensor {tensor.name!r})",
                 hint="the data file is truncated; copy it again",
             )
+
+
+class Kind(enum.Enum):
+    """What a model is, as far as its graph tells."""
+
+    CNN = "cnn"
+    TRANSFORMER = "transformer"
+    DENOISER = "denoiser"
+    LANGUAGE = "language"
+
+
+def kind_of(model: ir.Model) -> Kind:
+    """Tell model kinds apart from inputs, outputs and ops alone.
+
+    A denoiser takes a sample and a timestep and returns something of the sample's shape. A language model takes
+    integer tokens, looks them up and returns a float for each. A transformer multiplies a Softmax with something.
+    """
+    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+    outputs = list(model.graph.outputs)
+    if len(inputs) >= 2 and outputs and _takes_a_timestep(inputs, outputs):
+        return Kind.DENOISER
+    integers = (ir.DataType.INT64, ir.DataType.INT32)
+    if inputs and inputs[0].dtype in integers and any(graphs.rank(value) == 2 for value in inputs):
+        if any(graphs.is_float(value) and graphs.rank(value) in (2, 3) for value in outputs):
+            return Kind.LANGUAGE
+    for node in model.graph:
+        if graphs.is_op(node, "Softmax") and any(
+            graphs.is_op(reader, "MatMul") for reader, _ in graphs.consumers(node.outputs[0])
+        ):
+            return Kind.TRANSFORMER
+    return Kind.CNN
+
+
+def _takes_a_timestep(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> bool:
+    samples = [value for value in inputs if graphs.is_float(value) and (graphs.rank(value) or 0) >= 3]
+    timesteps = [value for value in inputs if graphs.rank(value) in (0, 1)]
+    return bool(timesteps) and any(
+        graphs.rank(sample) == graphs.rank(output) and _same_inner_sizes(sample, output)
+        for sample in samples
+        for output in outputs
+    )
+
+
+def _same_inner_sizes(first: ir.Value, second: ir.Value) -> bool:
+    """Whether all axes after batch and channels agree where both are known."""
+    pairs = zip(list(first.shape or ())[2:], list(second.shape or ())[2:], strict=True)
+    return all(not isinstance(a, int) or not isinstance(b, int) or a == b for a, b in pairs)
 
 
 def set_metadata(model: ir.Model, **entries: str) -> None:

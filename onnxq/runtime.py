@@ -44,7 +44,6 @@ class Session:
         device: ``cpu`` or ``cuda``.
         threads: Threads inside an op; 0 lets onnxruntime choose.
         optimized_path: Where to write the optimised graph, for looking at its nodes.
-        layouts: ``False`` keeps the optimiser from changing tensor layouts for this processor.
 
     Raises:
         OnnxqError: onnxruntime refuses the model, or the device is not there.
@@ -59,7 +58,6 @@ class Session:
         device: str = "cpu",
         threads: int = 0,
         optimized_path: str | None = None,
-        layouts: bool = True,
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors come back as exceptions
@@ -67,8 +65,7 @@ class Session:
         if optimized_path is not None:
             options.optimized_model_filepath = optimized_path
         levels = onnxruntime.GraphOptimizationLevel
-        full = levels.ORT_ENABLE_ALL if layouts else levels.ORT_ENABLE_EXTENDED
-        options.graph_optimization_level = full if optimize else levels.ORT_DISABLE_ALL
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
         # x86 kernels take signed int8 activations only on request (symmetric Q/DQ made for TensorRT).
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         _check_device(device)
@@ -152,12 +149,19 @@ def serialize(model: ir.Model, taps: Sequence[str] = ()) -> tuple[bytes, dict[st
     return data, large
 
 
-def optimized_nodes(model: ir.Model | str | os.PathLike[str]) -> collections.Counter[str]:
-    """How many nodes of each op onnxruntime's CPU provider runs after its own optimisations."""
+def optimized_session(
+    model: ir.Model | str | os.PathLike[str], *, threads: int = 0
+) -> tuple[Session, collections.Counter[str]]:
+    """A session on the CPU provider, and how many nodes of each op it runs after its own optimisations."""
     with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
         path = str(Path(folder) / "optimized.onnx")
-        Session(model, optimized_path=path, layouts=True)
-        return collections.Counter(node.op_type for node in ir.load(path).graph.all_nodes())
+        session = Session(model, optimized_path=path, threads=threads)
+        return session, collections.Counter(node.op_type for node in ir.load(path).graph.all_nodes())
+
+
+def optimized_nodes(model: ir.Model | str | os.PathLike[str]) -> collections.Counter[str]:
+    """How many nodes of each op onnxruntime's CPU provider runs after its own optimisations."""
+    return optimized_session(model)[1]
 
 
 def integer_kernels(nodes: Mapping[str, int]) -> int:

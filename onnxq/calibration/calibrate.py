@@ -34,12 +34,16 @@ class Recording:
     Attributes:
         statistics: By the name of the tapped value.
         kept: The first feeds and the float model's outputs for them.
+        first_feed: The first sample alone.
+        first_taps: The tapped values for it.
         samples: How many samples were run.
         inference_seconds: Time inside the float session.
     """
 
     statistics: dict[str, Statistics]
     kept: list[tuple[dict[str, Array], list[Array]]] = field(default_factory=list)
+    first_feed: dict[str, Array] = field(default_factory=dict)
+    first_taps: dict[str, Array] = field(default_factory=dict)
     samples: int = 0
     inference_seconds: float = 0.0
 
@@ -71,7 +75,14 @@ def record(
     own_outputs = [name for name in session.output_names if name not in inner]
     wanted = own_outputs + inner
     with ThreadPoolExecutor(2) as pool:
-        for feed in _sized_batches(session, wanted, source, specs, samples):
+        first = next(batches(source, specs, batch_size=1, samples=1))
+        first.pop("labels", None)
+        recording.first_feed = first
+        recording.first_taps = dict(zip(wanted, session.run(first, wanted), strict=True))
+        tapped_bytes = sum(value.nbytes for value in recording.first_taps.values())
+        size = max(1, min(LARGEST_BATCH, TAPPED_BYTES_PER_BATCH // max(tapped_bytes, 1)))
+        for feed in batches(source, specs, batch_size=size, samples=samples):
+            feed.pop("labels", None)
             rows = len(next(iter(feed.values())))
             before = time.perf_counter()
             outputs = session.run(feed, wanted)
@@ -92,19 +103,6 @@ def record(
 def _observe(work: tuple[Statistics, Array, int]) -> None:
     statistics, values, sampled = work
     statistics.update(values, sampled)
-
-
-def _sized_batches(
-    session: Session, wanted: Sequence[str], source: Source, specs: Sequence[InputSpec], samples: int | None
-) -> Iterator[dict[str, Array]]:
-    """Batches as large as the taps' memory allows; the first sample tells how much one takes."""
-    first = next(batches(source, specs, batch_size=1, samples=1))
-    first.pop("labels", None)
-    tapped_bytes = sum(output.nbytes for output in session.run(first, wanted))
-    size = max(1, min(LARGEST_BATCH, TAPPED_BYTES_PER_BATCH // max(tapped_bytes, 1)))
-    for feed in batches(source, specs, batch_size=size, samples=samples):
-        feed.pop("labels", None)
-        yield feed
 
 
 def _check_finite(name: str, statistics: Statistics) -> None:

@@ -85,6 +85,12 @@ class Statistics:
         order = np.argsort(values, kind="stable")
         return values[order], self._histogram[occupied[order]].astype(np.float64)
 
+    def drawing(self, bins: int = 64) -> tuple[list[float], list[float]]:
+        """An even histogram over the whole range, as edges and counts, for a report."""
+        values, counts = self.distribution()
+        heights, edges = np.histogram(values, bins=bins, range=(self.low, max(self.high, self.low + 1e-12)), weights=counts)
+        return [float(edge) for edge in edges], [float(height) for height in heights]
+
 
 @dataclass(frozen=True)
 class Range:

@@ -1,0 +1,45 @@
+"""Random inputs: the baseline without data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from onnxq.calibration.data import InputSpec, Sample
+from onnxq.errors import OnnxqError
+
+
+class Noise:
+    """Standard normal samples in the shape of the model's float inputs.
+
+    Raises:
+        OnnxqError: an input is not float, or has a free dimension other than the batch; nothing can be guessed then.
+    """
+
+    def __init__(self, specs: Sequence[InputSpec], *, count: int, seed: int) -> None:
+        for spec in specs:
+            if spec.dtype.kind != "f":
+                raise OnnxqError(
+                    f"expected calibration data for the {spec.dtype} input {spec.name!r}, found no --data",
+                    hint="give --data FILE.npz keyed by input name",
+                )
+            if None in spec.shape[1:]:
+                raise OnnxqError(
+                    f"expected calibration data for input {spec.name!r}, whose size is free, found no --data",
+                    hint="give --data FILE.npz keyed by input name",
+                )
+        self.specs = list(specs)
+        self.count = count
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Sample]:
+        generator = np.random.default_rng(self.seed)
+        for _ in range(self.count):
+            yield {
+                spec.name: generator.standard_normal([size or 1 for size in spec.shape[1:]]).astype(spec.dtype)
+                for spec in self.specs
+            }

@@ -1,0 +1,140 @@
+"""Does the result run, and how far is it from the float model? A few calibration samples tell."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxq import graph as graphs
+from onnxq.errors import OnnxqError
+from onnxq.job import Job
+from onnxq.runtime import Feed, Session, integer_kernels, optimized_session
+
+Array = np.ndarray[Any, Any]
+LATENCY_RUNS = 7
+
+
+@dataclass
+class Check:
+    """How the quantized model does in onnxruntime on a few calibration samples.
+
+    Attributes:
+        sqnr_db: All float outputs together, against the float model.
+        optimized_nodes: Nodes that the CPU provider runs after its optimisations, by op.
+        integer_kernels: How many of them compute on codes.
+        layers: Error of each weighted op's input on the first sample, worst first.
+        session: The optimised session.
+    """
+
+    sqnr_db: float
+    optimized_nodes: dict[str, int]
+    integer_kernels: int
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    session: Session | None = None
+
+
+def check(job: Job) -> Check:
+    """Run the result beside the float model's kept outputs.
+
+    INT8 for the CPU is judged optimised, as it is deployed. What is made for TensorRT, and FP8 everywhere, is
+    judged literally: onnxruntime's optimiser is known to change FP8 graphs.
+
+    Raises:
+        OnnxqError: the result does not run, or gives NaN or infinity.
+    """
+    if job.recording is None:
+        raise RuntimeError("record() comes before check()")
+    literal = job.target.name != "cpu" or job.scheme.activations.format.is_float
+    with job.progress.stage("check", "Checking"):
+        optimized, nodes = optimized_session(job.model)
+        tapped = [name for name in job.recording.first_taps if name in graphs.values(job.model.graph)]
+        inputs = {spec.name for spec in job.specs}
+        inner = [name for name in tapped if name not in inputs]
+        reference = Session(job.model, taps=inner, optimize=False, device=job.settings.device)
+        judged = reference if literal else optimized
+        ratio = _Ratio()
+        for feed, expected in job.recording.kept:
+            for wanted, found in zip(expected, judged.run(feed, judged.output_names[: len(expected)]), strict=True):
+                ratio.add(wanted, found)
+        layers = _layer_errors(job, reference, inner)
+    if not np.isfinite(ratio.noise):
+        raise OnnxqError(
+            "expected finite outputs of the quantized model, found NaN or infinity",
+            hint="check that the float model itself stays finite, or --exclude the layers that overflow",
+        )
+    return Check(ratio.db, dict(nodes), integer_kernels(nodes), layers, optimized)
+
+
+class _Ratio:
+    """Signal to quantization noise, added up."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = 0.0
+
+    def add(self, wanted: Array, found: Array) -> None:
+        if wanted.dtype.kind == "f":
+            reference = wanted.astype(np.float64)
+            self.signal += float(np.sum(reference**2))
+            self.noise += float(np.sum((reference - found.astype(np.float64)) ** 2))
+
+    @property
+    def db(self) -> float:
+        if self.noise <= 0:
+            return float("inf")
+        return float(10 * np.log10(max(self.signal, 1e-30) / self.noise))
+
+
+def _layer_errors(job: Job, session: Session, names: list[str]) -> list[dict[str, Any]]:
+    """How far the quantized model's inner values are from the float model's, on the first sample."""
+    assert job.recording is not None
+    if not names or not job.recording.kept:
+        return []
+    found = session.run(job.recording.first_feed, names)
+    values = graphs.values(job.model.graph)
+    layers = []
+    for name, value in zip(names, found, strict=True):
+        ratio = _Ratio()
+        ratio.add(job.recording.first_taps[name], value)
+        producer = values[name].producer()
+        layers.append(
+            {
+                "name": (producer.name if producer is not None else name) or name,
+                "op": producer.op_type if producer is not None else "input",
+                "value": name,
+                "sqnr_db": ratio.db,
+            }
+        )
+    return sorted(layers, key=lambda layer: (layer["sqnr_db"], layer["name"]))
+
+
+def bare_float_run(job: Job, path: Path, checked: Check) -> dict[str, float]:
+    """What the float model costs alone: per sample on the kept feeds, scaled to all samples; and both latencies."""
+    assert job.recording is not None
+    session = Session(path, device=job.settings.device)
+    feeds = [feed for feed, _ in job.recording.kept]
+    rows = sum(len(next(iter(feed.values()))) for feed in feeds)
+    session.run(feeds[0])
+    start = time.perf_counter()
+    for feed in feeds:
+        session.run(feed)
+    seconds = (time.perf_counter() - start) * job.recording.samples / rows
+    numbers = {"float_inference_seconds": seconds}
+    if checked.session is not None:
+        one = job.recording.first_feed
+        numbers["latency_ms_float"] = _median_ms(session, one)
+        numbers["latency_ms_quantized"] = _median_ms(checked.session, one)
+    return numbers
+
+
+def _median_ms(session: Session, feed: Feed) -> float:
+    session.run(feed)
+    times = []
+    for _ in range(LATENCY_RUNS):
+        start = time.perf_counter()
+        session.run(feed)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times) * 1000)

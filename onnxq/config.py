@@ -1,0 +1,122 @@
+"""The settings of one quantization: from keywords, the command line or a YAML file, checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from onnxq.errors import OnnxqError
+
+
+class PreprocessingSettings(BaseModel):
+    """How image files become the model's input (``preprocess:`` in the YAML file)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    scale: float = Field(255.0, gt=0)
+    channels: Literal["rgb", "bgr"] = "rgb"
+    resize: Literal["crop", "squash"] = "crop"
+
+
+class Settings(BaseModel):
+    """Everything that a quantization can be told. The same names are options and YAML keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: str = "default"
+    target: str = "tensorrt"
+    weights: str | None = None
+    activations: str | None = None
+    samples: int | None = Field(None, ge=1)
+    exclude: tuple[str, ...] = ()
+    seed: int = Field(0, ge=0)
+    device: Literal["cpu", "cuda"] = "cpu"
+    knobs: dict[str, Any] = Field(default_factory=dict)
+    preprocess: PreprocessingSettings = Field(default_factory=lambda: PreprocessingSettings())
+
+
+def make_settings(entries: Mapping[str, Any]) -> Settings:
+    """Check ``entries``; ``None`` means the default.
+
+    Raises:
+        OnnxqError: a name is unknown or a value is of the wrong kind.
+    """
+    try:
+        return Settings(**{key: value for key, value in entries.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise OnnxqError(
+            f"expected another value for {where}: {first['msg'].lower()}, found {first.get('input')!r}",
+            hint=f"settings are {', '.join(Settings.model_fields)}",
+        ) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings from a YAML file (read safely: no object is ever built from it)."""
+    import yaml
+
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OnnxqError(
+            f"expected a YAML file of settings at {path}, found: {' '.join(str(error).split())[:160]}",
+            hint="for example: 'target: cpu' and 'exclude: [Conv_0]', one a line",
+        ) from error
+    if entries is None:
+        return {}
+    if not isinstance(entries, dict) or not all(isinstance(key, str) for key in entries):
+        raise OnnxqError(
+            f"expected names and values in {path}, found {type(entries).__name__}",
+            hint="for example: 'target: cpu', one setting a line",
+        )
+    return entries
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """``knob=value`` pairs of ``--set``; values are read as YAML scalars."""
+    import yaml
+
+    knobs: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise OnnxqError(f"expected knob=value, found {assignment!r}", hint="for example --set observer=minmax")
+        try:
+            knobs[name.strip().replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise OnnxqError(f"expected a plain value, found {assignment!r}", hint="quote it") from error
+    return knobs
+
+
+def build_knobs(recipe: type[Any], knobs: Mapping[str, Any], name: str) -> Any:
+    """The recipe's dataclass with ``knobs`` set, each checked against the type of its default.
+
+    Raises:
+        OnnxqError: the recipe has no such knob, or its value is of another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(recipe)}
+    checked: dict[str, Any] = {}
+    for key, value in knobs.items():
+        if key not in fields:
+            raise OnnxqError(
+                f"expected a knob of recipe {name!r}, found {key!r}",
+                hint=f"its knobs are {', '.join(fields) or 'none'}; `onnxq recipes {name}` explains them",
+            )
+        default = fields[key].default
+        kind = type(default)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if default is not None and not isinstance(value, kind):
+            raise OnnxqError(
+                f"expected {kind.__name__} for knob {key!r} of recipe {name!r}, found {value!r}",
+                hint=f"its default is {default!r}",
+            )
+        checked[key] = value
+    return recipe(**checked)

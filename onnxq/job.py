@@ -1,0 +1,121 @@
+"""One quantization, as a recipe sees it: the graph, the target, the data, and the steps between them."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+from onnxq.calibration import calibrate
+from onnxq.calibration.data import InputSpec, Source, input_specs
+from onnxq.calibration.observers import Range, Statistics
+from onnxq.config import Settings
+from onnxq.errors import OnnxqError
+from onnxq.passes.insert_qdq import InsertQDQ
+from onnxq.progress import Progress
+from onnxq.runtime import Session
+from onnxq.scheme import Scheme
+from onnxq.targets import Placement, Target
+from onnxq.targets.placement import quantized_twice
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Job:
+    """What a recipe works on.
+
+    Attributes:
+        model: The graph; float at first, quantized in place.
+        target: What will run it.
+        scheme: The formats.
+        settings: Everything else the user said.
+        source: Calibration samples, or ``None`` for a model whose data is not available.
+        progress: Where to say what is being done.
+        placement: Set by :meth:`insert`.
+        recording: Set by :meth:`record`.
+        ranges: The range chosen for each activation, by value name.
+        warnings: What the user should know.
+    """
+
+    model: ir.Model
+    target: Target
+    scheme: Scheme
+    settings: Settings
+    source: Source
+    progress: Progress
+    specs: list[InputSpec] = field(default_factory=list)
+    placement: Placement | None = None
+    recording: calibrate.Recording | None = None
+    ranges: dict[str, Range] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    _float_session: Session | None = None
+    _taps: list[str] = field(default_factory=list)
+
+    def prepare(self) -> None:
+        """Refuse what is quantized already, then run the target's rewrites, which keep the function."""
+        quantized_twice(self.model.graph)
+        self.specs = input_specs(self.model)
+        self.target.prepare(self.model)
+
+    def insert(self) -> None:
+        """Insert Q/DQ where the target wants them; a float session that taps the same values is made first."""
+        self.placement = self.target.place(self.model.graph, self.scheme, self.settings.exclude)
+        if not self.placement.sites:
+            reasons = "; ".join(sorted(set(self.placement.left_float.values()))) or "it has no Conv, Gemm or MatMul"
+            raise OnnxqError(f"expected something to quantize, found nothing ({reasons})", hint="see `onnxq lint`")
+        roots = {(site.like or site.value) for site in self.placement.sites if not site.value.is_initializer()}
+        self._taps = sorted(root.name or "" for root in roots)
+        inputs = {spec.name for spec in self.specs}
+        self._float_session = Session(
+            self.model, taps=[name for name in self._taps if name not in inputs], device=self.settings.device
+        )
+        InsertQDQ(self.placement.sites)(self.model)
+
+    def record(self) -> dict[str, Statistics]:
+        """Run the float graph once over the calibration inputs and keep statistics of what gets quantized."""
+        if self._float_session is None:
+            raise RuntimeError("insert() comes before record()")
+        total = min(len(self.source), self.settings.samples or len(self.source))
+        if not self._taps:
+            total = min(total, calibrate.KEPT_SAMPLES)  # weights only: a few samples to check the result on
+        with self.progress.stage("calibrate", "Calibrating", total) as advance:
+            self.recording = calibrate.record(
+                self._float_session, self._taps, self.source, self.specs, samples=total, on_batch=advance
+            )
+        self._float_session = None
+        return self.recording.statistics
+
+    def lower(self) -> None:
+        """Bring the graph to the form that the target runs, and prove that it breaks no rule of the target."""
+        with self.progress.stage("lower", "Writing integers"):
+            self.target.lower(self.model)
+            findings = [item for item in self.target.lint(self.model) if item.severity == "error"]
+        if findings:
+            first = findings[0]
+            raise OnnxqError(
+                f"expected a graph that passes the lint of {self.target.name}, found {len(findings)} errors, first: "
+                f"{first.rule} at {first.node!r}: {first.message}",
+                hint="this is a defect of onnxq; --exclude that node for now, and report it",
+            )
+
+
+def quantized_counts(graph: ir.Graph) -> tuple[int, int]:
+    """How many Conv, Gemm and MatMul read quantized inputs, and how many there are."""
+    total = quantized = 0
+    for item in graphs.weighted_nodes(graph):
+        total += 1
+        readers = [value for value in item.node.inputs[:2] if value is not None]
+        quantized += any(graphs.is_dequantize(value.producer()) for value in readers)
+    return quantized, total
+
+
+def peak_rss_mib() -> float:
+    """The largest resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)

@@ -1,0 +1,192 @@
+"""The main job: from a float ONNX file to a checked, quantized one."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+import onnxq
+from onnxq import model as models
+from onnxq import recipes, targets
+from onnxq.calibration.data import Preprocessing, Source, input_specs, open_source
+from onnxq.calibration.noise import Noise
+from onnxq.check import Check, bare_float_run, check
+from onnxq.config import Settings, build_knobs, make_settings
+from onnxq.job import Job, peak_rss_mib, quantized_counts
+from onnxq.progress import Progress
+
+Array = np.ndarray[Any, Any]
+LOW_SQNR_DB = 10.0
+
+
+@dataclass
+class Result:
+    """A quantized model and what it cost.
+
+    Attributes:
+        model: The quantized model; :func:`onnxq.save` writes it.
+        settings: Everything that the recipe was told.
+        numbers: The keys of ``--json`` (see the documentation of ``onnxq quantize``).
+        tensors: Range and histogram of each quantized activation, for the report.
+    """
+
+    model: ir.Model
+    settings: Settings
+    numbers: dict[str, Any]
+    tensors: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the model, whole or not at all."""
+        return models.save(self.model, path)
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Iterable[Mapping[str, Array]] | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Result:
+    """Quantize an ONNX model.
+
+    Args:
+        model: Path of the float model.
+        data: Calibration inputs: an ``.npz`` keyed by input name, a folder of images or npz files, or any iterable
+            of dicts of batched arrays. ``None``: random inputs, which is said in the result's warnings.
+        output: Where to write the result; ``None`` writes nothing.
+        settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
+            ``activations``, ``samples``, ``exclude``, ``seed``, ``device``, ``knobs``, ``preprocess``.
+        progress: Where to say what is being done; by default nowhere.
+        **options: The fields of :class:`Settings`.
+
+    Returns:
+        The result; its model has passed the lint of its target and a run in onnxruntime.
+
+    Raises:
+        OnnxqError: the model, the data or a setting is not what was expected.
+    """
+    started = time.perf_counter()
+    settings = settings or make_settings(options)
+    progress = progress or Progress()
+    path = Path(model)
+    if output is not None:
+        models.check_writable(Path(output))
+    target = targets.get(settings.target)
+    scheme = target.scheme(settings.weights, settings.activations)
+    recipe = build_knobs(recipes.get(settings.recipe), settings.knobs, settings.recipe)
+    with progress.stage("load", "Loading"):
+        loaded = models.load(path)
+        source, warnings = _source(loaded, data, settings)
+        job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings)
+    recipe.run(job)
+    checked = check(job)
+    numbers = _numbers(job, path, checked, recipe)
+    models.set_metadata(
+        loaded,
+        version=onnxq.__version__,
+        recipe=settings.recipe,
+        target=settings.target,
+        seed=str(settings.seed),
+        config=json.dumps(settings.model_dump(exclude_defaults=True), sort_keys=True),
+        knobs=json.dumps(numbers["knobs"], sort_keys=True),
+    )
+    loaded.producer_name, loaded.producer_version = "onnxq", onnxq.__version__
+    if output is not None:
+        with progress.stage("save", "Saving"):
+            models.save(loaded, output)
+        numbers["output"] = str(output)
+        numbers["quantized_bytes"] = models.file_bytes(output)
+    else:
+        numbers["quantized_bytes"] = models.initializer_bytes(loaded)
+    numbers["seconds"] = {"total": time.perf_counter() - started, **progress.seconds}
+    numbers["peak_rss_mib"] = peak_rss_mib()
+    numbers |= bare_float_run(job, path, checked)
+    return Result(loaded, settings, numbers, _tensors(job))
+
+
+def _source(
+    model: ir.Model, data: str | os.PathLike[str] | Iterable[Mapping[str, Array]] | None, settings: Settings
+) -> tuple[Source, list[str]]:
+    specs = input_specs(model)
+    if data is None:
+        return Noise(specs, count=settings.samples or 32, seed=settings.seed), [
+            "calibrated on random inputs, because no --data was given: ranges are guesses"
+        ]
+    preprocess = settings.preprocess.model_dump()
+    return open_source(data, specs, Preprocessing(**preprocess)), []
+
+
+def _numbers(job: Job, path: Path, checked: Check, recipe: Any) -> dict[str, Any]:
+    quantized, weighted = quantized_counts(job.model.graph)
+    warnings = list(job.warnings)
+    if checked.sqnr_db < LOW_SQNR_DB:
+        warnings.append(f"the output's error is large: SQNR {checked.sqnr_db:.1f} dB against the float model")
+    return {
+        "model": str(path),
+        "recipe": job.settings.recipe,
+        "knobs": {key: value for key, value in vars(recipe).items()},
+        "target": job.target.name,
+        "weights": str(job.scheme.weights),
+        "activations": str(job.scheme.activations),
+        "seed": job.settings.seed,
+        "kind": models.kind_of(job.model).value,
+        "quantized_nodes": quantized,
+        "weighted_nodes": weighted,
+        "left_float": {} if job.placement is None else job.placement.left_float,
+        "integer_kernels": checked.integer_kernels,
+        "optimized_nodes": checked.optimized_nodes,
+        "float_bytes": models.file_bytes(path),
+        "sqnr_db": checked.sqnr_db,
+        "samples": job.recording.samples if job.recording else 0,
+        "layers": checked.layers,
+        "warnings": warnings,
+        "next_steps": _next_steps(job, checked),
+    }
+
+
+def _next_steps(job: Job, checked: Check) -> list[str]:
+    steps = []
+    if isinstance(job.source, Noise):
+        steps.append("give real inputs with --data (an .npz keyed by input name, or a folder of images)")
+    worst = [layer for layer in checked.layers[:3] if layer["sqnr_db"] < 15]
+    if worst and checked.sqnr_db < 25:
+        patterns = " ".join(f"--exclude '{layer['name']}'" for layer in worst)
+        steps.append(f"keep the worst layers in float: {patterns}")
+    observer = job.settings.knobs.get("observer")
+    if checked.sqnr_db < 20 and job.settings.recipe == "default" and observer is None:
+        steps.append("try another range rule: --set observer=mse, or percentile, or entropy")
+    if job.target.name == "tensorrt":
+        steps.append("compile it and see which layers run in INT8: onnxq build")
+    return steps
+
+
+def _tensors(job: Job) -> list[dict[str, Any]]:
+    """What the report draws of each activation: its histogram and where it is clipped."""
+    if job.recording is None:
+        return []
+    tensors = []
+    for name, chosen in job.ranges.items():
+        statistics = job.recording.statistics[name]
+        edges, counts = statistics.drawing()
+        tensors.append(
+            {
+                "name": name,
+                "low": statistics.low,
+                "high": statistics.high,
+                "clip_low": chosen.low,
+                "clip_high": chosen.high,
+                "format": job.scheme.activations.format.name,
+                "histogram": {"edges": edges, "counts": counts},
+            }
+        )
+    return tensors

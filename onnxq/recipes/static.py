@@ -1,0 +1,39 @@
+"""Static post-training quantization: the default with data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnxq.calibration import calibrate, observers
+from onnxq.job import Job
+
+
+@dataclass(frozen=True)
+class Static:
+    """Ranges from one pass over the data, nearest rounding, integer weights.
+
+    1. Rewrite the graph so that the target's kernels match (BatchNormalization and Pad folded).
+    2. Insert Q/DQ where the target wants them.
+    3. Run the float graph once over the data; statistics become activation scales.
+    4. Weight scales come from the weights, per output channel.
+    5. Store weights as codes, lint, check.
+
+    Source: R. Krishnamoorthi, Quantizing deep convolutional networks for efficient inference, 2018
+    (arXiv 1806.08342); the range rules are those of ``onnxq.calibration.observers``.
+
+    Attributes:
+        observer: How a range follows from the statistics of an activation: ``minmax``, ``mse``, ``percentile`` or
+            ``entropy``.
+    """
+
+    observer: str = "minmax"
+
+    def run(self, job: Job) -> None:
+        """Quantize the job's model."""
+        observer = observers.get(self.observer)
+        job.prepare()
+        job.insert()
+        statistics = job.record()
+        job.ranges = calibrate.set_activation_scales(job.model, statistics, observer)
+        calibrate.set_weight_scales(job.model)
+        job.lower()

@@ -1,0 +1,153 @@
+"""How alike two models answer: which metrics apply to their outputs, fed batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from onnxq.errors import OnnxqError
+from onnxq.report.metrics import Accuracy, Agreement, MeanError, Perplexity, Sqnr
+
+Array = np.ndarray[Any, Any]
+
+TOP_K = 5
+TOKEN_NAMES = ("input_ids", "tokens", "ids")
+
+
+class Quality:
+    """Metrics of a quantized model's outputs against the float model's.
+
+    SQNR and mean error take all float outputs together. Classes are read from the first output only: scores
+    ``[batch, classes]`` (trailing axes of size one are dropped), or logits ``[batch, sequence, vocabulary]`` of a
+    model that reads integer tokens ``[batch, sequence]``. Outputs that are not float count as equal or not.
+
+    Args:
+        output_names: Names of the float model's outputs, in order.
+    """
+
+    def __init__(self, output_names: Sequence[str]) -> None:
+        self.output_names = list(output_names)
+        self.sqnr = Sqnr()
+        self.output_sqnr: dict[str, Sqnr] = {}
+        self.mean_error = MeanError()
+        self.agreement = Agreement()
+        self.equality = Agreement()
+        self.accuracy = {
+            (model, k): Accuracy(k) for model in ("float", "quantized") for k in (1, TOP_K)
+        }  # fmt: skip
+        self.perplexity = {"float": Perplexity(), "quantized": Perplexity()}
+        self.warnings: list[str] = []
+
+    def update(
+        self,
+        feed: Mapping[str, Array],
+        expected: Sequence[Array],
+        found: Sequence[Array],
+        labels: Array | None = None,
+    ) -> None:
+        """Add one batch: what both models were given, what each answered, and the labels if there are any.
+
+        Raises:
+            OnnxqError: the two models answer in different shapes.
+        """
+        for name, reference, quantized in zip(self.output_names, expected, found, strict=True):
+            if np.shape(reference) != np.shape(quantized):
+                raise OnnxqError(
+                    f"expected output {name!r} to have the shape {list(np.shape(reference))} of the float model, "
+                    f"found {list(np.shape(quantized))}",
+                    hint="compare a quantized model with the float model that it was made from",
+                )
+            if is_float(reference) and is_float(quantized):
+                self.sqnr.update(reference, quantized)
+                self.output_sqnr.setdefault(name, Sqnr()).update(reference, quantized)
+                self.mean_error.update(reference, quantized)
+            else:
+                self.equality.update_equal(reference, quantized)
+        if is_float(expected[0]) and is_float(found[0]):
+            self._update_classes(feed, expected[0], found[0], labels)
+
+    def _update_classes(self, feed: Mapping[str, Array], expected: Array, found: Array, labels: Array | None) -> None:
+        tokens = _tokens(feed, expected)
+        if tokens is not None:
+            self.agreement.update(expected, found)
+            if tokens.size and tokens.min() >= 0 and tokens.max() < expected.shape[-1]:
+                mask = feed.get("attention_mask")
+                mask = mask if mask is not None and mask.shape == tokens.shape else None
+                self.perplexity["float"].update(expected, tokens, mask)
+                self.perplexity["quantized"].update(found, tokens, mask)
+            return
+        expected, found = _scores(expected), _scores(found)
+        if expected.ndim != 2 or expected.shape[1] < 2:
+            return
+        self.agreement.update(expected, found)
+        if labels is not None:
+            self._update_accuracy({"float": expected, "quantized": found}, labels)
+
+    def _update_accuracy(self, scores: Mapping[str, Array], labels: Array) -> None:
+        batch, classes = scores["float"].shape
+        labels = labels.reshape(-1)
+        if labels.dtype.kind not in "iu" or len(labels) != batch:
+            self._warn_once("accuracy left out: labels are not one whole number for each sample")
+        elif labels.min() < 0 or labels.max() >= classes:
+            self._warn_once(f"accuracy counts only samples whose label is one of the model's {classes} classes")
+        else:
+            for (model, k), accuracy in self.accuracy.items():
+                if k < classes:
+                    accuracy.update(scores[model], labels)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self.warnings:
+            self.warnings.append(message)
+
+    def summary(self) -> dict[str, Any]:
+        """The values that apply, under the names that `compare` reports, and the warnings."""
+        outputs = {name: sqnr.value for name, sqnr in self.output_sqnr.items()}
+        warnings = list(self.warnings)
+        for name, sqnr in self.output_sqnr.items():
+            if sqnr.not_finite:
+                warnings.append(
+                    f"the quantized model gives NaN or infinity in output {name!r} "
+                    f"({sqnr.not_finite} of {sqnr.count} elements)"
+                )
+        agreement = self.agreement if self.agreement.count else self.equality
+        return {
+            "sqnr_db": self.sqnr.value,
+            "outputs": outputs if len(self.output_names) > 1 else {},
+            "mean_error": self.mean_error.value,
+            "agreement": agreement.value,
+            "top1_float": self.accuracy["float", 1].value,
+            "top1_quantized": self.accuracy["quantized", 1].value,
+            "top5_float": self.accuracy["float", TOP_K].value,
+            "top5_quantized": self.accuracy["quantized", TOP_K].value,
+            "perplexity_float": self.perplexity["float"].value,
+            "perplexity_quantized": self.perplexity["quantized"].value,
+            "warnings": warnings,
+        }
+
+
+def is_float(array: object) -> bool:
+    """Whether an output is an array of floats (onnxruntime also returns lists and strings)."""
+    return isinstance(array, np.ndarray) and np.issubdtype(array.dtype, np.floating)
+
+
+def _scores(array: Array) -> Array:
+    """Class scores as ``[batch, classes]``; some classifiers end in ``[batch, classes, 1, 1]``."""
+    while array.ndim > 2 and array.shape[-1] == 1:
+        array = array[..., 0]
+    return array
+
+
+def _tokens(feed: Mapping[str, Array], logits: Array) -> Array | None:
+    """The integer tokens that the logits belong to, if this is a model from tokens to logits."""
+    if logits.ndim != 3:
+        return None
+    fitting = {
+        name: array for name, array in feed.items() if array.dtype.kind in "iu" and array.shape == logits.shape[:2]
+    }
+    for name in TOKEN_NAMES:
+        if name in fitting:
+            return fitting[name]
+    others = [array for name, array in fitting.items() if "mask" not in name and "position" not in name]
+    return others[0] if len(others) == 1 else None
