@@ -83,9 +83,7 @@ def quantize(
         typer.Option(metavar="PATTERN", help="Node names or ops to keep in float (`*` matches anything); repeatable."),
     ] = None,
     seed: Annotated[int | None, typer.Option(show_default="0", help="The same seed gives the same bytes.")] = None,
-    device: Annotated[
-        str | None, typer.Option(show_default="cpu", help="Where calibration runs: cpu or cuda.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(show_default="cpu", help="Where calibration runs: cpu or cuda.")] = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Settings as YAML, under the names of these options; options win."),
@@ -138,7 +136,9 @@ def compare(
     ],
     data: Annotated[
         Path,
-        typer.Option("--data", metavar="PATH", help="As for quantize; an array `labels` gives accuracy.", show_default=False),
+        typer.Option(
+            "--data", metavar="PATH", help="As for quantize; an array `labels` gives accuracy.", show_default=False
+        ),
     ],
     samples: Annotated[int | None, typer.Option("--samples", "-n", help="Use so many samples.")] = None,
     layers: Annotated[bool, typer.Option(help="Measure the error of each layer too.")] = True,
@@ -218,7 +218,9 @@ def build(
     runtime: Annotated[str, typer.Option(help="tensorrt, tensorrt-rtx, or auto: what is installed.")] = "auto",
     sm: Annotated[
         list[str] | None,
-        typer.Option(metavar="SM", help="Compute capability, such as 89; repeatable. TensorRT-RTX needs no GPU for it."),
+        typer.Option(
+            metavar="SM", help="Compute capability, such as 89; repeatable. TensorRT-RTX needs no GPU for it."
+        ),
     ] = None,
     shapes: Annotated[
         list[str] | None,
@@ -413,7 +415,9 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory", "use fewer or smaller samples, or a machine with more memory", BAD_INPUT)
     except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), "check the path and the disk", BAD_INPUT)
+        _fail(
+            f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), "check the path and the disk", BAD_INPUT
+        )
 
 
 class _Interrupted(BaseException):

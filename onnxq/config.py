@@ -19,7 +19,7 @@ class PreprocessingSettings(BaseModel):
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    scale: float = Field(255.0, gt=0)
+    scale: float = Field(default=255.0, gt=0)
     channels: Literal["rgb", "bgr"] = "rgb"
     resize: Literal["crop", "squash"] = "crop"
 
@@ -33,12 +33,12 @@ class Settings(BaseModel):
     target: str = "tensorrt"
     weights: str | None = None
     activations: str | None = None
-    samples: int | None = Field(None, ge=1)
+    samples: int | None = Field(default=None, ge=1)
     exclude: tuple[str, ...] = ()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     device: Literal["cpu", "cuda"] = "cpu"
     knobs: dict[str, Any] = Field(default_factory=dict)
-    preprocess: PreprocessingSettings = Field(default_factory=lambda: PreprocessingSettings())
+    preprocess: PreprocessingSettings = Field(default_factory=PreprocessingSettings)
 
 
 def make_settings(entries: Mapping[str, Any]) -> Settings:

@@ -87,7 +87,8 @@ def weighted(node: ir.Node) -> WeightedNode | None:
     """
     if not is_op(node, *WEIGHTED_OPS) or len(node.inputs) < 2 or node.inputs[0] is None or node.inputs[1] is None:
         return None
-    first, second = (_is_weight(value) for value in node.inputs[:2])
+    left, right = node.inputs[0], node.inputs[1]
+    first, second = _is_weight(left), _is_weight(right)
     if node.op_type == "Conv":
         return WeightedNode(node, 0, 1 if second else None, 0, 1)
     if node.op_type == "ConvTranspose":
@@ -96,12 +97,12 @@ def weighted(node: ir.Node) -> WeightedNode | None:
         transposed = bool(node.attributes.get_int("transB", 0))
         return WeightedNode(node, 0, 1 if second else None, 0 if transposed else 1, 1 if transposed else 0)
     if second:
-        dimensions = rank(node.inputs[1])
+        dimensions = rank(right)
         if dimensions is None or dimensions < 2:
             return WeightedNode(node, 0, None)  # a matrix-vector product: nothing to gain
         return WeightedNode(node, 0, 1, dimensions - 1, dimensions - 2)
     if first:
-        dimensions = rank(node.inputs[0])
+        dimensions = rank(left)
         if dimensions is None or dimensions < 2:
             return WeightedNode(node, 0, None)
         return WeightedNode(node, 1, 0, dimensions - 2, dimensions - 1)  # weight on the left
@@ -109,6 +110,7 @@ def weighted(node: ir.Node) -> WeightedNode | None:
 
 
 def _is_weight(value: ir.Value) -> bool:
+    """Whether the value is constant, if only behind Q/DQ or a change of layout."""
     if is_constant(value):
         return True
     producer = value.producer()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,8 +78,12 @@ class Job:
         )
         InsertQDQ(self.placement.sites)(self.model)
 
-    def record(self) -> dict[str, Statistics]:
-        """Run the float graph once over the calibration inputs and keep statistics of what gets quantized."""
+    def record(self, channel_axes: Mapping[str, int] | None = None) -> dict[str, Statistics]:
+        """Run the float graph once over the calibration inputs and keep statistics of what gets quantized.
+
+        Args:
+            channel_axes: Values whose mean per channel is wanted too, and their channel axes.
+        """
         if self._float_session is None:
             raise RuntimeError("insert() comes before record()")
         total = min(len(self.source), self.settings.samples or len(self.source))
@@ -86,7 +91,13 @@ class Job:
             total = min(total, calibrate.KEPT_SAMPLES)  # weights only: a few samples to check the result on
         with self.progress.stage("calibrate", "Calibrating", total) as advance:
             self.recording = calibrate.record(
-                self._float_session, self._taps, self.source, self.specs, samples=total, on_batch=advance
+                self._float_session,
+                self._taps,
+                self.source,
+                self.specs,
+                channel_axes={name: axis for name, axis in (channel_axes or {}).items() if name in self._taps},
+                samples=total,
+                on_batch=advance,
             )
         self._float_session = None
         return self.recording.statistics

@@ -286,9 +286,9 @@ def kind_of(model: ir.Model) -> Kind:
     if len(inputs) >= 2 and outputs and _takes_a_timestep(inputs, outputs):
         return Kind.DENOISER
     integers = (ir.DataType.INT64, ir.DataType.INT32)
-    if inputs and inputs[0].dtype in integers and any(graphs.rank(value) == 2 for value in inputs):
-        if any(graphs.is_float(value) and graphs.rank(value) in (2, 3) for value in outputs):
-            return Kind.LANGUAGE
+    takes_tokens = bool(inputs) and inputs[0].dtype in integers and any(graphs.rank(value) == 2 for value in inputs)
+    if takes_tokens and any(graphs.is_float(value) and graphs.rank(value) in (2, 3) for value in outputs):
+        return Kind.LANGUAGE
     for node in model.graph:
         if graphs.is_op(node, "Softmax") and any(
             graphs.is_op(reader, "MatMul") for reader, _ in graphs.consumers(node.outputs[0])

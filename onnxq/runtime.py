@@ -137,7 +137,13 @@ def serialize(model: ir.Model, taps: Sequence[str] = ()) -> tuple[bytes, dict[st
                 large[name] = tensor.numpy()
                 kept[name] = tensor
                 graph.initializers[name].const_value = ir.ExternalTensor(
-                    "in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=""
+                    "in-memory",
+                    0,
+                    tensor.nbytes,
+                    tensor.dtype,
+                    shape=ir.Shape(large[name].shape),
+                    name=name,
+                    base_dir="",
                 )
         data = ir.to_proto(model).SerializeToString()
     finally:

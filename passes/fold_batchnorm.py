@@ -9,7 +9,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnxq import graph as graphs
 
 
-class FoldBatchNorm(InPlacePass):  # type: ignore[misc]
+class FoldBatchNorm(InPlacePass):
     """Fold inference-time affine steps into weights; the function stays as it was.
 
     Before::

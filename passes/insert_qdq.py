@@ -18,7 +18,7 @@ SYMMETRIC = "onnxq.symmetric"
 STATISTICS = "onnxq.statistics"
 
 
-class InsertQDQ(InPlacePass):  # type: ignore[misc]
+class InsertQDQ(InPlacePass):
     """Put one Q/DQ pair at every site, with scale and zero point as named initializers.
 
     Before::
@@ -56,7 +56,7 @@ def _insert(graph: ir.Graph, site: Site) -> None:
     if not site.spec.format.fills_container and not value.is_initializer():
         # An odd width is 8-bit Q/DQ whose input never leaves the narrower range (weights are clipped when lowered).
         source = tape.op("Clip", [value, *_clip_bounds(graph, site, root)])
-        source.name, source.dtype, source.shape = f"{value.name}_clipped", value.dtype, value.shape
+        source.name, source.type, source.shape = f"{value.name}_clipped", value.type, value.shape
     attributes: dict[str, int] = {}
     if site.axis is not None and site.spec.granularity != "tensor":
         attributes["axis"] = site.axis
@@ -66,7 +66,7 @@ def _insert(graph: ir.Graph, site: Site) -> None:
     dequantized = tape.op("DequantizeLinear", [quantized, scale, zero_point], attributes)
     suffix = _free_suffix(graph, f"{value.name}_quantized")
     quantized.name, dequantized.name = f"{value.name}_quantized{suffix}", f"{value.name}_dequantized{suffix}"
-    quantized.dtype, dequantized.dtype = site.spec.format.storage, value.dtype
+    quantized.type, dequantized.type = ir.TensorType(site.spec.format.storage), value.type
     quantized.shape = dequantized.shape = value.shape
     *clip, quantize, dequantize = tape.nodes
     for node in clip:

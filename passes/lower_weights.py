@@ -11,7 +11,7 @@ from onnxq.formats import parse_format, quantize
 from onnxq.passes.insert_qdq import FORMAT
 
 
-class LowerWeights(InPlacePass):  # type: ignore[misc]
+class LowerWeights(InPlacePass):
     """Store weights as codes: the file shrinks, and both targets see a quantized constant.
 
     Before::

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ Array = np.ndarray[Any, Any]
 
 TAPPED_BYTES_PER_BATCH = 24 << 20  # bounds memory, and keeps a batch's activations near the caches
 LARGEST_BATCH = 16
+MEAN_SAMPLES = 16  # channel means settle soon, and cost as much as the extremes of all values
 SAMPLED_VALUES = 1 << 18  # per tensor over the whole run
 KEPT_SAMPLES = 8  # float outputs kept to check the result against
 
@@ -36,6 +37,7 @@ class Recording:
         kept: The first feeds and the float model's outputs for them.
         first_feed: The first sample alone.
         first_taps: The tapped values for it.
+        channel_means: E[x] per channel, by the name of the tapped value.
         samples: How many samples were run.
         inference_seconds: Time inside the float session.
     """
@@ -44,6 +46,7 @@ class Recording:
     kept: list[tuple[dict[str, Array], list[Array]]] = field(default_factory=list)
     first_feed: dict[str, Array] = field(default_factory=dict)
     first_taps: dict[str, Array] = field(default_factory=dict)
+    channel_means: dict[str, Array] = field(default_factory=dict)
     samples: int = 0
     inference_seconds: float = 0.0
 
@@ -54,6 +57,7 @@ def record(
     source: Source,
     specs: Sequence[InputSpec],
     *,
+    channel_axes: Mapping[str, int] | None = None,
     samples: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Recording:
@@ -64,6 +68,7 @@ def record(
         taps: Names of the values to observe, graph inputs included.
         source: Calibration samples.
         specs: The model's inputs.
+        channel_axes: Values whose mean per channel is wanted too, and their channel axes.
         samples: Use at most so many.
         on_batch: Called with the number of samples after each batch.
     """
@@ -74,6 +79,8 @@ def record(
     inner = [name for name in taps if name not in names]
     own_outputs = [name for name in session.output_names if name not in inner]
     wanted = own_outputs + inner
+    sums: dict[str, Array] = {}
+    mean_samples = 0
     with ThreadPoolExecutor(2) as pool:
         first = next(batches(source, specs, batch_size=1, samples=1))
         first.pop("labels", None)
@@ -92,12 +99,25 @@ def record(
             list(pool.map(_observe, observed))
             for name in taps:
                 _check_finite(name, recording.statistics[name])
+            if recording.samples < MEAN_SAMPLES:
+                for name, axis in (channel_axes or {}).items():
+                    sums[name] = sums.get(name, 0) + _channel_mean(tapped[name], axis) * rows
+                mean_samples += rows
             if recording.samples < KEPT_SAMPLES:
                 recording.kept.append((feed, outputs[: len(own_outputs)]))
             recording.samples += rows
             if on_batch is not None:
                 on_batch(recording.samples)
+    recording.channel_means = {name: total / mean_samples for name, total in sums.items()}
     return recording
+
+
+def _channel_mean(values: Array, axis: int) -> Array:
+    axis %= values.ndim
+    if axis == values.ndim - 1:
+        return np.asarray(values.reshape(-1, values.shape[-1]).mean(axis=0, dtype=np.float64))
+    rows = values.reshape(*values.shape[: axis + 1], -1).mean(axis=-1, dtype=np.float32)  # fast: contiguous
+    return np.asarray(rows.reshape(-1, values.shape[axis]).mean(axis=0, dtype=np.float64))
 
 
 def _observe(work: tuple[Statistics, Array, int]) -> None:
@@ -159,7 +179,7 @@ def set_weight_scales(
         symmetric = node.metadata_props[SYMMETRIC] == "1"
         scale_value = node.inputs[1]
         assert scale_value is not None and scale_value.const_value is not None
-        shape = tuple(int(size) for size in scale_value.const_value.shape)
+        shape = scale_value.const_value.numpy().shape
         rows = _rows(weight.const_value.numpy(), shape, node)
         low, high = (rows.min(axis=1), rows.max(axis=1)) if search is None else search(rows, number_format, symmetric)
         low, high = np.minimum(low, 0), np.maximum(high, 0)

@@ -30,12 +30,18 @@ class Statistics:
         low: Smallest value seen.
         high: Largest value seen.
         count: Values seen (not only those sampled).
+        rows: Samples seen (along the first axis).
+        sum_of_lows: Sum over samples of each one's smallest value.
+        sum_of_highs: Sum over samples of each one's largest value.
     """
 
     def __init__(self) -> None:
         self.low = np.inf
         self.high = -np.inf
         self.count = 0
+        self.rows = 0
+        self.sum_of_lows = 0.0
+        self.sum_of_highs = 0.0
         self._histogram: Array | None = None
         self._pending: list[Array] = []
         self._pending_values = 0
@@ -45,8 +51,13 @@ class Statistics:
         flat = np.asarray(values, np.float32).reshape(-1)
         if flat.size == 0:
             return
-        self.low = min(self.low, float(flat.min()))
-        self.high = max(self.high, float(flat.max()))
+        rows = flat.reshape(values.shape[0] if values.ndim > 1 else 1, -1)
+        lows, highs = rows.min(axis=1), rows.max(axis=1)
+        self.low = min(self.low, float(lows.min()))
+        self.high = max(self.high, float(highs.max()))
+        self.rows += len(rows)
+        self.sum_of_lows += float(lows.sum(dtype=np.float64))
+        self.sum_of_highs += float(highs.sum(dtype=np.float64))
         stride = max(1, flat.size // max(sampled, 1)) | 1  # odd, so that rows of even width are not aliased
         offset = self.count % stride if flat.size > stride else 0
         self.count += flat.size
@@ -60,6 +71,9 @@ class Statistics:
         """Add what another part of the data gave."""
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         self.count += other.count
+        self.rows += other.rows
+        self.sum_of_lows += other.sum_of_lows
+        self.sum_of_highs += other.sum_of_highs
         other._flush()
         self._flush()
         if other._histogram is not None:
@@ -88,7 +102,9 @@ class Statistics:
     def drawing(self, bins: int = 64) -> tuple[list[float], list[float]]:
         """An even histogram over the whole range, as edges and counts, for a report."""
         values, counts = self.distribution()
-        heights, edges = np.histogram(values, bins=bins, range=(self.low, max(self.high, self.low + 1e-12)), weights=counts)
+        heights, edges = np.histogram(
+            values, bins=bins, range=(self.low, max(self.high, self.low + 1e-12)), weights=counts
+        )
         return [float(edge) for edge in edges], [float(height) for height in heights]
 
 
@@ -106,6 +122,12 @@ Observer = Callable[[Statistics, NumberFormat, bool], Range]
 def minmax(statistics: Statistics, number_format: NumberFormat, symmetric: bool) -> Range:
     """Everything that was seen."""
     return Range(min(statistics.low, 0.0), max(statistics.high, 0.0))
+
+
+def mean_extremes(statistics: Statistics, number_format: NumberFormat, symmetric: bool) -> Range:
+    """The mean over samples of each one's extremes: a value that only a rare sample reaches is cut off."""
+    rows = max(statistics.rows, 1)
+    return Range(min(statistics.sum_of_lows / rows, 0.0), max(statistics.sum_of_highs / rows, 0.0))
 
 
 def percentile(statistics: Statistics, number_format: NumberFormat, symmetric: bool, fraction: float = 0.9999) -> Range:
@@ -223,7 +245,13 @@ def _divergence(reference: Array, quantized: Array) -> float:
     return float(np.sum(p[occupied] * np.log(p[occupied] / np.maximum(q[occupied], 1e-12))))
 
 
-OBSERVERS: dict[str, Observer] = {"minmax": minmax, "mse": mse, "percentile": percentile, "entropy": entropy}
+OBSERVERS: dict[str, Observer] = {
+    "minmax": minmax,
+    "mean_extremes": mean_extremes,
+    "percentile": percentile,
+    "mse": mse,
+    "entropy": entropy,
+}
 
 
 def get(name: str) -> Observer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxq.calibration import calibrate, observers
+from onnxq.calibration import bias_correction, calibrate, observers
 from onnxq.job import Job
 
 
@@ -16,7 +16,8 @@ class Static:
     2. Insert Q/DQ where the target wants them.
     3. Run the float graph once over the data; statistics become activation scales.
     4. Weight scales come from the weights, per output channel.
-    5. Store weights as codes, lint, check.
+    5. Biases take back the mean shift that rounding the weights causes.
+    6. Store weights as codes, lint, check.
 
     Source: R. Krishnamoorthi, Quantizing deep convolutional networks for efficient inference, 2018
     (arXiv 1806.08342); the range rules are those of ``onnxq.calibration.observers``.
@@ -24,16 +25,21 @@ class Static:
     Attributes:
         observer: How a range follows from the statistics of an activation: ``minmax``, ``mse``, ``percentile`` or
             ``entropy``.
+        bias_correction: Whether biases are corrected (M. Nagel et al., ICCV 2019, arXiv 1906.04721).
     """
 
-    observer: str = "minmax"
+    observer: str = "mse"
+    bias_correction: bool = True
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
         observer = observers.get(self.observer)
         job.prepare()
         job.insert()
-        statistics = job.record()
+        axes = bias_correction.channel_axes(job.model.graph) if self.bias_correction else {}
+        statistics = job.record(axes)
         job.ranges = calibrate.set_activation_scales(job.model, statistics, observer)
         calibrate.set_weight_scales(job.model)
+        if self.bias_correction and job.recording is not None:
+            bias_correction.correct_biases(job.model, job.recording.channel_means)
         job.lower()

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
+from onnxq.passes.pad_codes import PadCodes, pads_with_zero
 from onnxq.scheme import Scheme, Spec, parse_activations, parse_weights
 from onnxq.targets.findings import Finding
 from onnxq.targets.placement import Placement, Site, excluded, weight_sites
@@ -25,6 +26,7 @@ ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Leaky
 # The codes pass through unchanged, so input and output share one scale.
 DATA_MOVEMENT = (
     "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Expand", "Tile",
+    "DepthToSpace",
 )  # fmt: skip
 
 # Absorbed into the QuantizeLinear that follows, because its range does not leave theirs.
@@ -62,10 +64,12 @@ class Cpu:
         return Scheme(weight_spec, activation_spec)
 
     def prepare(self, model: ir.Model) -> None:
-        """Fold BatchNormalization and Pad, so that regions of integer kernels are not interrupted."""
+        """Fold BatchNormalization and Pad, and free Gemm of its bias, so that integer kernels match."""
         from onnxq.passes.fold_batchnorm import FoldBatchNorm
+        from onnxq.passes.split_gemm_bias import SplitGemmBias
 
         FoldBatchNorm()(model)
+        SplitGemmBias()(model)
 
     def place(self, graph: ir.Graph, scheme: Scheme, exclude: Sequence[str] = ()) -> Placement:
         """Q/DQ around every op with an integer kernel, as long as the region they form pays."""
@@ -85,10 +89,14 @@ class Cpu:
         return Placement(sites, left_float)
 
     def lower(self, model: ir.Model) -> None:
-        """Weights become codes, and scales after a Clip stay inside it so that it is absorbed."""
+        """Weights become codes, Pads move to the codes' side, and scales after a Clip stay inside it.
+
+        A Clip is absorbed by the kernel before it only if its bounds are never cut by the quantizer's own range.
+        """
         from onnxq.passes.lower_weights import LowerWeights
 
         LowerWeights()(model)
+        PadCodes()(model)
         _keep_ranges_inside_clips(model.graph)
 
     def lint(self, model: ir.Model, sm: int | None = None) -> list[Finding]:
@@ -137,7 +145,7 @@ class _Regions:
         useful: set[ir.Node] = set()
         for node in reversed(list(self.graph)):
             for reader, _ in graphs.consumers(node.outputs[0]):
-                passes = graphs.is_op(reader, *ARITHMETIC, *DATA_MOVEMENT, *ABSORBED) and reader in useful
+                passes = reader in useful and (graphs.is_op(reader, *ARITHMETIC, *ABSORBED) or _moves_data(reader))
                 if reader in self.core or passes:
                     useful.add(node)
                     break
@@ -149,9 +157,12 @@ class _Regions:
         if node in self.core:
             if node.op_type == "Conv":
                 self._hold(_after_activation(node))
-        elif node in self.useful and graphs.is_op(node, *ARITHMETIC) and self._all_codes(node):
+        elif node in self.useful and graphs.is_op(node, *ARITHMETIC) and self._reads_codes(node):
+            for value in node.inputs:
+                if value is not None and value not in self.codes:
+                    self._hold(value)
             self._hold(_after_activation(node))
-        elif node in self.useful and graphs.is_op(node, *DATA_MOVEMENT) and node.inputs[0] in self.codes:
+        elif node in self.useful and _moves_data(node) and node.inputs[0] in self.codes:
             source = node.inputs[0]
             self._hold(node.outputs[0])
             self.like[node.outputs[0]] = self.like.get(source, source)
@@ -160,11 +171,12 @@ class _Regions:
         if graphs.is_float(value):
             self.codes.add(value)
 
-    def _all_codes(self, node: ir.Node) -> bool:
+    def _reads_codes(self, node: ir.Node) -> bool:
+        """Whether an integer kernel fits: one operand is held as codes, and the others can be."""
         inputs = [value for value in node.inputs if value is not None]
-        if graphs.is_op(node, "Add", "Mul") and any(graphs.is_constant(value) for value in inputs):
+        if any(graphs.is_constant(value) or not graphs.is_float(value) for value in inputs):
             return False
-        return all(value in self.codes for value in inputs)
+        return any(value in self.codes for value in inputs)
 
     def sites(self, spec: Spec) -> list[Site]:
         """Pairs for all readers of held values, and for the core ops alone elsewhere."""
@@ -177,10 +189,18 @@ class _Regions:
         return sites
 
     def _in_order(self) -> Iterator[ir.Value]:
+        yield from (value for value in self.graph.inputs if value in self.codes)
         for node in self.graph:
             for value in node.outputs:
                 if value in self.codes:
                     yield value
+
+
+def _moves_data(node: ir.Node) -> bool:
+    """Whether the node passes codes on unchanged (a zero Pad does, once it is moved to their side)."""
+    if graphs.is_op(node, "Resize"):
+        return node.attributes.get_string("mode", "nearest") == "nearest"
+    return graphs.is_op(node, *DATA_MOVEMENT) or pads_with_zero(node)
 
 
 def _after_activation(node: ir.Node) -> ir.Value:

@@ -112,8 +112,10 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     node, weight = item.node, item.weight
     if node.op_type == "ConvTranspose":
         return "TensorRT compiles a ConvTranspose with Q/DQ as float"
+    if item.weight_index is None:
+        return _why_product_float(item, scheme)
     if weight is None or not graphs.is_constant(weight):
-        return "both operands are activations"
+        return "the weight is computed"
     if item.weight_index == 0:
         return "the weight is the left operand"
     if not graphs.is_float(weight) or weight.shape is None:
@@ -132,9 +134,49 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     return ""
 
 
+def _why_product_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
+    """Why a product of two activations stays in float.
+
+    Left in float, an attention product makes the compiler pull the slices of a joint q/k/v projection through its
+    MatMul, whose weight it then multiplies in float too (rules P7 and P8).
+    """
+    if not scheme.activations.enabled:
+        return "both operands are activations, which stay in float"
+    for value in item.node.inputs[:2]:
+        dimensions = None if value is None else graphs.rank(value)
+        if value is None or not graphs.is_float(value) or dimensions is None or dimensions < 2:
+            return "an operand of the product has no known rank"
+        if graphs.is_constant(value):
+            return "a matrix-vector product"
+    return ""
+
+
 def _activation_sites(items: Sequence[graphs.WeightedNode], spec: Spec) -> list[Site]:
     """One pair for each value, read by the chosen consumers alone (rule P6)."""
-    return [Site(item.activation, ((item.node, item.activation_index),), spec) for item in items]
+    sites = []
+    for item in items:
+        indices = (0, 1) if item.weight_index is None else (item.activation_index,)
+        for index in indices:
+            value = item.node.inputs[index]
+            if value is not None:
+                use = (item.node, index)
+                joint = item.weight_index is None
+                sites.append(_before_movement(value, use, spec) if joint else Site(value, (use,), spec))
+    return sites
+
+
+def _before_movement(value: ir.Value, use: tuple[ir.Node, int], spec: Spec) -> Site:
+    """The pair for one operand of a product: before the slices and transposes that cut it out of a joint projection.
+
+    After them the compiler would pull the slices through the projection instead, and run that in float.
+    """
+    start = value
+    while (producer := start.producer()) is not None and graphs.is_op(producer, *DATA_MOVEMENT, "Split"):
+        source = producer.inputs[0]
+        if source is None or not graphs.is_float(source):
+            break
+        use, start = (producer, 0), source
+    return Site(start, (use,), spec)
 
 
 def _merged(sites: Sequence[Site]) -> list[Site]:

@@ -1,0 +1,145 @@
+"""Take back the shift that rounding the weights gives each output channel.
+
+A layer y = W·x + b with rounded weights W' is off by (W' − W)·x. Its mean over the data, (W' − W)·E[x], is constant
+per output channel, so the bias can take it back. It matters where a filter has few weights, as in depthwise
+convolutions.
+
+Source: M. Nagel et al., Data-free quantization through weight equalization and bias correction, ICCV 2019, eq. 17
+(with E[x] from calibration inputs instead of BatchNormalization). Padding at the borders is ignored, as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+from onnxq.formats import fake_quantize, parse_format
+from onnxq.passes.insert_qdq import FORMAT, STATISTICS
+
+Array = np.ndarray[Any, Any]
+
+
+def channel_axes(graph: ir.Graph) -> dict[str, int]:
+    """The axis of input channels of each float value that a quantized layer reads, by value name."""
+    axes = {}
+    for item in graphs.weighted_nodes(graph):
+        source = _source(item)
+        if source is not None and item.weight is not None:
+            axes[source] = 1 if item.node.op_type in ("Conv", "ConvTranspose") else -1
+    return axes
+
+
+def correct_biases(model: ir.Model, means: Mapping[str, Array]) -> int:
+    """Shift the bias of every layer whose weights are quantized; returns how many were corrected.
+
+    Args:
+        model: A Q/DQ model whose weights are still float and whose weight scales are set.
+        means: E[x] per input channel, by the name of the value that the layer's quantizer reads.
+    """
+    corrected = 0
+    for item in list(graphs.weighted_nodes(model.graph)):
+        source = _source(item)
+        quantize = _weight_quantizer(item)
+        if source is None or quantize is None or source not in means:
+            continue
+        shift = _shift(item, quantize, means[source])
+        if shift is not None and np.any(shift) and _add_to_bias(model.graph, item, -shift):
+            corrected += 1
+    return corrected
+
+
+def _source(item: graphs.WeightedNode) -> str | None:
+    """The float value behind the layer's activation quantizer."""
+    producer = item.activation.producer()
+    if producer is None or not graphs.is_dequantize(producer):
+        return item.activation.name
+    quantize = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+    return None if quantize is None else quantize.metadata_props.get(STATISTICS)
+
+
+def _weight_quantizer(item: graphs.WeightedNode) -> ir.Node | None:
+    dequantize = None if item.weight is None else item.weight.producer()
+    if dequantize is None or not graphs.is_dequantize(dequantize) or dequantize.inputs[0] is None:
+        return None
+    quantize = dequantize.inputs[0].producer()
+    if quantize is None or not graphs.is_constant(quantize.inputs[0]):
+        return None
+    return quantize
+
+
+def _shift(item: graphs.WeightedNode, quantize: ir.Node, means: Array) -> Array | None:
+    """(W' − W)·E[x] per output channel."""
+    weight_value, scale, zero_point = quantize.inputs[:3]
+    assert weight_value is not None and scale is not None and zero_point is not None
+    assert weight_value.const_value and scale.const_value and zero_point.const_value
+    weight = weight_value.const_value.numpy().astype(np.float32)
+    number_format, _ = parse_format(quantize.metadata_props[FORMAT])
+    per_tensor = not scale.const_value.shape
+    rounded = fake_quantize(
+        weight,
+        scale.const_value.numpy(),
+        zero_point.const_value.numpy(),
+        number_format,
+        axis=None if per_tensor else quantize.attributes.get_int("axis", 1),
+        block_size=quantize.attributes.get_int("block_size", 0) or None,
+    )
+    error = rounded.astype(np.float64) - weight
+    if item.node.op_type == "Conv":
+        groups = item.node.attributes.get_int("group", 1)
+        kernels = error.reshape(*error.shape[:2], -1).sum(axis=2)  # [out, in / groups]
+        if means.size != kernels.shape[1] * groups:
+            return None
+        per_group = means.reshape(groups, 1, kernels.shape[1])
+        shift: Array = (kernels.reshape(groups, -1, kernels.shape[1]) * per_group).sum(axis=2).reshape(-1)
+        return shift
+    if item.node.op_type in ("Gemm", "MatMul") and error.ndim == 2:
+        matrix = error if item.channel_axis == 1 else error.T  # [in, out]
+        return means @ matrix if means.size == matrix.shape[0] else None
+    return None
+
+
+def _add_to_bias(graph: ir.Graph, item: graphs.WeightedNode, shift: Array) -> bool:
+    """Add ``shift`` to the layer's bias, which may be an Add after it; a Conv without one gets one."""
+    node = item.node
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and len(node.inputs) > 2):
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None:
+            return _replace_bias(graph, node, 2, shift)
+        weight = item.weight
+        assert weight is not None
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+        dtype = node.outputs[0].dtype or weight.dtype or ir.DataType.FLOAT
+        node.replace_input_with(2, _initializer(graph, f"{node.outputs[0].name}_bias", shift, dtype))
+        return True
+    readers = graphs.consumers(node.outputs[0])
+    if len(readers) == 1 and graphs.is_op(readers[0][0], "Add"):
+        add, index = readers[0]
+        return _replace_bias(graph, add, 1 - index, shift)
+    return False
+
+
+def _replace_bias(graph: ir.Graph, node: ir.Node, index: int, shift: Array) -> bool:
+    bias = node.inputs[index]
+    if bias is None or not graphs.is_constant(bias) or bias.const_value is None or bias.dtype is None:
+        return False
+    values = bias.const_value.numpy()
+    if values.shape[-1:] != shift.shape or values.size != shift.size:
+        return False
+    corrected = (values.astype(np.float64).reshape(-1) + shift).reshape(values.shape)
+    node.replace_input_with(index, _initializer(graph, f"{bias.name}_corrected", corrected, bias.dtype))
+    return True
+
+
+def _initializer(graph: ir.Graph, name: str, values: Array, dtype: ir.DataType) -> ir.Value:
+    while name in graph.initializers:
+        name += "_"
+    array = values.astype(dtype.numpy())
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype))
+    value.const_value = ir.tensor(array, name=name)
+    graph.register_initializer(value)
+    return value
