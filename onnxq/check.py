@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from onnxq.job import Job
 from onnxq.runtime import Feed, Session, integer_kernels, optimized_session
 
 Array = np.ndarray[Any, Any]
-LATENCY_RUNS = 7
+LATENCY_RUNS = 5
+TAPPED_BYTES = 8 << 20
 
 
 @dataclass
@@ -54,7 +56,7 @@ def check(job: Job) -> Check:
         tapped = [name for name in job.recording.first_taps if name in graphs.values(job.model.graph)]
         inputs = {spec.name for spec in job.specs}
         inner = [name for name in tapped if name not in inputs]
-        reference = Session(job.model, taps=inner, optimize=False, device=job.settings.device)
+        reference = Session(job.model, taps=inner, optimize=False, device=job.settings.device, arena=False)
         judged = reference if literal else optimized
         ratio = _Ratio()
         for feed, expected in job.recording.kept:
@@ -93,22 +95,35 @@ def _layer_errors(job: Job, session: Session, names: list[str]) -> list[dict[str
     assert job.recording is not None
     if not names or not job.recording.kept:
         return []
-    found = session.run(job.recording.first_feed, names)
     values = graphs.values(job.model.graph)
+    expected = job.recording.first_taps
     layers = []
-    for name, value in zip(names, found, strict=True):
-        ratio = _Ratio()
-        ratio.add(job.recording.first_taps[name], value)
-        producer = values[name].producer()
-        layers.append(
-            {
-                "name": (producer.name if producer is not None else name) or name,
-                "op": producer.op_type if producer is not None else "input",
-                "value": name,
-                "sqnr_db": ratio.db,
-            }
-        )
+    for group in _groups(names, {name: expected[name].nbytes for name in names}):
+        for name, found in zip(group, session.run(job.recording.first_feed, group), strict=True):
+            ratio = _Ratio()
+            ratio.add(expected.pop(name), found)
+            producer = values[name].producer()
+            layers.append(
+                {
+                    "name": (producer.name if producer is not None else name) or name,
+                    "op": producer.op_type if producer is not None else "input",
+                    "value": name,
+                    "sqnr_db": ratio.db,
+                }
+            )
     return sorted(layers, key=lambda layer: (layer["sqnr_db"], layer["name"]))
+
+
+def _groups(names: list[str], sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Names in groups whose values fit into a few MiB: running again is cheaper than holding all at once."""
+    group: list[str] = []
+    for name in names:
+        if group and sum(sizes[member] for member in group) + sizes[name] > TAPPED_BYTES:
+            yield group
+            group = []
+        group.append(name)
+    if group:
+        yield group
 
 
 def bare_float_run(job: Job, path: Path, checked: Check) -> dict[str, float]:

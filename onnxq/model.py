@@ -27,6 +27,7 @@ from onnxq.errors import OnnxqError
 OLDEST_OPSET = 7
 LOWEST_OPSET = 21  # the first with int4, block scales and output_dtype
 EXTERNAL_DATA_LIMIT_BYTES = 1_900_000_000  # protobuf ends at 2 GiB
+FOLDED_ELEMENTS = 1 << 26
 METADATA_PREFIX = "onnxq."
 
 
@@ -115,7 +116,8 @@ def _normalise(model: ir.Model, opset: int) -> None:
     if any(_is_foldable(node) for node in model.graph):
         from onnxscript import optimizer
 
-        optimizer.fold_constants(model)
+        # Weights may be stored compressed, behind Cast and Mul: the default limits would leave those in the graph.
+        optimizer.fold_constants(model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS)
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     Sequential(
         common_passes.IdentityEliminationPass(),

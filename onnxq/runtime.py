@@ -44,6 +44,7 @@ class Session:
         device: ``cpu`` or ``cuda``.
         threads: Threads inside an op; 0 lets onnxruntime choose.
         optimized_path: Where to write the optimised graph, for looking at its nodes.
+        arena: Whether freed memory is kept for the next run; ``False`` is slower and leaner.
 
     Raises:
         OnnxqError: onnxruntime refuses the model, or the device is not there.
@@ -58,10 +59,12 @@ class Session:
         device: str = "cpu",
         threads: int = 0,
         optimized_path: str | None = None,
+        arena: bool = True,
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors come back as exceptions
         options.intra_op_num_threads = threads
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
         if optimized_path is not None:
             options.optimized_model_filepath = optimized_path
         levels = onnxruntime.GraphOptimizationLevel
@@ -73,6 +76,7 @@ class Session:
         try:
             source = self._source(model, taps, options)
             self._session = onnxruntime.InferenceSession(source, options, providers=PROVIDERS[device])
+            self._session._model_bytes = None  # kept only to start over on another provider, which we never do
         except OnnxqError:
             raise
         except Exception as error:

@@ -234,8 +234,8 @@ CASES = {
     "P11": ("P11", f"{X} y = Conv(xd, w_float)", f"{X} {W} y = Conv(xd, wd)", IMAGE, {}),
 }  # fmt: skip
 
-# A Cast between DequantizeLinear and the product is P3 too.
-ALSO = {"E8 DequantizeLinear": {"P3"}}
+# What else these break: a Cast before the product, and a product of codes and floats.
+ALSO = {"E8 DequantizeLinear": {"P3"}, "P7": {"P11"}}
 
 
 def rules(model, sm=None):
@@ -316,6 +316,27 @@ def test_subgraphs_are_read():
     body = f"{W} y = If (early) <then_branch = {first}, else_branch = {second}>"
     model = build(body, ("float[1,32,8,8] x, bool early", IMAGE[1]), z1=np.zeros(1, np.int8))
     assert [(finding.rule, finding.node) for finding in lint(model)] == [("E5", "b_d_Q")]
+
+
+def test_local_functions_are_read():
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 21, "local" : 1]>
+        g (float[1,32,8,8] x) => (float[1,32,8,8] y) <float[1] s = {0.05}, int8[1] z = {0}> { y = local.pair(x, s, z) }
+        <domain: "local", opset_import: ["" : 21]>
+        pair (x, s, z) => (d) { q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) }""")
+    assert rules(model) == {"E5"}
+
+
+def test_initializers_listed_as_inputs_are_constants():
+    model = build(GOOD)
+    model.graph.inputs.append(model.graph.initializers["s"])
+    assert rules(model) == set()
+
+
+def test_a_graph_with_a_dangling_value_is_an_error():
+    head = '<ir_version: 10, opset_import: ["" : 21]>'
+    model = ir.from_onnx_text(f"{head} g (float[2] x) => (float[M] y) {{ h = Relu(x) y = Add(h, v) }}")
+    with pytest.raises(OnnxqError, match="expected a valid graph"):
+        lint(model)
 
 
 def test_the_model_is_not_changed():

@@ -85,7 +85,10 @@ def record(
         first = next(batches(source, specs, batch_size=1, samples=1))
         first.pop("labels", None)
         recording.first_feed = first
-        recording.first_taps = dict(zip(wanted, session.run(first, wanted), strict=True))
+        # Copies, because an output keeps the whole memory arena of its session alive.
+        recording.first_taps = {
+            name: value.copy() for name, value in zip(wanted, session.run(first, wanted), strict=True)
+        }
         tapped_bytes = sum(value.nbytes for value in recording.first_taps.values())
         size = max(1, min(LARGEST_BATCH, TAPPED_BYTES_PER_BATCH // max(tapped_bytes, 1)))
         for feed in batches(source, specs, batch_size=size, samples=samples):
@@ -104,8 +107,9 @@ def record(
                     sums[name] = sums.get(name, 0) + _channel_mean(tapped[name], axis) * rows
                 mean_samples += rows
             if recording.samples < KEPT_SAMPLES:
-                recording.kept.append((feed, outputs[: len(own_outputs)]))
+                recording.kept.append((feed, [output.copy() for output in outputs[: len(own_outputs)]]))
             recording.samples += rows
+            del outputs, tapped, observed  # before the next run allocates its own
             if on_batch is not None:
                 on_batch(recording.samples)
     recording.channel_means = {name: total / mean_samples for name, total in sums.items()}

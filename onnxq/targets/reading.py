@@ -16,6 +16,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from onnxq import graph as graphs
+from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
 
@@ -252,10 +253,17 @@ def _typed(model: ir.Model) -> ir.Model:
         if value.name
     ):
         return model
-    copy = model.clone()
-    if copy.functions:
-        common_passes.InlinePass()(copy)
-    common_passes.ShapeInferencePass()(copy)
+    try:
+        copy = model.clone()
+        if copy.functions:
+            common_passes.InlinePass()(copy)
+        common_passes.ShapeInferencePass()(copy)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise OnnxqError(
+            f"expected a valid graph, found one that cannot be copied ({reason})",
+            hint="check the model with `python -m onnx.checker` or in onnxruntime",
+        ) from error
     return copy
 
 
