@@ -21,10 +21,12 @@ from onnxq.runtime import Session
 
 Array = np.ndarray[Any, Any]
 
-TAPPED_BYTES_PER_BATCH = 24 << 20  # bounds memory, and keeps a batch's activations near the caches
+TAPPED_BYTES_PER_BATCH = 16 << 20  # bounds memory, and keeps a batch's activations near the caches
 LARGEST_BATCH = 16
 MEAN_SAMPLES = 16  # channel means settle soon, and cost as much as the extremes of all values
 SAMPLED_VALUES = 1 << 18  # per tensor over the whole run
+WORKERS = 2  # numpy lets go of the interpreter lock while it reduces
+KEPT_VALUES = 1 << 15
 KEPT_SAMPLES = 8  # float outputs kept to check the result against
 
 
@@ -36,7 +38,7 @@ class Recording:
         statistics: By the name of the tapped value.
         kept: The first feeds and the float model's outputs for them.
         first_feed: The first sample alone.
-        first_taps: The tapped values for it.
+        first_taps: Part of each tapped value for it (see :func:`thinned`).
         channel_means: E[x] per channel, by the name of the tapped value.
         samples: How many samples were run.
         inference_seconds: Time inside the float session.
@@ -81,15 +83,14 @@ def record(
     wanted = own_outputs + inner
     sums: dict[str, Array] = {}
     mean_samples = 0
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         first = next(batches(source, specs, batch_size=1, samples=1))
         first.pop("labels", None)
         recording.first_feed = first
-        # Copies, because an output keeps the whole memory arena of its session alive.
-        recording.first_taps = {
-            name: value.copy() for name, value in zip(wanted, session.run(first, wanted), strict=True)
-        }
-        tapped_bytes = sum(value.nbytes for value in recording.first_taps.values())
+        outputs = session.run(first, wanted)
+        tapped_bytes = sum(value.nbytes for value in outputs)
+        recording.first_taps = {name: thinned(value) for name, value in zip(wanted, outputs, strict=True)}
+        del outputs
         size = max(1, min(LARGEST_BATCH, TAPPED_BYTES_PER_BATCH // max(tapped_bytes, 1)))
         for feed in batches(source, specs, batch_size=size, samples=samples):
             feed.pop("labels", None)
@@ -99,7 +100,7 @@ def record(
             recording.inference_seconds += time.perf_counter() - before
             tapped = dict(zip(wanted, outputs, strict=True)) | feed
             observed = [(recording.statistics[name], tapped[name], per_sample * rows) for name in taps]
-            list(pool.map(_observe, observed))
+            list(pool.map(_observe, [observed[start::WORKERS] for start in range(WORKERS)]))
             for name in taps:
                 _check_finite(name, recording.statistics[name])
             if recording.samples < MEAN_SAMPLES:
@@ -116,6 +117,15 @@ def record(
     return recording
 
 
+def thinned(values: Array) -> Array:
+    """An evenly spaced part of the values, few enough to keep for every tap.
+
+    A copy, because an output keeps the whole memory arena of its session alive.
+    """
+    flat = values.reshape(-1)
+    return flat[:: max(1, flat.size // KEPT_VALUES)].copy()
+
+
 def _channel_mean(values: Array, axis: int) -> Array:
     axis %= values.ndim
     if axis == values.ndim - 1:
@@ -124,9 +134,9 @@ def _channel_mean(values: Array, axis: int) -> Array:
     return np.asarray(rows.reshape(-1, values.shape[axis]).mean(axis=0, dtype=np.float64))
 
 
-def _observe(work: tuple[Statistics, Array, int]) -> None:
-    statistics, values, sampled = work
-    statistics.update(values, sampled)
+def _observe(work: Sequence[tuple[Statistics, Array, int]]) -> None:
+    for statistics, values, sampled in work:
+        statistics.update(values, sampled)
 
 
 def _check_finite(name: str, statistics: Statistics) -> None:

@@ -19,7 +19,7 @@ from onnxq.formats import NumberFormat
 Array = np.ndarray[Any, Any]
 
 BINS = 1 << 16
-PENDING_VALUES = 1 << 17
+PENDING_VALUES = 1 << 16
 CANDIDATES = 120
 
 
@@ -42,7 +42,9 @@ class Statistics:
         self.rows = 0
         self.sum_of_lows = 0.0
         self.sum_of_highs = 0.0
-        self._histogram: Array | None = None
+        # The histogram, sparse: of 65,536 bins a tensor occupies a few thousand.
+        self._bins: Array = np.zeros(0, np.uint16)
+        self._counts: Array = np.zeros(0, np.int64)
         self._pending: list[Array] = []
         self._pending_values = 0
 
@@ -76,28 +78,34 @@ class Statistics:
         self.sum_of_highs += other.sum_of_highs
         other._flush()
         self._flush()
-        if other._histogram is not None:
-            self._histogram = other._histogram + (0 if self._histogram is None else self._histogram)
+        dense = np.zeros(BINS, np.int64)
+        dense[self._bins] = self._counts
+        dense[other._bins] += other._counts
+        self._keep(dense)
 
     def _flush(self) -> None:
         if self._pending:
-            counts = np.bincount(np.concatenate(self._pending), minlength=BINS)
-            self._histogram = counts if self._histogram is None else self._histogram + counts
+            dense = np.bincount(np.concatenate(self._pending), minlength=BINS)
+            dense[self._bins] += self._counts
+            self._keep(dense)
             self._pending, self._pending_values = [], 0
+
+    def _keep(self, dense: Array) -> None:
+        self._bins = np.flatnonzero(dense).astype(np.uint16)
+        self._counts = dense[self._bins]
 
     def distribution(self) -> tuple[Array, Array]:
         """Sampled values in rising order and how often each was seen."""
         self._flush()
-        if self._histogram is None:
+        if not self._bins.size:
             return np.zeros(1), np.ones(1)
-        occupied = np.flatnonzero(self._histogram)
         # The middle of a bin: its upper 16 bits, then a one bit; zero itself stays zero.
-        bits = (occupied.astype(np.uint32) << np.uint32(16)) | np.uint32(0x8000)
-        bits[(occupied & 0x7FFF) == 0] = 0
+        bits = (self._bins.astype(np.uint32) << np.uint32(16)) | np.uint32(0x8000)
+        bits[(self._bins & 0x7FFF) == 0] = 0
         values = bits.view(np.float32).astype(np.float64)
         values = np.clip(values, self.low, self.high)
         order = np.argsort(values, kind="stable")
-        return values[order], self._histogram[occupied[order]].astype(np.float64)
+        return values[order], self._counts[order].astype(np.float64)
 
     def drawing(self, bins: int = 64) -> tuple[list[float], list[float]]:
         """An even histogram over the whole range, as edges and counts, for a report."""
