@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq.calibration import data as inputs
 from onnxq.errors import OnnxqError
@@ -121,10 +122,11 @@ def compare(
             if progress is not None:
                 progress(stage, done, total)
 
+    float8 = graphs.holds_float8(quantized.graph)  # its latency here would be that of a simulation
     with _blaming("float"):
         float_session = Session(float_model, device=device)
     with _blaming("quantized"):
-        quantized_session = Session(quantized_model, device=device)
+        quantized_session = Session(quantized_model, device=device, optimize=not float8)
     quality = Quality(float_session.output_names)
     first = Quality(float_session.output_names)  # what the literal session will see, so that the two compare
     count = 0
@@ -142,7 +144,7 @@ def compare(
         **quality.summary(),
     )
 
-    if latency:
+    if latency and not float8:
         feed = next(inputs.batches(source, specs, batch_size=1, samples=1))
         sessions = {
             "float": Session(float_model, device=device, threads=threads),

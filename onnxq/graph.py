@@ -135,6 +135,31 @@ def weighted_nodes(graph: ir.Graph) -> Iterator[WeightedNode]:
             yield found
 
 
+# Ops that hand on what they read, so that Q/DQ before them still means the op after them.
+DATA_MOVEMENT = (
+    "MaxPool", "Identity", "Transpose", "Slice", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Split", "Pad",
+)  # fmt: skip
+
+
+def is_dequantized(value: ir.Value | None) -> bool:
+    """Whether a DequantizeLinear makes the value, if only through ops that move data."""
+    producer = None if value is None else value.producer()
+    while producer is not None and is_op(producer, *DATA_MOVEMENT):
+        source = producer.inputs[0]
+        producer = None if source is None else source.producer()
+    return is_dequantize(producer)
+
+
+def holds_float8(graph: ir.Graph) -> bool:
+    """Whether any Q/DQ is FP8: onnxruntime's optimiser refuses or changes such graphs, so they run literally."""
+    float8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
+    return any(
+        len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].dtype in float8
+        for node in graph
+        if is_quantize(node) or is_dequantize(node)
+    )
+
+
 def values(graph: ir.Graph) -> dict[str, ir.Value]:
     """Every named value of the graph: inputs, initializers and node outputs."""
     found = {value.name: value for value in graph.inputs if value.name}

@@ -121,8 +121,7 @@ def quantized_counts(graph: ir.Graph) -> tuple[int, int]:
     total = quantized = 0
     for item in graphs.weighted_nodes(graph):
         total += 1
-        readers = [value for value in item.node.inputs[:2] if value is not None]
-        quantized += any(graphs.is_dequantize(value.producer()) for value in readers)
+        quantized += any(graphs.is_dequantized(value) for value in item.node.inputs[:2])
     return quantized, total
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import onnx_ir as ir
+
 from onnxq.errors import OnnxqError
 from onnxq.formats import NumberFormat, parse_format
 
@@ -62,3 +64,15 @@ def parse_activations(text: str) -> Spec:
             hint=f"use --activations {number_format.name}; blocks are for weights",
         )
     return Spec(number_format, "tensor", symmetric=not number_format.name.startswith("u"))
+
+
+def for_integer_products(weights: Spec) -> Spec:
+    """The weights of a product of integers: both operands are 8 bits wide, so narrow codes take an INT8 container."""
+    if weights.format.storage != ir.DataType.INT4:
+        return weights
+    if weights.block_size is not None:
+        raise OnnxqError(
+            f"expected weights without blocks beside quantized activations, found {weights}",
+            hint=f"use --activations float (weights only), or --weights {weights.format.name}",
+        )
+    return replace(weights, format=replace(weights.format, storage=ir.DataType.INT8))

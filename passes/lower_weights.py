@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
@@ -33,6 +35,8 @@ class LowerWeights(InPlacePass):
             assert weight is not None and scale is not None and zero_point is not None
             assert weight.const_value and scale.const_value and zero_point.const_value
             number_format, _ = parse_format(node.metadata_props[FORMAT])
+            container = zero_point.const_value.dtype  # may be wider than the format's own
+            number_format = replace(number_format, storage=container)
             per_tensor = scale.const_value.size == 1 and not scale.const_value.shape
             codes = quantize(
                 weight.const_value.numpy(),

@@ -55,6 +55,8 @@ def _rewrite(graph: ir.Graph, pad: ir.Node) -> bool:
     codes, zero_point = before.inputs[0], before.inputs[2]
     if zero_point is None or zero_point.const_value is None or zero_point.const_value.shape:
         return False
+    if zero_point.const_value.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
+        return False  # onnxruntime pads no other codes
     tape = ir.tape.Tape()
     inputs = [codes, pad.inputs[1], zero_point, *pad.inputs[3:]]
     padded = tape.op("Pad", inputs, dict(pad.attributes))

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.passes.pad_codes import PadCodes, pads_with_zero
-from onnxq.scheme import Scheme, Spec, parse_activations, parse_weights
+from onnxq.scheme import Scheme, Spec, for_integer_products, parse_activations, parse_weights
 from onnxq.targets.findings import Finding
 from onnxq.targets.placement import Placement, Site, excluded, weight_sites
 
@@ -66,6 +66,8 @@ class Cpu:
                     f"expected {what} that onnxruntime's CPU provider runs, found {spec.format.name}",
                     hint=f"use one of {', '.join(legal)}",
                 )
+        if activation_spec.enabled and weight_spec.enabled:
+            weight_spec = for_integer_products(weight_spec)
         return Scheme(weight_spec, activation_spec)
 
     def prepare(self, model: ir.Model) -> None:

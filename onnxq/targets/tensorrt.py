@@ -13,14 +13,11 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
-from onnxq.scheme import Scheme, Spec, parse_activations, parse_weights
+from onnxq.scheme import Scheme, Spec, for_integer_products, parse_activations, parse_weights
 from onnxq.targets.findings import Finding
 from onnxq.targets.placement import Placement, Site, excluded, weight_sites
 
 NARROW_CHANNELS = 16  # below it the INT8 kernels pad channels and gain nothing
-
-# Ops through which the builder moves a DequantizeLinear without changing what it computes.
-DATA_MOVEMENT = ("MaxPool", "Identity", "Transpose", "Slice", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 
 LEGAL_WEIGHTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "fp4", "float")
 LEGAL_ACTIVATIONS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "float")
@@ -53,13 +50,7 @@ class TensorRT:
                     f"weights and {activation_spec.format.name} activations (rule E7)",
                     hint="use the same format for both, or --activations float",
                 )
-            if weight_spec.format.storage == ir.DataType.INT4:
-                # TensorRT multiplies INT8 by INT8 only: narrow weights take an INT8 container there.
-                from dataclasses import replace
-
-                weight_spec = replace(
-                    weight_spec, format=replace(weight_spec.format, storage=ir.DataType.INT8), granularity="channel"
-                )
+            weight_spec = for_integer_products(weight_spec)
         return Scheme(weight_spec, activation_spec)
 
     def prepare(self, model: ir.Model) -> None:
@@ -171,7 +162,7 @@ def _before_movement(value: ir.Value, use: tuple[ir.Node, int], spec: Spec) -> S
     After them the compiler would pull the slices through the projection instead, and run that in float.
     """
     start = value
-    while (producer := start.producer()) is not None and graphs.is_op(producer, *DATA_MOVEMENT, "Split"):
+    while (producer := start.producer()) is not None and graphs.is_op(producer, *graphs.DATA_MOVEMENT):
         source = producer.inputs[0]
         if source is None or not graphs.is_float(source):
             break
@@ -230,7 +221,7 @@ def _feeds(node: ir.Node, quantized: set[ir.Node], depth: int = 0) -> bool:
             return True
         if (
             depth < 6
-            and graphs.is_op(reader, "Relu", "Clip", "Add", *DATA_MOVEMENT)
+            and graphs.is_op(reader, "Relu", "Clip", "Add", *graphs.DATA_MOVEMENT)
             and _feeds(reader, quantized, depth + 1)
         ):
             return True
