@@ -164,7 +164,7 @@ def _next_steps(job: Job, checked: Check) -> list[str]:
         steps.append(f"keep the worst layers in float: {patterns}")
     observer = job.settings.knobs.get("observer")
     if checked.sqnr_db < 20 and job.settings.recipe == "default" and observer is None:
-        steps.append("try another range rule: --set observer=mse, or percentile, or entropy")
+        steps.append("try another range rule: --set observer=mse, or minmax, or percentile")
     if job.target.name == "tensorrt":
         steps.append("compile it and see which layers run in INT8: onnxq build")
     return steps

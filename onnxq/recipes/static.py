@@ -23,12 +23,12 @@ class Static:
     (arXiv 1806.08342); the range rules are those of ``onnxq.calibration.observers``.
 
     Attributes:
-        observer: How a range follows from the statistics of an activation: ``minmax``, ``mse``, ``percentile`` or
-            ``entropy``.
+        observer: How a range follows from the statistics of an activation: ``robust``, ``mse``, ``minmax``,
+            ``mean_extremes``, ``percentile`` or ``entropy``.
         bias_correction: Whether biases are corrected (M. Nagel et al., ICCV 2019, arXiv 1906.04721).
     """
 
-    observer: str = "mse"
+    observer: str = "robust"
     bias_correction: bool = True
 
     def run(self, job: Job) -> None:
