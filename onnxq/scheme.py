@@ -63,6 +63,8 @@ def parse_activations(text: str) -> Spec:
             f"expected an activation format without a block size, found {text!r}",
             hint=f"use --activations {number_format.name}; blocks are for weights",
         )
+    if number_format.storage == ir.DataType.INT4:
+        number_format = replace(number_format, storage=ir.DataType.INT8)  # no kernel reads 4-bit activations
     return Spec(number_format, "tensor", symmetric=not number_format.name.startswith("u"))
 
 

@@ -16,6 +16,7 @@ from onnxq.targets.placement import Site
 FORMAT = "onnxq.format"
 SYMMETRIC = "onnxq.symmetric"
 STATISTICS = "onnxq.statistics"
+CLIP = "onnxq.clip"  # on the Clip that narrows an odd width, whose bounds follow the scale
 
 
 class InsertQDQ(InPlacePass):
@@ -71,6 +72,7 @@ def _insert(graph: ir.Graph, site: Site) -> None:
     *clip, quantize, dequantize = tape.nodes
     for node in clip:
         node.name = f"{value.name}_clip{suffix}"
+        node.metadata_props[CLIP] = site.spec.format.name
     quantize.name, dequantize.name = f"{value.name}_Q{suffix}", f"{value.name}_DQ{suffix}"
     quantize.metadata_props[FORMAT] = dequantize.metadata_props[FORMAT] = site.spec.format.name
     quantize.metadata_props[SYMMETRIC] = str(int(site.spec.symmetric))

@@ -16,7 +16,7 @@ from onnxq.calibration.data import InputSpec, Source, batches
 from onnxq.calibration.observers import Observer, Range, Statistics
 from onnxq.errors import OnnxqError
 from onnxq.formats import NumberFormat, parse_format, scale_and_zero_point
-from onnxq.passes.insert_qdq import FORMAT, STATISTICS, SYMMETRIC
+from onnxq.passes.insert_qdq import CLIP, FORMAT, STATISTICS, SYMMETRIC
 from onnxq.runtime import Session
 
 Array = np.ndarray[Any, Any]
@@ -223,15 +223,17 @@ def write_scales(node: ir.Node, scale: Array, zero_point: Array) -> None:
     """Put new values into the initializers that a QuantizeLinear reads."""
     for value, array in zip(node.inputs[1:3], (scale, zero_point), strict=True):
         assert value is not None and value.dtype is not None and value.const_value is not None
-        array = np.asarray(array).astype(value.dtype.numpy()).reshape(tuple(value.const_value.shape))
+        if value.dtype == ir.DataType.FLOAT16:
+            array = np.maximum(array, np.finfo(np.float16).tiny)  # a scale that rounds to 0 divides by it
+        array = np.asarray(array).astype(value.dtype.numpy()).reshape(value.const_value.numpy().shape)
         value.const_value = ir.Tensor(array, dtype=value.dtype, name=value.name)
 
 
 def _write_clip(node: ir.Node, scale: Array, zero_point: Array, number_format: NumberFormat) -> None:
     source = node.inputs[0]
     producer = None if source is None else source.producer()
-    if number_format.fills_container or producer is None or not graphs.is_op(producer, "Clip"):
-        return
+    if producer is None or CLIP not in producer.metadata_props:
+        return  # a Clip of the model's own keeps its bounds
     offset = np.asarray(zero_point).astype(np.float32)
     for value, code in zip(producer.inputs[1:3], (number_format.low, number_format.high), strict=True):
         assert value is not None and value.dtype is not None

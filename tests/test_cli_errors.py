@@ -1,0 +1,266 @@
+"""Bad input through the real command line: two lines, the right exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxq import cli
+
+CYCLE = """
+<ir_version: 10, opset_import: ["" : 17]>
+g (float[1,4] x) => (float[1,4] y) { [first] a = Add(x, b)  [second] b = Relu(a)  [third] y = Relu(b) }
+"""
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """The exit code and standard error of one call in this process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    argv, sys.argv = sys.argv, ["onnxq", *map(str, arguments)]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    finally:
+        sys.argv = argv
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code, capsys.readouterr().err
+
+
+def assert_two_lines(code: int, stderr: str, *words: str) -> None:
+    assert code == 2, stderr
+    lines = stderr.strip().splitlines()
+    assert lines[0].startswith("error: ") and len(lines) <= 2, stderr
+    assert all(line.startswith("  tip: ") for line in lines[1:]), stderr
+    assert "Traceback" not in stderr
+    for word in words:
+        assert word in stderr
+
+
+def cut(fraction: float) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        data = path.read_bytes()
+        path.write_bytes(data[: int(len(data) * fraction)])
+
+    return apply
+
+
+def parsed(text: str) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+
+
+BROKEN_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: path.unlink(), "found nothing"),
+    "empty": (lambda path: path.write_bytes(b""), "empty file"),
+    "not onnx": (lambda path: path.write_bytes(os.urandom(5000)), "expected an ONNX model"),
+    "text": (lambda path: path.write_text("hello"), "expected"),
+    "cut in half": (cut(0.5), "expected"),
+    "last byte missing": (cut(0.999), "expected"),
+    "cyclic": (parsed(CYCLE), "valid graph"),
+    "opset 5": (
+        parsed('<ir_version: 3, opset_import: ["" : 5]> g (float[1,4] x) => (float[1,4] y) { y = Relu(x) }'),
+        "opset",
+    ),
+    "unknown op": (
+        parsed('<ir_version: 10, opset_import: ["" : 17, "no.such" : 1]> g (float[N,3,16,16] x) => (float[N,3,16,16] y) '
+               "{ y = no.such.Thing(x) }"),
+        "expected",
+    ),
+    "nothing to quantize": (
+        parsed('<ir_version: 10, opset_import: ["" : 17]> g (float[1,4] x) => (float[1,4] y) { y = Relu(x) }'),
+        "something to quantize",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN_MODELS)
+def test_broken_models(
+    name: str, network: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, word = BROKEN_MODELS[name]
+    make(network)
+    output = tmp_path / "out"
+    output.mkdir()
+    data = [] if name == "nothing to quantize" else ["--data", calibration]
+    code, stderr = run(capsys, "quantize", network, *data, "-o", output / "o.onnx")
+    assert_two_lines(code, stderr, word)
+    assert list(output.iterdir()) == []
+
+
+class Trap:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (self.path, "w")
+
+
+def x(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+BROKEN_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
+    "wrong name": (lambda path: np.savez(path, y=x(2, 3, 16, 16)), "expected arrays x"),
+    "wrong channels": (lambda path: np.savez(path, x=x(2, 4, 16, 16)), "expected shape [batch, 3"),
+    "wrong rank": (lambda path: np.savez(path, x=x(2, 3, 16)), "expected shape"),
+    "wrong dtype": (lambda path: np.savez(path, x=np.full((2, 3, 16, 16), "a")), "expected float32"),
+    "nan": (lambda path: np.savez(path, x=x(2, 3, 16, 16) + np.nan), "NaN"),
+    "infinity": (lambda path: np.savez(path, x=x(2, 3, 16, 16) + np.inf), "infinity"),
+    "no rows": (lambda path: np.savez(path, x=x(0, 3, 16, 16)), "number of rows"),
+    "unequal rows": (lambda path: np.savez(path, x=x(2, 3, 16, 16), labels=np.arange(3)), "same number of rows"),
+    "not an archive": (lambda path: path.write_bytes(b"no"), "cannot be read"),
+    "truncated": (cut(0.6), "expected"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_DATA)
+def test_broken_data(
+    name: str, network: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, word = BROKEN_DATA[name]
+    make(calibration)
+    code, stderr = run(capsys, "quantize", network, "--data", calibration, "-o", tmp_path / "o.onnx")
+    assert_two_lines(code, stderr, word)
+    assert not (tmp_path / "o.onnx").exists()
+
+
+def test_nothing_is_unpickled(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trap = tmp_path / "sprung"
+    data = tmp_path / "trap.npz"
+    np.savez(data, x=np.array([Trap(trap)], dtype=object))
+    trap.unlink(missing_ok=True)
+    assert pickle is not None
+    code, stderr = run(capsys, "quantize", network, "--data", data, "-o", tmp_path / "o.onnx")
+    assert_two_lines(code, stderr, "Python objects", "never unpickles")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--target", "toaster"], "expected a target"),
+        (["--recipe", "soup"], "expected a recipe"),
+        (["--set", "salt=1"], "expected a knob"),
+        (["--set", "observer=5"], "expected str"),
+        (["--set", "observer=guess"], "range rule"),
+        (["--weights", "int9"], "number format"),
+        (["--activations", "uint8"], "TensorRT"),
+        (["--weights", "fp8", "--activations", "int8"], "one kind"),
+        (["--samples", "0"], "samples"),
+        (["--exclude", "nowhere*"], "no match"),
+        (["--device", "tpu"], "device"),
+    ],
+)
+def test_bad_settings(
+    arguments: list[str],
+    word: str,
+    network: Path,
+    calibration: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, stderr = run(capsys, "quantize", network, "--data", calibration, "-o", tmp_path / "o.onnx", *arguments)
+    assert_two_lines(code, stderr, word)
+
+
+def test_bad_yaml(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = tmp_path / "settings.yaml"
+    for text, word in (("[1, 2", "YAML"), ("- a", "names and values"), ("colour: red", "colour")):
+        settings.write_text(text)
+        code, stderr = run(capsys, "quantize", network, "--config", settings, "-o", tmp_path / "o.onnx")
+        assert_two_lines(code, stderr, word)
+
+
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "sub/../../secret"])
+def test_external_data_stays_in_the_folder(
+    location: str, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(network)
+    onnx.external_data_helper.set_external_data(model.graph.initializer[2], location)
+    model.graph.initializer[2].ClearField("raw_data")
+    network.write_bytes(model.SerializeToString())
+    code, stderr = run(capsys, "quantize", network, "-o", tmp_path / "o.onnx")
+    assert_two_lines(code, stderr, "leaves its folder")
+
+
+def test_external_data_missing_or_short(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(onnx.load(network), network, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    weights = tmp_path / "weights.bin"
+    weights.write_bytes(weights.read_bytes()[:100])
+    code, stderr = run(capsys, "quantize", network, "-o", tmp_path / "o.onnx")
+    assert_two_lines(code, stderr, "truncated")
+    weights.unlink()
+    code, stderr = run(capsys, "quantize", network, "-o", tmp_path / "o.onnx")
+    assert_two_lines(code, stderr, "found nothing")
+
+
+def test_unwritable_outputs(
+    network: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for output, word in (
+        (tmp_path / "missing" / "o.onnx", "expected a folder"),
+        (tmp_path / "file" / "o.onnx", "expected a folder"),
+        (tmp_path, "found a folder"),
+        (network, "the model itself"),
+    ):
+        code, stderr = run(capsys, "quantize", network, "--data", calibration, "-o", output)
+        assert_two_lines(code, stderr, word)
+
+
+def test_a_full_disk_leaves_nothing(
+    network: Path,
+    calibration: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onnx_ir.save", full)
+    output = tmp_path / "out"
+    output.mkdir()
+    code, stderr = run(capsys, "quantize", network, "--data", calibration, "-o", output / "o.onnx")
+    assert_two_lines(code, stderr, "No space left")
+    assert list(output.iterdir()) == []
+
+
+def test_quantizing_twice_is_refused(
+    network: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = tmp_path / "once.onnx"
+    code, stderr = run(capsys, "quantize", network, "--data", calibration, "-o", once, "-q")
+    assert code == 0, stderr
+    code, stderr = run(capsys, "quantize", once, "--data", calibration, "-o", tmp_path / "twice.onnx")
+    assert_two_lines(code, stderr, "quantized already")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(number: signal.Signals, network: Path, tmp_path: Path) -> None:
+    data = tmp_path / "many.npz"
+    np.savez_compressed(data, x=np.zeros((60000, 3, 16, 16), np.float32))
+    output = tmp_path / "out"
+    output.mkdir()
+    command = [sys.executable, "-m", "onnxq.cli", "quantize", str(network), "--data", str(data)]
+    process = subprocess.Popen([*command, "-o", str(output / "o.onnx")], stderr=subprocess.PIPE, text=True)
+    time.sleep(4)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr and "error: interrupted" in stderr
+    assert list(output.iterdir()) == []
