@@ -325,25 +325,34 @@ def batches(
         OnnxqError: a name, dtype or shape does not fit the model, or a value is not finite.
     """
     fixed = next((spec.batch for spec in specs if spec.batch is not None), None)
-    size = fixed or batch_size
+    has_scalar = any(not spec.shape for spec in specs)  # one timestep for the whole batch: samples go one by one
+    size = 1 if has_scalar else fixed or batch_size
     rows: list[Sample] = []
     count = 0
     for sample in itertools.islice(source, samples):
         rows.append(_checked(sample, specs, count))
         count += 1
         if len(rows) == size:
-            yield _stack(rows)
+            yield _stack(rows, specs)
             rows = []
     if count == 0:
         raise OnnxqError("expected at least one sample, found none", hint="check --data and --samples")
     if rows and (fixed is None or count < size):
         if fixed is not None:
             rows = [rows[index % len(rows)] for index in range(size)]
-        yield _stack(rows)
+        yield _stack(rows, specs)
 
 
-def _stack(rows: Sequence[Sample]) -> dict[str, Array]:
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+def _stack(rows: Sequence[Sample], specs: Sequence[InputSpec]) -> dict[str, Array]:
+    scalars = {spec.name for spec in specs if not spec.shape}
+    try:
+        return {key: rows[0][key] if key in scalars else np.stack([row[key] for row in rows]) for key in rows[0]}
+    except ValueError as error:
+        shapes = ", ".join(sorted({str(list(row[spec.name].shape)) for row in rows for spec in specs}))
+        raise OnnxqError(
+            f"expected samples of one shape in a batch, found {shapes}",
+            hint="pad or crop them to one size",
+        ) from error
 
 
 def _checked(sample: Sample, specs: Sequence[InputSpec], index: int) -> Sample:

@@ -1,0 +1,80 @@
+"""Calibration data is streamed, checked and batched."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from onnxq.calibration import data
+from onnxq.errors import OnnxqError
+
+SPEC = data.InputSpec("x", np.dtype(np.float32), (None, 3, 8, 8))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_rows_equal_the_arrays(save: object, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((5, 3, 8, 8)).astype(np.float32)
+    save(tmp_path / "d.npz", x=x, labels=np.arange(5), other=np.ones(2))  # type: ignore[operator]
+    source = data.open_source(tmp_path / "d.npz", [SPEC])
+    assert len(source) == 5
+    rows = list(source)
+    np.testing.assert_array_equal([row["x"] for row in rows], x)
+    assert [int(row["labels"]) for row in rows] == [0, 1, 2, 3, 4]
+
+
+def test_batches_keep_the_last_one_and_stop_at_samples() -> None:
+    source = data.open_source([{"x": np.zeros((5, 3, 8, 8), np.float32)}], [SPEC])
+    assert [len(feed["x"]) for feed in data.batches(source, [SPEC], batch_size=2)] == [2, 2, 1]
+    assert [len(feed["x"]) for feed in data.batches(source, [SPEC], batch_size=2, samples=3)] == [2, 1]
+
+
+def test_a_fixed_batch_drops_what_does_not_fill_it_but_never_everything() -> None:
+    fixed = data.InputSpec("x", np.dtype(np.float32), (4, 3, 8, 8))
+    source = data.open_source([{"x": np.zeros((6, 3, 8, 8), np.float32)}], [fixed])
+    assert [len(feed["x"]) for feed in data.batches(source, [fixed])] == [4]
+    assert [len(feed["x"]) for feed in data.batches(source, [fixed], samples=3)] == [4]
+
+
+def test_scalar_inputs_are_not_stacked() -> None:
+    scalar = data.InputSpec("t", np.dtype(np.int64), ())
+    source = data.open_source([{"x": np.zeros((2, 3, 8, 8), np.float32), "t": np.arange(2)}], [SPEC, scalar])
+    feeds = list(data.batches(source, [SPEC, scalar], batch_size=8))
+    assert [(feed["x"].shape[0], feed["t"].shape, int(feed["t"])) for feed in feeds] == [(1, (), 0), (1, (), 1)]
+
+
+def test_rows_of_different_shapes_are_an_error() -> None:
+    free = data.InputSpec("x", np.dtype(np.float32), (None, None))
+    source = data.open_source([{"x": np.zeros((1, 3), np.float32)}, {"x": np.zeros((1, 4), np.float32)}], [free])
+    with pytest.raises(OnnxqError, match="one shape"):
+        list(data.batches(source, [free], batch_size=2))
+
+
+def test_image_folders_give_pixels_and_labels(tmp_path: Path) -> None:
+    for index, name in enumerate(("cat", "dog")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (20, 30), (255 * index, 0, 0)).save(tmp_path / name / "a.png")
+    settings = data.Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3)
+    rows = list(data.open_source(tmp_path, [SPEC], settings))
+    assert [int(row["labels"]) for row in rows] == [0, 1]
+    assert rows[1]["x"].shape == (3, 8, 8)
+    np.testing.assert_allclose(rows[1]["x"][0], 1.0)
+    (tmp_path / "dog" / "b.png").write_text("not an image")
+    with pytest.raises(OnnxqError, match="expected an image"):
+        list(data.open_source(tmp_path, [SPEC], settings))
+
+
+def test_memory_does_not_grow_with_samples(tmp_path: Path) -> None:
+    peaks = []
+    for count in (64, 1024):
+        path = tmp_path / f"{count}.npz"
+        np.savez(path, x=np.zeros((count, 3, 8, 8), np.float32))
+        tracemalloc.start()
+        for _ in data.batches(data.open_source(path, [SPEC]), [SPEC], batch_size=4):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]

@@ -1,0 +1,28 @@
+"""Importing the package and asking for help costs nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+HEAVY = ("numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "torch", "jinja2")
+
+
+def loaded(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(chr(10).join(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+def test_import_onnxq_loads_nothing_heavy() -> None:
+    assert not loaded("import onnxq").intersection(HEAVY)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "from typer.testing import CliRunner; from onnxq.cli import app; CliRunner().invoke(app, ['quantize', '-h'])"
+    assert not loaded(code).intersection(HEAVY)
+
+
+def test_passes_are_only_reached_through_the_package() -> None:
+    modules = loaded("import onnxq.passes.insert_qdq")
+    assert "onnxq.passes.insert_qdq" in modules and "passes" not in modules

@@ -1,0 +1,118 @@
+"""Loading, normalising, telling kinds apart, saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from onnxq import model as models
+from onnxq import runtime
+from onnxq.errors import OnnxqError
+
+SMALL = """
+<ir_version: {ir}, opset_import: ["" : {opset}]>
+small (float[N,2,4,4] x) => (float[N,2] y)
+<float[2,2,1,1] w = {{1.0, 2.0, 3.0, -4.0}}, float[2] b = {{0.5, -0.5}}>
+{{
+    c = Conv (x, w, b)
+    r = Relu (c)
+    p = GlobalAveragePool (r)
+    y = Flatten (p)
+}}
+"""
+
+
+@pytest.mark.parametrize("opset", [7, 9, 11, 13, 17, 21, 23])
+def test_every_opset_keeps_its_function(opset: int, tmp_path: Path) -> None:
+    path = tmp_path / "small.onnx"
+    text = SMALL.format(opset=opset, ir=3 if opset < 9 else 8 if opset < 21 else 10)
+    proto = onnx.parser.parse_model(text)
+    if opset < 9:  # before IR 4 initializers were inputs too
+        proto.graph.input.extend(
+            onnx.ValueInfoProto(
+                name=tensor.name,
+                type=onnx.TypeProto(
+                    tensor_type=onnx.TypeProto.Tensor(
+                        elem_type=1,
+                        shape=onnx.TensorShapeProto(
+                            dim=[onnx.TensorShapeProto.Dimension(dim_value=size) for size in tensor.dims]
+                        ),
+                    )
+                ),
+            )
+            for tensor in proto.graph.initializer
+        )
+    path.write_bytes(proto.SerializeToString())
+    loaded = models.load(path)
+    assert loaded.graph.opset_imports[""] == max(opset, models.LOWEST_OPSET)
+    assert [value.name for value in loaded.graph.inputs] == ["x"]
+    x = np.random.default_rng(0).standard_normal((3, 2, 4, 4)).astype(np.float32)
+    expected = runtime.Session(path).run({"x": x})[0]
+    np.testing.assert_allclose(runtime.Session(loaded).run({"x": x})[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_batchnorm_survives_and_normalising_twice_changes_nothing(network: Path) -> None:
+    loaded = models.load(network)
+    assert sum(node.op_type == "BatchNormalization" for node in loaded.graph) == 2
+    before = ir.to_proto(loaded).SerializeToString(deterministic=True)
+    models.normalise(loaded)
+    assert ir.to_proto(loaded).SerializeToString(deterministic=True) == before
+
+
+def test_large_models_go_through_external_data(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = {"x": np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)}
+    loaded = models.load(network)
+    expected = runtime.Session(loaded).run(x)[0]
+    monkeypatch.setattr(models, "EXTERNAL_DATA_LIMIT_BYTES", 1000)
+    saved = models.save(loaded, tmp_path / "big.onnx")
+    assert (tmp_path / "big.onnx.data").is_file()
+    assert models.file_bytes(saved) > models.initializer_bytes(loaded)
+    again = models.load(saved)
+    monkeypatch.setattr(runtime, "IN_MEMORY_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(runtime, "LARGE_TENSOR_BYTES", 1000)
+    data, large = runtime.serialize(again)
+    assert large and len(data) < models.initializer_bytes(loaded)
+    np.testing.assert_array_equal(runtime.Session(again).run(x)[0], expected)
+
+
+def test_saving_is_whole_or_not_at_all(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = models.load(network)
+    first = models.save(loaded, tmp_path / "a.onnx").read_bytes()
+    assert models.save(loaded, tmp_path / "b.onnx").read_bytes() == first
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onnx_ir.save", fail)
+    with pytest.raises(OnnxqError, match="No space left"):
+        models.save(loaded, tmp_path / "a.onnx")
+    assert (tmp_path / "a.onnx").read_bytes() == first
+    assert not list(tmp_path.glob(".onnxq-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("models/resnet20_cifar10", models.Kind.CNN),
+        ("models/face_rfb320_bn", models.Kind.CNN),
+        ("models/r20vit_hybrid_cifar10", models.Kind.TRANSFORMER),
+        ("denoisers/mnist_unet_attention", models.Kind.DENOISER),
+        ("denoisers/fashion_unet_guided", models.Kind.DENOISER),
+        ("denoisers/mnist_dit_guided", models.Kind.DENOISER),
+        ("language/stories260k", models.Kind.LANGUAGE),
+    ],
+)
+def test_kinds_of_real_models(name: str, kind: models.Kind, shared_data: Path) -> None:
+    assert models.kind_of(models.load(shared_data / f"{name}.onnx")) is kind
+
+
+def test_compressed_weights_are_folded(shared_data: Path) -> None:
+    from onnxq import graph as graphs
+
+    loaded = models.load(shared_data / "models" / "ppocrv6_rec_tiny.onnx")
+    assert all(item.weight is None or graphs.is_constant(item.weight) for item in graphs.weighted_nodes(loaded.graph))
+    assert sum(item.weight_index is None for item in graphs.weighted_nodes(loaded.graph)) == 0

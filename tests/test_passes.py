@@ -1,0 +1,143 @@
+"""Every rewrite keeps the function, is idempotent and says honestly whether it changed anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import NETWORK, SHAPES, add_weights
+
+from onnxq import model as models
+from onnxq import targets
+from onnxq.calibration import calibrate
+from onnxq.passes.fold_batchnorm import FoldBatchNorm
+from onnxq.passes.insert_qdq import InsertQDQ
+from onnxq.passes.lower_weights import LowerWeights
+from onnxq.passes.pad_codes import PadCodes
+from onnxq.passes.split_gemm_bias import SplitGemmBias
+from onnxq.runtime import Session
+
+X = np.random.default_rng(3).standard_normal((2, 3, 16, 16)).astype(np.float32)
+
+PADDED = """
+<ir_version: 10, opset_import: ["" : 21]>
+padded (float[N,3,16,16] x) => (float[N,8,16,16] y)
+<int64[8] pads = {0, 0, 1, 1, 0, 0, 1, 1}>
+{
+    [pad] p = Pad (x, pads)
+    [conv] c = Conv (p, w1)
+    [norm] y = BatchNormalization (c, g1, b1, m1, v1)
+}
+"""
+PADDED_SHAPES = {"w1": (8, 3, 3, 3), "g1": (8,), "b1": (8,), "m1": (8,), "v1": (8,)}
+
+GEMM = """
+<ir_version: 10, opset_import: ["" : 21]>
+gemm (float[N,3,16,16] x) => (float[N,10] y, float[N,10] z)
+{
+    [flat] f = Flatten (x)
+    [fc] y = Gemm <transB=1, alpha=0.5> (f, w, b)
+    [fc2] z = Gemm <transB=1> (f, w, b)
+}
+"""
+
+
+def network() -> ir.Model:
+    model = add_weights(NETWORK, SHAPES)
+    models.normalise(model)
+    return model
+
+
+def outputs(model: ir.Model, *, optimize: bool = True) -> list[np.ndarray]:
+    return Session(model, optimize=optimize).run({"x": X})
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "text", "shapes", "removed"),
+    [
+        (FoldBatchNorm, NETWORK, SHAPES, "BatchNormalization"),
+        (FoldBatchNorm, PADDED, PADDED_SHAPES, "Pad"),
+        (SplitGemmBias, GEMM, {"w": (10, 768), "b": (10,)}, None),
+    ],
+)
+def test_rewrites_keep_the_function(rewrite: type, text: str, shapes: dict, removed: str | None) -> None:
+    model = add_weights(text, shapes)
+    models.normalise(model)
+    names = {node.name for node in model.graph if node.op_type in ("Conv", "Gemm")}
+    expected = outputs(model)
+    assert rewrite()(model).modified
+    for found, wanted in zip(outputs(model), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert removed not in {node.op_type for node in model.graph}
+    assert names <= {node.name for node in model.graph}
+    assert not rewrite()(model).modified
+
+
+def quantized(target_name: str, activations: str | None = None) -> ir.Model:
+    """The network with Q/DQ and scales, its weights still float."""
+    model = network()
+    target = targets.get(target_name)
+    target.prepare(model)
+    placement = target.place(model.graph, target.scheme(None, activations))
+    taps = sorted({(site.like or site.value).name for site in placement.sites if not site.value.is_initializer()})
+    session = Session(model, taps=[name for name in taps if name != "x"])
+    InsertQDQ(placement.sites)(model)
+    source = calibrate_source()
+    found = calibrate.record(session, taps, source, calibrate_specs(model))
+    from onnxq.calibration.observers import minmax
+
+    calibrate.set_activation_scales(model, found.statistics, minmax)
+    calibrate.set_weight_scales(model)
+    return model
+
+
+def calibrate_source():
+    from onnxq.calibration.data import open_source
+
+    return open_source([{"x": X}], [])
+
+
+def calibrate_specs(model: ir.Model):
+    from onnxq.calibration.data import input_specs
+
+    return input_specs(model)
+
+
+@pytest.mark.parametrize("target", targets.names())
+def test_lowering_weights_changes_no_bit(target: str) -> None:
+    model = quantized(target)
+    expected = outputs(model, optimize=False)[0]
+    assert LowerWeights()(model).modified
+    np.testing.assert_array_equal(outputs(model, optimize=False)[0], expected)
+    assert not LowerWeights()(model).modified
+
+
+def test_odd_widths_are_a_clip_before_8_bits() -> None:
+    model = quantized("tensorrt", "int6")
+    clips = [node for node in model.graph if node.op_type == "Clip" and node.name and node.name.endswith("_clip")]
+    assert clips
+    for clip in clips:
+        quantize = clip.outputs[0].uses()[0].node
+        scale = quantize.inputs[1].const_value.numpy()
+        assert clip.inputs[2].const_value.numpy() == pytest.approx(31 * scale, rel=1e-6)
+        assert clip.inputs[1].const_value.numpy() == pytest.approx(-32 * scale, rel=1e-6)
+
+
+def test_outputs_keep_their_names_and_shared_values_one_pair() -> None:
+    model = quantized("cpu")
+    assert [value.name for value in model.graph.outputs] == ["logits"]
+    names = [node.name for node in model.graph]
+    assert len(names) == len(set(names))
+    sources = [node.inputs[0].name for node in model.graph if node.op_type == "QuantizeLinear"]
+    assert len(sources) == len(set(sources))
+
+
+def test_pads_move_to_the_codes(shared_data: Path) -> None:
+    import onnxq
+
+    result = onnxq.quantize(shared_data / "models" / "resnet20_cifar10.onnx", target="cpu", samples=4)
+    pads = [node for node in result.model.graph if node.op_type == "Pad"]
+    assert len(pads) == 2 and all(pad.inputs[0].dtype == ir.DataType.UINT8 for pad in pads)
+    assert not PadCodes()(result.model).modified

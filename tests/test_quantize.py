@@ -1,0 +1,123 @@
+"""The main job, end to end, on a small network and on real models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import MODELS
+
+import onnxq
+from onnxq import model as models
+from onnxq import targets
+
+JSON_KEYS = {
+    "recipe", "target", "quantized_nodes", "integer_kernels", "float_bytes", "quantized_bytes", "sqnr_db", "seconds",
+    "float_inference_seconds", "peak_rss_mib",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", targets.names())
+def test_the_command_line_does_the_whole_job(target: str, tmp_path: Path) -> None:
+    output, numbers, page = tmp_path / "o.onnx", tmp_path / "o.json", tmp_path / "o.html"
+    command = [sys.executable, "-m", "onnxq.cli", "quantize", str(MODELS / "fashion_resnet.onnx")]
+    command += ["--data", str(MODELS / "fashion_calibration.npz"), "--target", target, "-o", str(output)]
+    done = subprocess.run(
+        [*command, "--json", str(numbers), "--report", str(page)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(numbers.read_text())
+    assert set(found) >= JSON_KEYS
+    assert found["sqnr_db"] > 25 and found["float_bytes"] > 3 * found["quantized_bytes"]
+    assert found["quantized_bytes"] == output.stat().st_size
+    assert "SQNR" in done.stdout and "worst layer" in done.stdout
+    assert "<html" in page.read_text() and page.stat().st_size < 2_000_000
+    onnx.checker.check_model(onnx.load(output))
+    written = models.read(output)
+    assert not [item for item in targets.get(target).lint(written) if item.severity == "error"]
+    assert models.get_metadata(written)["target"] == target
+
+
+@pytest.mark.parametrize("target", targets.names())
+def test_accuracy_on_images_that_calibration_never_saw(target: str, tmp_path: Path) -> None:
+    output = tmp_path / "o.onnx"
+    onnxq.quantize(MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibration.npz", target=target, output=output)
+    found = onnxq.compare(MODELS / "fashion_resnet.onnx", output, MODELS / "fashion_test.npz", latency=False)
+    assert found.top1_quantized is not None and found.top1_float is not None
+    assert found.top1_quantized >= found.top1_float - 0.005
+    assert found.agreement is not None and found.agreement >= 0.98
+
+
+def test_the_cpu_target_runs_on_integers(network: Path, calibration: Path) -> None:
+    numbers = onnxq.quantize(network, calibration, target="cpu").numbers
+    nodes = numbers["optimized_nodes"]
+    # The thin first layer stays float only where one convolution reads it; here a shortcut does.
+    assert nodes["QLinearConv"] == 2 and nodes["QLinearAdd"] == 1 and nodes["QGemm"] == 1
+    assert "Conv" not in nodes and "FusedConv" not in nodes
+
+
+@pytest.mark.parametrize("target", targets.names())
+def test_the_same_seed_gives_the_same_bytes(target: str, network: Path, calibration: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        onnxq.quantize(network, calibration, target=target, output=tmp_path / f"{name}.onnx")
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("tensorrt", {"weights": "fp8"}),
+        ("tensorrt", {"weights": "int6", "activations": "int6"}),
+        ("tensorrt", {"weights": "int4", "activations": "int8"}),
+        ("tensorrt", {"activations": "float"}),
+        ("cpu", {"activations": "int8"}),
+        ("cpu", {"activations": "int16"}),
+        ("cpu", {"weights": "int7"}),
+        ("cpu", {"weights": "int4"}),
+    ],
+)
+def test_formats_run_and_lint(target: str, options: dict[str, str], network: Path, calibration: Path) -> None:
+    result = onnxq.quantize(network, calibration, target=target, **options)
+    assert result.numbers["quantized_nodes"] > 0
+    assert result.numbers["sqnr_db"] > 8
+
+
+def test_bias_correction_takes_the_mean_error_back(shared_data: Path, tmp_path: Path) -> None:
+    """On a network of depthwise convolutions it is worth several dB (Nagel et al., 2019)."""
+    path = shared_data / "models" / "mobilenet_v1_025_224.onnx"
+    x = np.random.default_rng(0).uniform(-1, 1, (8, 3, 224, 224)).astype(np.float32)
+    sqnr = {
+        on: onnxq.quantize(path, [{"input": x}], knobs={"bias_correction": on}).numbers["sqnr_db"]
+        for on in (True, False)
+    }
+    assert sqnr[True] > sqnr[False] + 3
+
+
+def test_without_data_it_says_so(network: Path) -> None:
+    result = onnxq.quantize(network, samples=4)
+    assert any("random" in warning for warning in result.numbers["warnings"])
+
+
+def test_an_iterable_of_dicts_is_data(network: Path) -> None:
+    batches = ({"x": np.ones((2, 3, 16, 16), np.float32) * scale} for scale in (0.5, 1.0))
+    assert onnxq.quantize(network, batches, target="cpu").numbers["samples"] == 4
+
+
+def test_exclude_keeps_nodes_in_float(network: Path, calibration: Path) -> None:
+    result = onnxq.quantize(network, calibration, target="cpu", exclude=("conv2",))
+    assert result.numbers["left_float"]["conv2"] == "excluded"
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar10", "r20vit_hybrid_cifar10", "mobilenet_v1_025_224"])
+def test_engines_of_real_models_keep_every_promise(name: str, shared_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT-RTX: pip install 'onnxq[tensorrt]'")
+    output = tmp_path / "o.onnx"
+    numbers = onnxq.quantize(shared_data / "models" / f"{name}.onnx", samples=4, output=output).numbers
+    built = onnxq.build(output, tmp_path / "o.engine", sm=["89"])
+    assert built.is_proven and not built.promised_but_float
+    assert len(built.low_precision_nodes) == numbers["quantized_nodes"]
