@@ -74,7 +74,7 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         "opset",
     ),
     "unknown op": (
-        parsed('<ir_version: 10, opset_import: ["" : 17, "no.such" : 1]> g (float[N,3,16,16] x) => (float[N,3,16,16] y) '
+        parsed('<ir_version: 10, opset_import: ["" : 17, "no.such" : 1]> g (float[N,4] x) => (float[N,4] y) '
                "{ y = no.such.Thing(x) }"),
         "expected",
     ),
@@ -252,8 +252,11 @@ def test_quantizing_twice_is_refused(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(number: signal.Signals, network: Path, tmp_path: Path) -> None:
-    data = tmp_path / "many.npz"
-    np.savez_compressed(data, x=np.zeros((60000, 3, 16, 16), np.float32))
+    data = tmp_path / "many"  # a minute of calibration
+    data.mkdir()
+    np.savez_compressed(tmp_path / "part.npz", x=np.zeros((60000, 3, 16, 16), np.float32))
+    for index in range(40):
+        (data / f"{index}.npz").symlink_to(tmp_path / "part.npz")
     output = tmp_path / "out"
     output.mkdir()
     command = [sys.executable, "-m", "onnxq.cli", "quantize", str(network), "--data", str(data)]
