@@ -141,3 +141,15 @@ def test_pads_move_to_the_codes(shared_data: Path) -> None:
     pads = [node for node in result.model.graph if node.op_type == "Pad"]
     assert len(pads) == 2 and all(pad.inputs[0].dtype == ir.DataType.UINT8 for pad in pads)
     assert not PadCodes()(result.model).modified
+
+
+def test_signed_attention_loads_in_onnxruntime_as_it_comes(shared_data: Path, tmp_path: Path) -> None:
+    """At opset 21 onnxruntime refuses it (see LowerOpset); a plain session, without our options, is what users make."""
+    import onnxruntime
+
+    import onnxq
+
+    output = tmp_path / "o.onnx"
+    onnxq.quantize(shared_data / "models" / "r20vit_hybrid_cifar10.onnx", samples=4, output=output)
+    onnxruntime.InferenceSession(str(output), providers=["CPUExecutionProvider"])
+    assert models.read(output).graph.opset_imports[""] == 20

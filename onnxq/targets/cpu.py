@@ -166,7 +166,7 @@ class _Regions:
         if node in self.core:
             if node.op_type == "Conv":
                 self._hold(_after_activation(node))
-        elif self._pays(node) and graphs.is_op(node, *ARITHMETIC) and self._reads_codes(node):
+        elif node in self.useful and graphs.is_op(node, *ARITHMETIC) and self._reads_codes(node):
             for value in node.inputs:
                 if value is not None and value not in self.codes:
                     self._hold(value)
@@ -175,10 +175,6 @@ class _Regions:
             source = node.inputs[0]
             self._hold(node.outputs[0])
             self.like[node.outputs[0]] = self.like.get(source, source)
-
-    def _pays(self, node: ir.Node) -> bool:
-        """Whether codes are wanted after the node, or worth it before: a pool's few outputs cost less to convert."""
-        return node in self.useful or graphs.is_op(node, "GlobalAveragePool")
 
     def _hold(self, value: ir.Value) -> None:
         if graphs.is_float(value):

@@ -78,10 +78,12 @@ class TensorRT:
         return Placement(_merged(sites), left_float)
 
     def lower(self, model: ir.Model) -> None:
-        """Weights become codes."""
+        """Weights become codes, and the opset the one that onnxruntime optimises without a fault too."""
+        from onnxq.passes.lower_opset import LowerOpset
         from onnxq.passes.lower_weights import LowerWeights
 
         LowerWeights()(model)
+        LowerOpset()(model)
 
     def lint(self, model: ir.Model, sm: int | None = None) -> list[Finding]:
         """Rules E1–E10 and P1–P10."""
