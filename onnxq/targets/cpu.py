@@ -19,7 +19,7 @@ from onnxq.errors import OnnxqError
 from onnxq.passes.pad_codes import PadCodes, pads_with_zero
 from onnxq.scheme import Scheme, Spec, for_integer_products, parse_activations, parse_weights
 from onnxq.targets.findings import Finding
-from onnxq.targets.placement import Placement, Site, excluded, weight_sites
+from onnxq.targets.placement import Placement, Site, choose, excluded, weight_sites
 
 # One kernel each between DequantizeLinear and QuantizeLinear.
 ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
@@ -81,15 +81,7 @@ class Cpu:
     def place(self, graph: ir.Graph, scheme: Scheme, exclude: Sequence[str] = ()) -> Placement:
         """Q/DQ around every op with an integer kernel, as long as the region they form pays."""
         skipped = excluded(graph, exclude)
-        left_float: dict[str, str] = {}
-        chosen: list[graphs.WeightedNode] = []
-        for item in graphs.weighted_nodes(graph):
-            name = item.node.name or ""
-            reason = "excluded" if name in skipped else _why_float(item, scheme)
-            if reason:
-                left_float[name] = reason
-            else:
-                chosen.append(item)
+        chosen, left_float = choose(graph, skipped, lambda item: _why_float(item, scheme))
         if scheme.activations.enabled:
             for name in _thin_stem(graph, chosen):
                 left_float[name] = "a thin first layer is faster in float"

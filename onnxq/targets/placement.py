@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -63,6 +63,22 @@ def excluded(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
             )
         matched |= found
     return matched
+
+
+def choose(
+    graph: ir.Graph, skipped: set[str], why_float: Callable[[graphs.WeightedNode], str]
+) -> tuple[list[graphs.WeightedNode], dict[str, str]]:
+    """The weighted nodes to quantize, and why the others stay in float (``why_float`` gives a reason or nothing)."""
+    chosen: list[graphs.WeightedNode] = []
+    left_float: dict[str, str] = {}
+    for item in graphs.weighted_nodes(graph):
+        name = item.node.name or ""
+        reason = "excluded" if name in skipped else why_float(item)
+        if reason:
+            left_float[name] = reason
+        else:
+            chosen.append(item)
+    return chosen, left_float
 
 
 def weight_sites(items: Sequence[graphs.WeightedNode], spec: Spec) -> list[Site]:

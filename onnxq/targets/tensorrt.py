@@ -15,7 +15,7 @@ from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.scheme import Scheme, Spec, for_integer_products, parse_activations, parse_weights
 from onnxq.targets.findings import Finding
-from onnxq.targets.placement import Placement, Site, excluded, weight_sites
+from onnxq.targets.placement import Placement, Site, choose, excluded, weight_sites
 
 NARROW_CHANNELS = 16  # below it the INT8 kernels pad channels and gain nothing
 
@@ -62,15 +62,7 @@ class TensorRT:
     def place(self, graph: ir.Graph, scheme: Scheme, exclude: Sequence[str] = ()) -> Placement:
         """Q/DQ on the inputs of weighted ops (rule P1), and on the shortcut of residual Adds (rule P5)."""
         skipped = excluded(graph, exclude)
-        left_float: dict[str, str] = {}
-        chosen: list[graphs.WeightedNode] = []
-        for item in graphs.weighted_nodes(graph):
-            name = item.node.name or ""
-            reason = "excluded" if name in skipped else _why_float(item, scheme)
-            if reason:
-                left_float[name] = reason
-            else:
-                chosen.append(item)
+        chosen, left_float = choose(graph, skipped, lambda item: _why_float(item, scheme))
         sites = weight_sites(chosen, scheme.weights) if scheme.weights.enabled else []
         if scheme.activations.enabled:
             sites += _activation_sites(chosen, scheme.activations)
