@@ -61,7 +61,7 @@ def quantize(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(show_default="default", help="How scales and codes are found; `onnxq recipes` lists them."),
+        typer.Option(show_default="int8", help="How scales and codes are found; `onnxq recipes` lists them."),
     ] = None,
     knobs: Annotated[
         list[str] | None,
@@ -75,6 +75,14 @@ def quantize(
         str | None,
         typer.Option(metavar="FORMAT", help="int8, uint8, fp8, int6, int16, float, …", show_default=False),
     ] = None,
+    first_last: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="The first and the last layers get this format instead: int8 beside 4-bit ones, or float.",
+            show_default=False,
+        ),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="Use so many samples of the data (all of them if not given).")
     ] = None,
@@ -83,7 +91,16 @@ def quantize(
         typer.Option(metavar="PATTERN", help="Node names or ops to keep in float (`*` matches anything); repeatable."),
     ] = None,
     seed: Annotated[int | None, typer.Option(show_default="0", help="The same seed gives the same bytes.")] = None,
-    device: Annotated[str | None, typer.Option(show_default="cpu", help="Where calibration runs: cpu or cuda.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            show_default="default",
+            help="quick, default or paper: how many steps recipes that learn take (200, 1000 or 20000 for each block).",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(show_default="cpu", help="Where calibration and learning run: cpu or cuda.")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Settings as YAML, under the names of these options; options win."),
@@ -109,9 +126,11 @@ def quantize(
         "recipe": recipe,
         "weights": weights,
         "activations": activations,
+        "first_last": first_last,
         "samples": samples,
         "exclude": tuple(exclude) if exclude else None,
         "seed": seed,
+        "budget": budget,
         "device": device,
         "knobs": parse_assignments(knobs) if knobs else None,
     }
@@ -279,17 +298,24 @@ def recipes(
     from onnxq import recipes as registry
 
     if name is None:
-        _write_json(json_path, {key: entry[2] for key, entry in registry.RECIPES.items()})
-        for key, (_, _, line) in registry.RECIPES.items():
-            typer.echo(f"{key:16} {line}")
+        _write_json(json_path, {key: entry.line for key, entry in registry.RECIPES.items()})
+        for key, entry in registry.RECIPES.items():
+            formats = f" [{entry.weights or 'any'}/{entry.activations or 'any'}]"
+            typer.echo(f"{key:14} {entry.line}{formats if entry.weights or entry.activations else ''}")
+        typer.echo("In brackets: the formats of weights and activations that a recipe brings.")
         return
-    recipe: Any = registry.get(name)
+    entry = registry.get(name)
+    recipe: Any = entry.load()
+    knobs = {field.name: entry.knobs.get(field.name, field.default) for field in dataclasses.fields(recipe)}
+    formats_given = {"weights": entry.weights, "activations": entry.activations}
+    _write_json(json_path, {"recipe": registry.canonical(name), **formats_given, "knobs": knobs})
     typer.echo(inspect.getdoc(recipe) or "")
-    fields = dataclasses.fields(recipe)
-    _write_json(json_path, {"recipe": name, "knobs": {field.name: field.default for field in fields}})
+    typer.echo("\nFormats (--weights, --activations):")
+    for what, given in formats_given.items():
+        typer.echo(f"  {what} = {given or 'the default of the target'}")
     typer.echo("\nKnobs (--set name=value):")
-    for field in fields:
-        typer.echo(f"  {field.name} = {field.default!r}")
+    for key, value in knobs.items():
+        typer.echo(f"  {key} = {value!r}")
 
 
 @app.command()
@@ -330,7 +356,11 @@ def _options(
 
 
 def _suffix(settings: Any) -> str:
-    for spec in (settings.weights, settings.activations):
+    """The formats that stand in the name of the result: what the user or the recipe says, or int8."""
+    from onnxq import recipes as registry
+
+    entry = registry.get(settings.recipe)
+    for spec in (settings.weights or entry.weights, settings.activations or entry.activations):
         if spec and spec != "float":
             return str(spec).replace(":", "_")
     return "int8"
@@ -411,7 +441,11 @@ def main() -> None:
     except OnnxqError as error:
         _fail(error.message, error.hint, CHECK_FAILED if isinstance(error, CheckError) else BAD_INPUT)
     except _Interrupted:
-        _fail("interrupted", "nothing was left behind; run the same command again", INTERRUPTED)
+        _fail(
+            "interrupted",
+            "no output was written; the same command goes on after the last block that a recipe has learned",
+            INTERRUPTED,
+        )
     except MemoryError:
         _fail("out of memory", "use fewer or smaller samples, or a machine with more memory", BAD_INPUT)
     except OSError as error:

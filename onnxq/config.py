@@ -29,13 +29,15 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    recipe: str = "default"
+    recipe: str = "int8"
     target: str = "tensorrt"
     weights: str | None = None
     activations: str | None = None
+    first_last: str | None = None
     samples: int | None = Field(default=None, ge=1)
     exclude: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0)
+    budget: Literal["quick", "default", "paper"] = "default"
     device: Literal["cpu", "cuda"] = "cpu"
     knobs: dict[str, Any] = Field(default_factory=dict)
     preprocess: PreprocessingSettings = Field(default_factory=PreprocessingSettings)

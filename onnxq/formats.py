@@ -87,7 +87,7 @@ def _integer(bits: int, storage: ir.DataType, *, signed: bool = True) -> NumberF
     return NumberFormat(f"{'' if signed else 'u'}int{bits}", bits, storage, low, low + (1 << bits) - 1)
 
 
-_INT8, _INT4 = ir.DataType.INT8, ir.DataType.INT4
+_INT8, _INT4, _UINT8, _UINT4 = ir.DataType.INT8, ir.DataType.INT4, ir.DataType.UINT8, ir.DataType.UINT4
 
 FORMATS: dict[str, NumberFormat] = {
     number_format.name: number_format
@@ -95,8 +95,8 @@ FORMATS: dict[str, NumberFormat] = {
         *(_integer(bits, _INT4) for bits in (2, 3, 4)),
         *(_integer(bits, _INT8) for bits in (5, 6, 7, 8)),
         _integer(16, ir.DataType.INT16),
-        _integer(4, ir.DataType.UINT4, signed=False),
-        _integer(8, ir.DataType.UINT8, signed=False),
+        *(_integer(bits, _UINT4, signed=False) for bits in (2, 3, 4)),
+        *(_integer(bits, _UINT8, signed=False) for bits in (5, 6, 7, 8)),
         _integer(16, ir.DataType.UINT16, signed=False),
         NumberFormat("fp8", 8, ir.DataType.FLOAT8E4M3FN, -448.0, 448.0),
         NumberFormat("fp8_e5m2", 8, ir.DataType.FLOAT8E5M2, -57344.0, 57344.0),
@@ -105,6 +105,14 @@ FORMATS: dict[str, NumberFormat] = {
     )
 }
 """Every format by name."""
+
+
+def one_sided(number_format: NumberFormat) -> NumberFormat:
+    """All codes of a signed integer format on the side of zero and above, in the same container.
+
+    Only for widths below the container's: int4 in INT8 has 16 codes either way, and 0 … 15 fit too.
+    """
+    return dataclasses.replace(FORMATS[f"u{number_format.name}"], storage=number_format.storage)
 
 
 def parse_format(text: str) -> tuple[NumberFormat, int | None]:

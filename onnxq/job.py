@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.progress import Progress
 from onnxq.runtime import Session
 from onnxq.scheme import Scheme
-from onnxq.targets import Placement, Target
-from onnxq.targets.placement import quantized_twice
+from onnxq.targets import Placement, Target, scheme_of_ends
+from onnxq.targets.placement import first_and_last, quantized_twice
 
 Array = np.ndarray[Any, Any]
 
@@ -42,6 +43,8 @@ class Job:
         recording: Set by :meth:`record`.
         ranges: The range chosen for each activation, by value name.
         warnings: What the user should know.
+        exceptions: The schemes of single layers, by the name of the node; a recipe may add some before :meth:`insert`.
+        checkpoint: A folder in which recipes that learn keep finished steps, ``None`` to keep nothing.
     """
 
     model: ir.Model
@@ -55,6 +58,8 @@ class Job:
     recording: calibrate.Recording | None = None
     ranges: dict[str, Range] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    exceptions: dict[str, Scheme] = field(default_factory=dict)
+    checkpoint: Path | None = None
     _float_session: Session | None = None
     _taps: list[str] = field(default_factory=list)
 
@@ -66,7 +71,10 @@ class Job:
 
     def insert(self) -> None:
         """Insert Q/DQ where the target wants them; a float session that taps the same values is made first."""
-        self.placement = self.target.place(self.model.graph, self.scheme, self.settings.exclude)
+        if self.settings.first_last is not None:
+            ends = scheme_of_ends(self.target, self.scheme, self.settings.first_last)
+            self.exceptions |= {name: ends for name in first_and_last(self.model.graph)}
+        self.placement = self.target.place(self.model.graph, self.scheme, self.settings.exclude, self.exceptions)
         if not self.placement.sites:
             reasons = "; ".join(sorted(set(self.placement.left_float.values()))) or "it has no Conv, Gemm or MatMul"
             raise OnnxqError(f"expected something to quantize, found nothing ({reasons})", hint="see `onnxq lint`")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from onnxq.calibration.noise import Noise
 from onnxq.check import Check, bare_float_run, check
 from onnxq.config import Settings, build_knobs, make_settings
 from onnxq.job import Job, peak_rss_mib, quantized_counts
+from onnxq.passes.insert_qdq import FORMAT, STATISTICS
 from onnxq.progress import Progress
 
 Array = np.ndarray[Any, Any]
@@ -65,7 +67,7 @@ def quantize(
             of dicts of batched arrays. ``None``: random inputs, which is said in the result's warnings.
         output: Where to write the result; ``None`` writes nothing.
         settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
-            ``activations``, ``samples``, ``exclude``, ``seed``, ``device``, ``knobs``, ``preprocess``.
+            ``activations``, ``first_last``, ``samples``, ``exclude``, ``seed``, ``device``, ``knobs``, ``preprocess``.
         progress: Where to say what is being done; by default nowhere.
         **options: The fields of :class:`Settings`.
 
@@ -82,19 +84,21 @@ def quantize(
     if output is not None:
         models.check_writable(Path(output))
     target = targets.get(settings.target)
-    scheme = target.scheme(settings.weights, settings.activations)
-    recipe = build_knobs(recipes.get(settings.recipe), settings.knobs, settings.recipe)
+    entry = recipes.get(settings.recipe)
+    scheme = target.scheme(settings.weights or entry.weights, settings.activations or entry.activations)
+    recipe = build_knobs(entry.load(), {**entry.knobs, **settings.knobs}, settings.recipe)
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
         source, warnings = _source(loaded, data, settings)
         job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings)
+        job.checkpoint = None if output is None else checkpoint_folder(Path(output))
     recipe.run(job)
     checked = check(job)
     numbers = _numbers(job, path, checked, recipe)
     models.set_metadata(
         loaded,
         version=onnxq.__version__,
-        recipe=settings.recipe,
+        recipe=recipes.canonical(settings.recipe),
         target=settings.target,
         seed=str(settings.seed),
         config=json.dumps(settings.model_dump(exclude_defaults=True), sort_keys=True),
@@ -104,6 +108,7 @@ def quantize(
     if output is not None:
         with progress.stage("save", "Saving"):
             models.save(loaded, output)
+        shutil.rmtree(checkpoint_folder(Path(output)), ignore_errors=True)
         numbers["output"] = str(output)
         numbers["quantized_bytes"] = models.file_bytes(output)
     else:
@@ -112,6 +117,11 @@ def quantize(
     numbers["peak_rss_mib"] = peak_rss_mib()
     numbers |= bare_float_run(job, path, checked)
     return Result(loaded, settings, numbers, _tensors(job))
+
+
+def checkpoint_folder(output: Path) -> Path:
+    """Where a recipe that learns keeps finished blocks until the output is written."""
+    return output.parent / f".{output.name}.checkpoint"
 
 
 def _source(
@@ -133,11 +143,12 @@ def _numbers(job: Job, path: Path, checked: Check, recipe: Any) -> dict[str, Any
         warnings.append(f"the output's error is large: SQNR {checked.sqnr_db:.1f} dB against the float model")
     return {
         "model": str(path),
-        "recipe": job.settings.recipe,
+        "recipe": recipes.canonical(job.settings.recipe),
         "knobs": {key: value for key, value in vars(recipe).items()},
         "target": job.target.name,
         "weights": str(job.scheme.weights),
         "activations": str(job.scheme.activations),
+        "first_last": job.settings.first_last,
         "seed": job.settings.seed,
         "kind": models.kind_of(job.model).value,
         "quantized_nodes": quantized,
@@ -163,7 +174,7 @@ def _next_steps(job: Job, checked: Check) -> list[str]:
         patterns = " ".join(f"--exclude '{layer['name']}'" for layer in worst)
         steps.append(f"keep the worst layers in float: {patterns}")
     observer = job.settings.knobs.get("observer")
-    if checked.sqnr_db < 20 and job.settings.recipe == "default" and observer is None:
+    if checked.sqnr_db < 20 and recipes.canonical(job.settings.recipe) == recipes.DEFAULT and observer is None:
         steps.append("try another range rule: --set observer=mse, or minmax, or percentile")
     if job.target.name == "tensorrt":
         steps.append("compile it and see which layers run in INT8: onnxq build")
@@ -174,6 +185,8 @@ def _tensors(job: Job) -> list[dict[str, Any]]:
     """What the report draws of each activation: its histogram and where it is clipped."""
     if job.recording is None:
         return []
+    quantizers = [node for node in job.model.graph if {FORMAT, STATISTICS} <= set(node.metadata_props)]
+    formats = {node.metadata_props[STATISTICS]: node.metadata_props[FORMAT] for node in quantizers}
     tensors = []
     for name, chosen in job.ranges.items():
         statistics = job.recording.statistics[name]
@@ -185,7 +198,7 @@ def _tensors(job: Job) -> list[dict[str, Any]]:
                 "high": statistics.high,
                 "clip_low": chosen.low,
                 "clip_high": chosen.high,
-                "format": job.scheme.activations.format.name,
+                "format": formats.get(name, job.scheme.activations.format.name),
                 "histogram": {"edges": edges, "counts": counts},
             }
         )

@@ -26,8 +26,8 @@ class Progress:
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def stage(self, key: str, text: str, total: int | None = None) -> Iterator[Advance]:
-        """Time one stage under ``key``; the yielded function takes how much of ``total`` is done."""
+    def stage(self, key: str, text: str, total: int | None = None, unit: str = "samples") -> Iterator[Advance]:
+        """Time one stage under ``key``; the yielded function takes how many of ``total`` units are done."""
         start = time.perf_counter()
         try:
             if self.live:
@@ -38,7 +38,7 @@ class Progress:
             seconds = time.perf_counter() - start
             self.seconds[key] = self.seconds.get(key, 0.0) + seconds
         if self.enabled and not self.live and seconds >= 2:
-            self.stream.write(f"{text}: {seconds:.1f} s{f' for {total} samples' if total else ''}\n")
+            self.stream.write(f"{text}: {seconds:.1f} s{f' for {total} {unit}' if total else ''}\n")
             self.stream.flush()
 
     def _live(self, text: str, total: int | None) -> Iterator[Advance]:

@@ -47,7 +47,10 @@ class Scheme:
 
 
 def parse_weights(text: str, *, symmetric: bool = True) -> Spec:
-    """Weights are per channel, or per block where a block size is named: ``int8``, ``int4:128``."""
+    """Weights are per channel, or as the name says in blocks or with one scale: ``int8``, ``int4:128``, ``int8:tensor``."""
+    name, _, ending = text.strip().lower().partition(":")
+    if ending == "tensor":
+        return replace(parse_weights(name, symmetric=symmetric), granularity="tensor")
     number_format, block_size = parse_format(text)
     if number_format.name.startswith("u") and symmetric:
         symmetric = False
@@ -63,8 +66,9 @@ def parse_activations(text: str) -> Spec:
             f"expected an activation format without a block size, found {text!r}",
             hint=f"use --activations {number_format.name}; blocks are for weights",
         )
-    if number_format.storage == ir.DataType.INT4:
-        number_format = replace(number_format, storage=ir.DataType.INT8)  # no kernel reads 4-bit activations
+    # No kernel reads 4-bit activations.
+    wider = {ir.DataType.INT4: ir.DataType.INT8, ir.DataType.UINT4: ir.DataType.UINT8}
+    number_format = replace(number_format, storage=wider.get(number_format.storage, number_format.storage))
     return Spec(number_format, "tensor", symmetric=not number_format.name.startswith("u"))
 
 

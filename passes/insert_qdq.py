@@ -108,17 +108,10 @@ def _free_suffix(graph: ir.Graph, name: str) -> str:
 
 def _parameters(graph: ir.Graph, site: Site, root: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The scale and zero-point initializers of the site: those of ``root`` if they are there already."""
-    name = root.name
-    scale_name, zero_point_name = f"{name}_scale", f"{name}_zero_point"
-    shape = parameter_shape(site)
-    number_format = site.spec.format
+    shape, number_format, ending = parameter_shape(site), site.spec.format, _ending(graph, site, root)
+    scale_name, zero_point_name = f"{root.name}_scale{ending}", f"{root.name}_zero_point{ending}"
     if scale_name in graph.initializers:
-        scale, zero_point = graph.initializers[scale_name], graph.initializers[zero_point_name]
-        if scale.shape == ir.Shape(shape) and zero_point.dtype == number_format.storage:
-            return scale, zero_point
-        scale_name, zero_point_name = f"{scale_name}_{number_format.name}", f"{zero_point_name}_{number_format.name}"
-        if scale_name in graph.initializers:
-            return graph.initializers[scale_name], graph.initializers[zero_point_name]
+        return graph.initializers[scale_name], graph.initializers[zero_point_name]
     dtype = site.value.dtype or ir.DataType.FLOAT
     scale = ir.Value(name=scale_name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
     scale.const_value = ir.tensor(np.ones(shape, dtype.numpy()), name=scale_name)
@@ -127,6 +120,15 @@ def _parameters(graph: ir.Graph, site: Site, root: ir.Value) -> tuple[ir.Value, 
     graph.register_initializer(scale)
     graph.register_initializer(zero_point)
     return scale, zero_point
+
+
+def _ending(graph: ir.Graph, site: Site, root: ir.Value) -> str:
+    """What tells the parameters of this site from those that the same value has in another format or along an axis."""
+    kinds = graph.meta.setdefault("onnxq.qdq_kinds", {}).setdefault(root.name, [])
+    kind = (str(site.spec), site.spec.format.storage, site.axis)
+    if kind not in kinds:
+        kinds.append(kind)
+    return "" if kind == kinds[0] else f"_{site.spec.format.name}_{kinds.index(kind)}"
 
 
 def zero_point_tensor(codes: np.ndarray, number_format: NumberFormat, name: str) -> ir.TensorProtocol:
@@ -150,8 +152,9 @@ def parameter_shape(site: Site) -> tuple[int, ...]:
 
 def _clip_bounds(graph: ir.Graph, site: Site, root: ir.Value) -> list[ir.Value]:
     bounds = []
+    ending = _ending(graph, site, root)
     for suffix, bound in (("clip_low", site.spec.format.low), ("clip_high", site.spec.format.high)):
-        name = f"{root.name}_{suffix}"
+        name = f"{root.name}_{suffix}{ending}"
         if name not in graph.initializers:
             dtype = site.value.dtype or ir.DataType.FLOAT
             initializer = ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(dtype))

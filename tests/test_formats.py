@@ -36,7 +36,7 @@ CARRIERS = {"int4": "int8", "uint4": "uint8"}
 ELEMENT_TYPES = {"int8": 3, "uint8": 2, "int4": 22, "uint4": 21, "float8e4m3fn": 17, "float8e5m2": 19}
 FLOATS = {"float": np.float32, "float16": np.float16}
 INTEGERS = [name for name, number_format in FORMATS.items() if not (number_format.is_float or name == "float")]
-NARROW = ["int2", "int3", "int5", "int6", "int7"]
+NARROW = [f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 3, 5, 6, 7)]
 LAYOUTS = {
     "tensor": (None, None),
     "rows": (0, None),

@@ -118,11 +118,17 @@ def test_odd_widths_are_a_clip_before_8_bits() -> None:
     model = quantized("tensorrt", "int6")
     clips = [node for node in model.graph if node.op_type == "Clip" and node.name and node.name.endswith("_clip")]
     assert clips
+    sides = set()
     for clip in clips:
         quantize = clip.outputs[0].uses()[0].node
         scale = quantize.inputs[1].const_value.numpy()
-        assert clip.inputs[2].const_value.numpy() == pytest.approx(31 * scale, rel=1e-6)
-        assert clip.inputs[1].const_value.numpy() == pytest.approx(-32 * scale, rel=1e-6)
+        # What is never negative has all 64 codes on its side, still with zero point 0.
+        low, high = {"int6": (-32, 31), "uint6": (0, 63)}[quantize.metadata_props["onnxq.format"]]
+        assert quantize.inputs[2].const_value.numpy() == 0
+        assert clip.inputs[2].const_value.numpy() == pytest.approx(high * scale, rel=1e-6)
+        assert clip.inputs[1].const_value.numpy() == pytest.approx(low * scale, rel=1e-6)
+        sides.add(low)
+    assert 0 in sides
 
 
 def test_outputs_keep_their_names_and_shared_values_one_pair() -> None:

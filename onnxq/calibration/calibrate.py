@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from onnxq import graph as graphs
 from onnxq.calibration.data import InputSpec, Source, batches
 from onnxq.calibration.observers import Observer, Range, Statistics
 from onnxq.errors import OnnxqError
-from onnxq.formats import NumberFormat, parse_format, scale_and_zero_point
+from onnxq.formats import NumberFormat, one_sided, parse_format, scale_and_zero_point
 from onnxq.passes.insert_qdq import CLIP, FORMAT, STATISTICS, SYMMETRIC
 from onnxq.runtime import Session
 
@@ -158,21 +158,50 @@ def quantized_values(graph: ir.Graph) -> list[str]:
 
 
 def set_activation_scales(model: ir.Model, statistics: dict[str, Statistics], observer: Observer) -> dict[str, Range]:
-    """Write scale and zero point of every activation quantizer; returns the ranges by value name."""
+    """Write scale and zero point of every activation quantizer; returns the ranges by value name.
+
+    A symmetric quantizer of fewer than 8 bits, whose values were never negative, gets the codes 0 … 2^b - 1: its
+    container holds them, its zero point stays 0, and after a Relu that is one bit more.
+    """
     ranges: dict[str, Range] = {}
+    chosen_ranges: dict[tuple[str, str], Range] = {}  # a value may have quantizers of several formats
     for node in model.graph:
         if not graphs.is_quantize(node) or graphs.is_constant(node.inputs[0]):
             continue
         name = node.metadata_props[STATISTICS]
-        number_format, _ = parse_format(node.metadata_props[FORMAT])
         symmetric = node.metadata_props[SYMMETRIC] == "1"
-        if name not in ranges:
-            ranges[name] = observer(statistics[name], number_format, symmetric)
-        chosen = ranges[name]
-        scale, zero_point = scale_and_zero_point(chosen.low, chosen.high, number_format, symmetric=symmetric)
+        number_format = _format_for(node, statistics[name], symmetric)
+        key = (name, number_format.name)
+        if key not in chosen_ranges:
+            chosen_ranges[key] = observer(statistics[name], number_format, symmetric)
+        chosen = chosen_ranges[key]
+        ranges.setdefault(name, chosen)
+        if symmetric and not number_format.signed:
+            scale, zero_point = scale_and_zero_point(0.0, chosen.high, number_format, symmetric=False)
+        else:
+            scale, zero_point = scale_and_zero_point(chosen.low, chosen.high, number_format, symmetric=symmetric)
         write_scales(node, scale, zero_point)
         _write_clip(node, scale, zero_point, number_format)
     return ranges
+
+
+def _format_for(node: ir.Node, statistics: Statistics, symmetric: bool) -> NumberFormat:
+    """The format of an activation quantizer: one-sided where that is free, which its metadata then say."""
+    number_format, _ = parse_format(node.metadata_props[FORMAT])
+    zero_point = node.inputs[2]
+    assert zero_point is not None and zero_point.dtype is not None
+    if not symmetric or zero_point.dtype != ir.DataType.INT8 or number_format.bits >= 8:
+        return replace(number_format, storage=zero_point.dtype)
+    number_format = replace(parse_format(number_format.name.lstrip("u"))[0], storage=zero_point.dtype)
+    if statistics.low >= 0:
+        number_format = one_sided(number_format)
+    pair = [node, *(reader for reader, _ in graphs.consumers(node.outputs[0]) if graphs.is_dequantize(reader))]
+    for member in pair:
+        member.metadata_props[FORMAT] = number_format.name
+    producer = None if node.inputs[0] is None else node.inputs[0].producer()
+    if producer is not None and CLIP in producer.metadata_props:
+        producer.metadata_props[CLIP] = number_format.name
+    return number_format
 
 
 def set_weight_scales(

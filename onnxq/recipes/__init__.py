@@ -3,17 +3,64 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxq.errors import OnnxqError
 
 if TYPE_CHECKING:
     from onnxq.job import Job
 
-# name: (module, class, one line)
-RECIPES: dict[str, tuple[str, str, str]] = {
-    "default": ("static", "Static", "post-training static quantization from streamed statistics"),
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe by name: where it is, and what it brings unless the user says otherwise.
+
+    Attributes:
+        module: The file in this folder.
+        attribute: The recipe's class in it.
+        line: What it does, in one line.
+        weights: The format of weights; ``None`` leaves it to the target.
+        activations: The format of activations; ``None`` leaves it to the target.
+        knobs: Defaults that differ from those of the class.
+    """
+
+    module: str
+    attribute: str
+    line: str
+    weights: str | None = None
+    activations: str | None = None
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> type[Recipe]:
+        """The recipe's class."""
+        try:
+            found: type[Recipe] = getattr(importlib.import_module(f"onnxq.recipes.{self.module}"), self.attribute)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise OnnxqError(
+                "expected torch for a recipe that learns, found it not installed",
+                hint="pip install 'onnxq[learn]' (any build of torch; the CPU one does)",
+            ) from error
+        return found
+
+
+RECIPES: dict[str, Entry] = {
+    "int8": Entry("static", "Static", "8-bit integers from streamed statistics (the default)"),
+    "int8-minmax": Entry("static", "Static", "the same with the widest ranges", knobs={"observer": "minmax"}),
+    "fp8": Entry("static", "Static", "FP8 E4M3 weights and activations (TensorRT, SM 89)", "fp8", "fp8"),
+    "int4-weights": Entry("static", "Static", "int4 weights in blocks, float activations", "int4:128", "float"),
+    "adaround": Entry("adaround", "AdaRound", "rounding learned layer by layer"),
+    "brecq": Entry("brecq", "Brecq", "rounding and activation steps learned block by block"),
+    "qdrop": Entry("qdrop", "QDrop", "the same, with quantization dropped at random while it learns"),
+    "gptq": Entry("gptq", "Gptq", "int4 weights, rounding errors taken up column by column", "int4", "float"),
+    "smoothquant": Entry("smoothquant", "SmoothQuant", "outliers of activations moved into weights, then 8 bits"),
+    "awq": Entry("awq", "Awq", "int4 weights in blocks, scaled by what they are multiplied with", "int4:128", "float"),
 }
+
+DEFAULT = "int8"
 
 
 class Recipe(Protocol):
@@ -23,17 +70,20 @@ class Recipe(Protocol):
         """Quantize ``job.model`` in place."""
 
 
-def get(name: str) -> type[Recipe]:
-    """The recipe's class.
+def canonical(name: str) -> str:
+    """The name under which a recipe is listed: ``default`` is another name of the first."""
+    return DEFAULT if name == "default" else name
+
+
+def get(name: str) -> Entry:
+    """The recipe of that name.
 
     Raises:
         OnnxqError: there is no such recipe.
     """
-    if name not in RECIPES:
+    if canonical(name) not in RECIPES:
         raise OnnxqError(
             f"expected a recipe of {', '.join(RECIPES)}, found {name!r}",
             hint="`onnxq recipes` lists them with their papers",
         )
-    module, attribute, _ = RECIPES[name]
-    found: type[Recipe] = getattr(importlib.import_module(f"onnxq.recipes.{module}"), attribute)
-    return found
+    return RECIPES[canonical(name)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxq.calibration import bias_correction, calibrate, observers
+from onnxq.calibration import bias_correction, calibrate, observers, weight_ranges
 from onnxq.job import Job
+from onnxq.passes.equalize_layers import EqualizeLayers
 
 
 @dataclass(frozen=True)
@@ -26,20 +27,25 @@ class Static:
         observer: How a range follows from the statistics of an activation: ``robust``, ``mse``, ``minmax``,
             ``mean_extremes``, ``percentile`` or ``entropy``.
         bias_correction: Whether biases are corrected (M. Nagel et al., ICCV 2019, arXiv 1906.04721).
+        weight_ranges: How a range follows from the weights: ``minmax``, or ``mse``, the clip with the least error.
     """
 
     observer: str = "robust"
     bias_correction: bool = True
+    equalize: bool = False
+    weight_ranges: str = "minmax"
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        observer = observers.get(self.observer)
+        observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.prepare()
+        if self.equalize:
+            EqualizeLayers()(job.model)
         job.insert()
         axes = bias_correction.channel_axes(job.model.graph) if self.bias_correction else {}
         statistics = job.record(axes)
         job.ranges = calibrate.set_activation_scales(job.model, statistics, observer)
-        calibrate.set_weight_scales(job.model)
+        calibrate.set_weight_scales(job.model, search)
         if self.bias_correction and job.recording is not None:
             bias_correction.correct_biases(job.model, job.recording.channel_means)
         job.lower()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import onnx_ir as ir
@@ -26,14 +27,31 @@ class Target(Protocol):
     def prepare(self, model: ir.Model) -> None:
         """Rewrites that keep the function and let this target's kernels match."""
 
-    def place(self, graph: ir.Graph, scheme: Scheme, exclude: Sequence[str] = ()) -> Placement:
-        """Where Q/DQ go."""
+    def place(
+        self,
+        graph: ir.Graph,
+        scheme: Scheme,
+        exclude: Sequence[str] = (),
+        exceptions: Mapping[str, Scheme] = MappingProxyType({}),
+    ) -> Placement:
+        """Where Q/DQ go; ``exceptions`` are the schemes of single layers, by the name of the node."""
 
     def lower(self, model: ir.Model) -> None:
         """The last step after calibration: the form that the target runs."""
 
     def lint(self, model: ir.Model, sm: int | None = None) -> list[Finding]:
         """Every rule of the target that the graph breaks."""
+
+
+def scheme_of_ends(target: Target, scheme: Scheme, text: str) -> Scheme:
+    """What the first and the last layers get if they are to have the format ``text``.
+
+    Raises:
+        OnnxqError: the target has no kernel for it.
+    """
+    if text == "float":
+        return target.scheme("float", "float")
+    return target.scheme(text, None if scheme.activations.enabled else "float")
 
 
 def names() -> list[str]:

@@ -8,8 +8,9 @@ and writes floats, so a transformer keeps its LayerNorm, Gelu and residual strea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +20,7 @@ from onnxq.errors import OnnxqError
 from onnxq.passes.pad_codes import PadCodes, pads_with_zero
 from onnxq.scheme import Scheme, Spec, for_integer_products, parse_activations, parse_weights
 from onnxq.targets.findings import Finding
-from onnxq.targets.placement import Placement, Site, choose, excluded, weight_sites
+from onnxq.targets.placement import Placement, Schemes, Site, choose, excluded, schemes_of, weight_sites
 
 # One kernel each between DequantizeLinear and QuantizeLinear.
 ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
@@ -37,7 +38,10 @@ STEM_DEPTHWISE_CHANNELS = 32
 ABSORBED = ("Relu", "Clip")
 
 LEGAL_WEIGHTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "uint8", "uint4", "float")
-LEGAL_ACTIVATIONS = ("uint8", "int8", "int16", "uint16", "int5", "int6", "int7", "float")
+LEGAL_ACTIVATIONS = (
+    "uint8", "int8", "int16", "uint16", "float",
+    "uint2", "uint3", "uint4", "uint5", "uint6", "uint7", "int2", "int3", "int4", "int5", "int6", "int7",
+)  # fmt: skip
 
 
 class Cpu:
@@ -78,17 +82,24 @@ class Cpu:
         FoldBatchNorm()(model)
         SplitGemmBias()(model)
 
-    def place(self, graph: ir.Graph, scheme: Scheme, exclude: Sequence[str] = ()) -> Placement:
+    def place(
+        self,
+        graph: ir.Graph,
+        scheme: Scheme,
+        exclude: Sequence[str] = (),
+        exceptions: Mapping[str, Scheme] = MappingProxyType({}),
+    ) -> Placement:
         """Q/DQ around every op with an integer kernel, as long as the region they form pays."""
         skipped = excluded(graph, exclude)
-        chosen, left_float = choose(graph, skipped, lambda item: _why_float(item, scheme))
+        scheme_of = schemes_of(scheme, exceptions)
+        chosen, left_float = choose(graph, skipped, lambda item: _why_float(item, scheme_of(item.node)))
         if scheme.activations.enabled:
             for name in _thin_stem(graph, chosen):
                 left_float[name] = "a thin first layer is faster in float"
             chosen = [item for item in chosen if item.node.name not in left_float]
-        sites = weight_sites(chosen, scheme.weights) if scheme.weights.enabled else []
+        sites = weight_sites(chosen, scheme_of)
         if scheme.activations.enabled:
-            sites += _Regions(graph, chosen, skipped).sites(scheme.activations)
+            sites += _Regions(graph, chosen, skipped).sites(scheme_of, scheme.activations)
         return Placement(sites, left_float)
 
     def lower(self, model: ir.Model) -> None:
@@ -112,6 +123,8 @@ class Cpu:
 def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     """Why this node stays in float, or an empty string."""
     node, weight = item.node, item.weight
+    if not (scheme.weights.enabled or scheme.activations.enabled):
+        return "its scheme is float"
     if node.op_type == "ConvTranspose":
         return "onnxruntime has no integer ConvTranspose"
     if weight is None or not graphs.is_constant(weight):
@@ -179,15 +192,29 @@ class _Regions:
             return False
         return any(value in self.codes for value in inputs)
 
-    def sites(self, spec: Spec) -> list[Site]:
-        """Pairs for all readers of held values, and for the core ops alone elsewhere."""
-        sites = [Site(value, (), spec, like=self.like.get(value)) for value in self._in_order()]
+    def sites(self, scheme_of: Schemes, usual: Spec) -> list[Site]:
+        """Pairs for all readers of held values, and for the core ops alone elsewhere.
+
+        A value has one pair, so where its readers want several formats it gets the widest.
+        """
+        wanted: dict[ir.Value, list[Spec]] = {}
         uses: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
         for item in self.chosen:
+            spec = scheme_of(item.node).activations
+            if not spec.enabled:
+                continue
+            wanted.setdefault(self.like.get(item.activation, item.activation), []).append(spec)
             if item.activation not in self.codes:
                 uses.setdefault(item.activation, []).append((item.node, item.activation_index))
-        sites += [Site(value, tuple(readers), spec) for value, readers in uses.items()]
-        return sites
+
+        def spec_of(value: ir.Value) -> Spec:
+            return max(wanted.get(value, [usual]), key=lambda spec: spec.format.bits)
+
+        sites = [
+            Site(value, (), spec_of(self.like.get(value, value)), like=self.like.get(value))
+            for value in self._in_order()
+        ]
+        return sites + [Site(value, tuple(readers), spec_of(value)) for value, readers in uses.items()]
 
     def _in_order(self) -> Iterator[ir.Value]:
         yield from (value for value in self.graph.inputs if value in self.codes)

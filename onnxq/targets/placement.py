@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
-from onnxq.scheme import Spec
+from onnxq.scheme import Scheme, Spec
 
 Use = tuple[ir.Node, int]
+Schemes = Callable[[ir.Node], Scheme]
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,38 @@ def choose(
     return chosen, left_float
 
 
-def weight_sites(items: Sequence[graphs.WeightedNode], spec: Spec) -> list[Site]:
-    """The Q/DQ pairs of constant weights: one for every weight and axis, whoever shares it."""
-    uses: dict[tuple[int, int | None], list[Use]] = {}
-    values: dict[tuple[int, int | None], ir.Value] = {}
+def schemes_of(scheme: Scheme, exceptions: Mapping[str, Scheme]) -> Schemes:
+    """The scheme of each node: its own by name, or that of the whole."""
+    return lambda node: exceptions.get(node.name or "", scheme)
+
+
+def first_and_last(graph: ir.Graph) -> list[str]:
+    """Names of the layers with weights that have none before them, or none behind them."""
+    layers = {item.node for item in graphs.weighted_nodes(graph) if item.weight_index is not None}
+    nodes = list(graph)
+    fed: set[ir.Node] = set()  # by a layer, if only through other nodes
+    feeding: set[ir.Node] = set()
+    for node in nodes:
+        if any(other in layers or other in fed for other in node.predecessors()):
+            fed.add(node)
+    for node in reversed(nodes):
+        if any(other in layers or other in feeding for other in node.successors()):
+            feeding.add(node)
+    return [node.name or "" for node in nodes if node in layers and not (node in fed and node in feeding)]
+
+
+def weight_sites(items: Sequence[graphs.WeightedNode], scheme_of: Schemes) -> list[Site]:
+    """The Q/DQ pairs of constant weights: one for every weight, format and axis, whoever shares it."""
+    sites: dict[tuple[int, int | None, str], Site] = {}
     for item in items:
-        if item.weight_index is None or item.weight is None or not graphs.is_constant(item.weight):
+        spec = scheme_of(item.node).weights
+        if item.weight_index is None or item.weight is None or not graphs.is_constant(item.weight) or not spec.enabled:
             continue
         axis = {"tensor": None, "channel": item.channel_axis, "block": item.reduction_axis}[spec.granularity]
-        key = (id(item.weight), axis)
-        values[key] = item.weight
-        uses.setdefault(key, []).append((item.node, item.weight_index))
-    return [Site(values[key], tuple(readers), spec, key[1]) for key, readers in uses.items()]
+        key = (id(item.weight), axis, str(spec))
+        uses = sites[key].uses if key in sites else ()
+        sites[key] = Site(item.weight, (*uses, (item.node, item.weight_index)), spec, axis)
+    return list(sites.values())
 
 
 def quantized_twice(graph: ir.Graph) -> None:

@@ -7,7 +7,8 @@ DequantizeLinear; a bias stays float.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -15,7 +16,7 @@ from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.scheme import Scheme, Spec, for_integer_products, parse_activations, parse_weights
 from onnxq.targets.findings import Finding
-from onnxq.targets.placement import Placement, Site, choose, excluded, weight_sites
+from onnxq.targets.placement import Placement, Schemes, Site, choose, excluded, schemes_of, weight_sites
 
 NARROW_CHANNELS = 16  # below it the INT8 kernels pad channels and gain nothing
 
@@ -59,13 +60,20 @@ class TensorRT:
 
         FoldBatchNorm()(model)
 
-    def place(self, graph: ir.Graph, scheme: Scheme, exclude: Sequence[str] = ()) -> Placement:
+    def place(
+        self,
+        graph: ir.Graph,
+        scheme: Scheme,
+        exclude: Sequence[str] = (),
+        exceptions: Mapping[str, Scheme] = MappingProxyType({}),
+    ) -> Placement:
         """Q/DQ on the inputs of weighted ops (rule P1), and on the shortcut of residual Adds (rule P5)."""
         skipped = excluded(graph, exclude)
-        chosen, left_float = choose(graph, skipped, lambda item: _why_float(item, scheme))
-        sites = weight_sites(chosen, scheme.weights) if scheme.weights.enabled else []
+        scheme_of = schemes_of(scheme, exceptions)
+        chosen, left_float = choose(graph, skipped, lambda item: _why_float(item, scheme_of(item.node)))
+        sites = weight_sites(chosen, scheme_of)
+        sites += _activation_sites(chosen, scheme_of)
         if scheme.activations.enabled:
-            sites += _activation_sites(chosen, scheme.activations)
             sites += _shortcut_sites(graph, chosen, scheme.activations, skipped)
         return Placement(_merged(sites), left_float)
 
@@ -95,6 +103,8 @@ def _check_legal(what: str, spec: Spec, legal: Sequence[str]) -> None:
 def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     """Why this node gains nothing from quantization, or an empty string."""
     node, weight = item.node, item.weight
+    if not (scheme.weights.enabled or scheme.activations.enabled):
+        return "its scheme is float"
     if node.op_type == "ConvTranspose":
         return "TensorRT compiles a ConvTranspose with Q/DQ as float"
     if item.weight_index is None:
@@ -136,10 +146,13 @@ def _why_product_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     return ""
 
 
-def _activation_sites(items: Sequence[graphs.WeightedNode], spec: Spec) -> list[Site]:
+def _activation_sites(items: Sequence[graphs.WeightedNode], scheme_of: Schemes) -> list[Site]:
     """One pair for each value, read by the chosen consumers alone (rule P6)."""
     sites = []
     for item in items:
+        spec = scheme_of(item.node).activations
+        if not spec.enabled:
+            continue
         indices = (0, 1) if item.weight_index is None else (item.activation_index,)
         for index in indices:
             value = item.node.inputs[index]

@@ -1,0 +1,1 @@
+"""ONNX graphs in torch, with gradients."""

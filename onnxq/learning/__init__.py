@@ -1,0 +1,1 @@
+"""Learning how weights round, how wide steps are, and the weights themselves."""

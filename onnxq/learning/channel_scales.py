@@ -1,0 +1,126 @@
+"""How much to scale each channel of an activation down, and the weights that read it up, before both are rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+from onnxq.calibration.channels import ChannelStatistics
+from onnxq.formats import fake_quantize, scale_and_zero_point
+from onnxq.passes.smooth_activations import Group
+from onnxq.scheme import Spec
+from onnxq.targets import Placement
+
+Array = np.ndarray[Any, Any]
+
+SMALLEST = 1e-5  # of a maximum: below it a channel is as good as always zero
+
+
+def weight_specs(placement: Placement) -> dict[ir.Node, Spec]:
+    """How the weight of each node is going to be quantized."""
+    sites = [site for site in placement.sites if graphs.is_constant(site.value)]
+    return {node: site.spec for site in sites for node, _ in site.uses}
+
+
+def migration(activations: Array, weights: Array, alpha: float) -> Array:
+    """SmoothQuant's s = max|X|^α / max|W|^(1−α) per channel (arXiv 2211.10438, equation 4).
+
+    Args:
+        activations: The largest magnitude of each channel.
+        weights: The largest magnitude of the weights that read it.
+        alpha: How much of the difficulty goes to the weights.
+
+    Returns:
+        The scale of each channel; 1 where the channel or its weights are always zero.
+    """
+    known = (activations > SMALLEST) & (weights > SMALLEST)
+    activations, weights = np.maximum(activations, SMALLEST), np.maximum(weights, SMALLEST)
+    scale: Array = activations.astype(np.float64) ** alpha / weights.astype(np.float64) ** (1 - alpha)
+    return np.asarray(np.where(known, np.clip(scale, SMALLEST, 1 / SMALLEST), 1.0))
+
+
+def salience(magnitudes: Array, ratio: float) -> Array:
+    """AWQ's s = mean|X|^r per channel, its extremes on either side of 1 (arXiv 2306.00978, equation 5).
+
+    Args:
+        magnitudes: The mean magnitude of each channel.
+        ratio: r.
+    """
+    scale: Array = np.maximum(magnitudes.astype(np.float64) ** ratio, 1e-4)
+    scale = np.where(magnitudes > 0, scale, 1.0)
+    return np.asarray(scale / np.sqrt(scale.max() * scale.min()))
+
+
+def weight_maxima(group: Group) -> Array:
+    """The largest magnitude of the weights that read each channel, over all layers of the group."""
+    maxima: Array = np.max([np.abs(group.matrix(layer)).max(axis=0) for layer in group.layers], axis=0)
+    return maxima
+
+
+def least_output_error(
+    group: Group,
+    statistics: ChannelStatistics,
+    candidates: Iterable[Array],
+    specs: Mapping[ir.Node, Spec],
+    activations: Spec | None,
+) -> Array:
+    """The scale with which the outputs of the group's layers come out best, once weights and activations are rounded.
+
+    Args:
+        group: Matrix products that read one value.
+        statistics: Of that value; its rows are the test.
+        candidates: Scales to try.
+        specs: How the weights of nodes are quantized; a node that is not there keeps its weight.
+        activations: How the value is quantized; ``None`` keeps it float.
+    """
+    matrices = [(group.matrix(layer).astype(np.float32), specs.get(layer.node)) for layer in group.layers]
+    exact = [statistics.rows @ matrix.T for matrix, _ in matrices]
+    best, least = np.ones(group.channels), np.inf
+    for scale in candidates:
+        single = scale.astype(np.float32)
+        inputs = _round_activations(statistics, single, activations)
+        error = 0.0
+        for (matrix, spec), wanted in zip(matrices, exact, strict=True):
+            scaled = matrix * single
+            rounded = scaled if spec is None else round_matrix(scaled, spec)
+            error += float(np.square(inputs @ rounded.T - wanted, dtype=np.float32).sum(dtype=np.float64))
+        if error < least:
+            best, least = scale, error
+    return best
+
+
+def _round_activations(statistics: ChannelStatistics, scale: Array, spec: Spec | None) -> Array:
+    values: Array = statistics.rows / scale
+    if spec is None or not spec.enabled:
+        return values
+    low, high = (statistics.low / scale).min(), (statistics.high / scale).max()
+    step, zero_point = scale_and_zero_point(low, high, spec.format, symmetric=spec.symmetric)
+    return fake_quantize(values, step, zero_point, spec.format)
+
+
+def round_matrix(matrix: Array, spec: Spec) -> Array:
+    """A weight [output channels, input channels] as its codes will mean it, scales from the extremes."""
+    rows = as_rows(matrix, spec)
+    scale, zero_point = scale_and_zero_point(rows.min(axis=1), rows.max(axis=1), spec.format, symmetric=spec.symmetric)
+    return from_rows(fake_quantize(rows, scale, zero_point, spec.format, axis=0), matrix.shape)
+
+
+def as_rows(matrix: Array, spec: Spec) -> Array:
+    """The numbers that share a scale, one row for each; a last block that is cut short is filled with zeros."""
+    if spec.granularity == "tensor":
+        return matrix.reshape(1, -1)
+    if spec.granularity == "channel" or not spec.block_size:
+        return matrix
+    padding = -matrix.shape[1] % spec.block_size
+    return np.pad(matrix, ((0, 0), (0, padding))).reshape(-1, spec.block_size)
+
+
+def from_rows(rows: Array, shape: Sequence[int]) -> Array:
+    """The inverse of :func:`as_rows`."""
+    if rows.size == shape[0] * shape[1]:
+        return rows.reshape(shape)
+    return rows.reshape(shape[0], -1)[:, : shape[1]]

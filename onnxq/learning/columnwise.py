@@ -1,0 +1,245 @@
+"""GPTQ over a whole network: the layers of one block after the other, each on what the rounded ones before it make.
+
+Hessians come from the quantized network ("true sequential"): the layers that read one value are rounded together, and
+what they make is computed anew before the layers that read it are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onnxq.autograd.blocks import Block
+from onnxq.autograd.interpreter import Replacement, TorchGraph
+from onnxq.calibration.weight_ranges import extremes
+from onnxq.formats import NumberFormat, parse_format, scale_and_zero_point
+from onnxq.job import Job
+from onnxq.learning import quantizers as found_quantizers
+from onnxq.learning.cache import ActivationCache
+from onnxq.learning.checkpoint import Checkpoint, fingerprint
+from onnxq.learning.gptq import Columns, Rescale, round_columns
+from onnxq.learning.hessian import Hessian, Layer
+from onnxq.learning.own_initializers import own_biases, readers_of, separate_weights
+from onnxq.learning.quantizers import Grid, Quantizer, as_float, read
+from onnxq.learning.walk import QUANTIZED, Walk, inside
+from onnxq.passes.insert_qdq import FORMAT, SYMMETRIC
+
+Array = np.ndarray[Any, Any]
+Search = Callable[[Array, NumberFormat, bool], tuple[Array, Array]]
+
+
+@dataclass(frozen=True)
+class Columnwise:
+    """How layers are rounded.
+
+    Attributes:
+        damping: Part of the mean of the Hessian's diagonal that is added to it.
+        act_order: Whether the columns with the largest inputs come first.
+        static_groups: Whether scales of blocks are those of the float weights; ``False`` takes them from the columns
+            as they are when the block's turn comes. ``act_order`` asks for static ones.
+        correct_biases: Whether a layer's bias takes back the mean error, so that only the rest has to be small.
+    """
+
+    damping: float = 0.01
+    act_order: bool = False
+    static_groups: bool = True
+    correct_biases: bool = True
+
+
+def round_layers(
+    job: Job,
+    blocks: Sequence[Block],
+    options: Columnwise,
+    *,
+    samples: int,
+    cache_mib: int,
+    search: Search | None = None,
+    checkpoint: str = "gptq",
+) -> None:
+    """Round every weight of the job's Q/DQ graph; weights end on their grid, in their float initializers.
+
+    Args:
+        job: After ``insert`` and with all scales set.
+        blocks: Of the float graph, before ``insert``.
+        options: How.
+        samples: How many calibration samples to use.
+        cache_mib: Memory for activations; beyond it they go to disk.
+        search: How scales of blocks follow from columns, where they are not static.
+        checkpoint: Name of this stage within the job's checkpoint.
+    """
+    separate_weights(job.model.graph)
+    quantizers = found_quantizers.find(job.model.graph)
+    readers = readers_of(job.model.graph, quantizers)
+    biases = own_biases(job.model.graph, readers) if options.correct_biases else {}
+    graph = TorchGraph(job.model, job.settings.device)
+    done = Checkpoint(job.checkpoint, fingerprint(job.model, checkpoint, options, samples, job.settings.seed))
+    settled: set[str] = set()  # a weight that two blocks share is rounded in the first
+    with (
+        ActivationCache(cache_mib << 20) as cache,
+        job.progress.stage("learn", "Rounding columns", len(blocks)) as advance,
+        torch.inference_mode(),
+    ):
+        walk = Walk(graph, quantizers, blocks, cache)
+        walk.fill(job.source, job.specs, samples)
+        network = _Network(graph, walk, quantizers, readers, biases, options, search or extremes)
+        for position, block in enumerate(blocks):
+            names = inside(graph, block)
+            weights = [item for item in quantizers if item.is_weight and item.output in names]
+            weights = [item for item in weights if item.source not in settled]
+            finished = done.load(block.name)
+            if finished is None:
+                learned: dict[str, Tensor] = {}
+                for group in network.in_order(weights):
+                    found = network.round(block, group)
+                    found_quantizers.store(graph, found)
+                    learned |= found
+                finished = {name: tensor.cpu().numpy() for name, tensor in learned.items()}
+                done.save(block.name, finished)
+            found_quantizers.store(graph, finished)
+            settled.update(item.source for item in weights)
+            walk.advance(block)
+            advance(position + 1)
+
+
+class _Network:
+    """The Q/DQ graph while its layers are rounded."""
+
+    def __init__(
+        self,
+        graph: TorchGraph,
+        walk: Walk,
+        quantizers: Sequence[Quantizer],
+        readers: Mapping[str, Sequence[Layer]],
+        biases: Mapping[str, str],
+        options: Columnwise,
+        search: Search,
+    ) -> None:
+        self.graph, self.walk, self.readers, self.biases = graph, walk, readers, biases
+        self.options, self.search = options, search
+        self._weights = as_float(item for item in quantizers if item.is_weight)
+        self._float = as_float(quantizers)
+        self._nodes = {value.name: node for node in graph.model.graph for value in node.outputs}
+        self._position = {node: index for index, node in enumerate(graph.model.graph)}
+
+    def in_order(self, weights: Sequence[Quantizer]) -> Iterator[list[Quantizer]]:
+        """The weights whose layers read one value, together, first readers first."""
+        groups: dict[str, list[Quantizer]] = {}
+        for item in sorted(weights, key=self._first_reader):
+            layers = self.readers.get(item.output, ())
+            groups.setdefault(layers[0].activation if layers else "", []).append(item)
+        yield from groups.values()
+
+    def round(self, block: Block, weights: Sequence[Quantizer]) -> dict[str, Tensor]:
+        """New initializers by name, for weights whose layers depend on no weight that is not rounded yet."""
+        hessians = self._hessians(block, weights)
+        learned: dict[str, Tensor] = {}
+        for item in weights:
+            if item.is_float_format:
+                continue  # rounded to the nearest when it is lowered
+            layers = self.readers.get(item.output, ())
+            if not layers:
+                learned[item.source] = Grid(self.graph, item).nearest()
+                continue
+            learned |= self._round(item, layers[0], hessians[item.output], self.biases.get(item.output))
+        return learned
+
+    def _round(self, item: Quantizer, layer: Layer, hessian: Hessian, bias: str | None) -> dict[str, Tensor]:
+        grid = Grid(self.graph, item)
+        scale, zero_point = grid.spread(grid.scale).expand_as(grid.weight), grid.zero_point.expand_as(grid.weight)
+        weight = layer.matrix(grid.weight)
+        columns = Columns(weight, layer.matrix(scale), layer.matrix(zero_point), item.low, item.high)
+        rescale = None
+        if item.block_size is not None and not self.options.static_groups and not self.options.act_order:
+            rescale = self._rescale(item)
+        rounded, new_scale, new_zero_point = round_columns(
+            columns,
+            hessian.value if bias is None else hessian.covariance,
+            damping=self.options.damping,
+            act_order=self.options.act_order,
+            rescale=rescale,
+            block_size=item.block_size,
+        )
+        learned = {item.source: layer.weight(rounded)}
+        if rescale is not None and item.block_size is not None and item.axis is not None:
+            each = range(0, weight.shape[2], item.block_size)
+            for name, matrix in ((item.scale, new_scale), (item.zero_point, new_zero_point)):
+                blocks = matrix[0][:, each]
+                learned[name] = blocks if layer.item.channel_axis == 0 else blocks.mT.contiguous()
+        if bias is not None:
+            shift = ((weight - rounded).to(torch.float64) @ hessian.mean[:, :, None]).flatten()
+            before = read(self.graph, bias)
+            learned[bias] = (before.to(torch.float64) + shift.reshape(before.shape)).to(before.dtype)
+        return learned
+
+    def _rescale(self, item: Quantizer) -> Rescale:
+        dequantize = self._nodes[item.output]
+        quantize = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
+        if quantize is None:
+            raise RuntimeError(f"{item.output} is not made by Q/DQ")
+        number_format, _ = parse_format(quantize.metadata_props[FORMAT])
+        symmetric = quantize.metadata_props[SYMMETRIC] == "1"
+
+        def rescale(rows: Tensor) -> tuple[Tensor, Tensor]:
+            low, high = self.search(rows.cpu().numpy(), number_format, symmetric)
+            scale, zero_point = scale_and_zero_point(low, high, number_format, symmetric=symmetric)
+            return (
+                torch.from_numpy(scale).to(rows.device),
+                torch.from_numpy(np.asarray(zero_point).astype(np.float32)).to(rows.device),
+            )
+
+        return rescale
+
+    def _hessians(self, block: Block, weights: Sequence[Quantizer]) -> dict[str, Hessian]:
+        """By the weight's output; layers of one geometry share theirs, and a shared weight has the sum of its readers'.
+
+        Readers that no block has come to yet are looked at in the float network.
+        """
+        reachable = {*inside(self.graph, block), *block.inputs}
+        layers = {item.output: self.readers.get(item.output, ()) for item in weights if not item.is_float_format}
+        here: dict[tuple[object, ...], Layer] = {}
+        later: dict[tuple[object, ...], Layer] = {}
+        for found in layers.values():
+            for layer in found:
+                (here if layer.activation in reachable else later)[layer.geometry] = layer
+        sums = self._observed(here, lambda index: self.walk.inputs(block, index, QUANTIZED), self._weights)
+        if later:
+            sums |= self._observed(later, self._feeds, self._float)
+        result: dict[str, Hessian] = {}
+        for output, found in layers.items():
+            geometries = [layer.geometry for layer in found]
+            if len(geometries) == 1:
+                result[output] = sums[geometries[0]]
+                continue
+            result[output] = Hessian()
+            for geometry in geometries:
+                result[output].merge(sums[geometry])
+        return result
+
+    def _observed(
+        self,
+        layers: Mapping[tuple[object, ...], Layer],
+        inputs: Callable[[slice], dict[str, Tensor]],
+        replaced: Mapping[str, Replacement],
+    ) -> dict[tuple[object, ...], Hessian]:
+        found = {geometry: Hessian() for geometry in layers}
+        wanted = list(dict.fromkeys(layer.activation for layer in layers.values()))
+        device = self.graph.device
+        for start in range(0, self.walk.samples if layers else 0, self.walk.chunk):
+            index = slice(start, min(start + self.walk.chunk, self.walk.samples))
+            given = {name: value.to(device) for name, value in inputs(index).items()}
+            values = self.graph.run(given, wanted, replaced=replaced)
+            for geometry, layer in layers.items():
+                found[geometry].update(layer, values[layer.activation])
+        return found
+
+    def _feeds(self, index: slice) -> dict[str, Tensor]:
+        return {name: self.walk.cache.rows(QUANTIZED + name, index).flatten(0, 1) for name in self.graph.input_names}
+
+    def _first_reader(self, item: Quantizer) -> int:
+        layers = self.readers.get(item.output, ())
+        return min((self._position[layer.item.node] for layer in layers), default=0)

@@ -1,0 +1,95 @@
+"""The initializers that learning changes: each layer's own, so that nothing else changes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+from onnxq.folding import array_of, new_initializer
+from onnxq.learning.hessian import Layer, layer
+from onnxq.learning.quantizers import Quantizer
+
+
+def separate_weights(graph: ir.Graph) -> bool:
+    """Give each weight quantizer an initializer of its own, where other nodes read the float weight too."""
+    modified = False
+    for node in graph:
+        weight = node.inputs[0] if graphs.is_quantize(node) else None
+        if weight is None or not graphs.is_constant(weight) or weight.const_value is None:
+            continue
+        if len(weight.uses()) > 1 or weight.is_graph_output():
+            node.replace_input_with(0, _copy(graph, f"{weight.name}_rounded", weight))
+            modified = True
+    return modified
+
+
+def readers_of(graph: ir.Graph, quantizers: Sequence[Quantizer]) -> dict[str, list[Layer]]:
+    """The layers that read each quantized weight, by the weight's output; none where another op reads it too."""
+    outputs = {item.output for item in quantizers if item.is_weight}
+    found: dict[str, list[Layer]] = {}
+    for item in graphs.weighted_nodes(graph):
+        weight = item.weight
+        if weight is None or weight.name not in outputs:
+            continue
+        as_layer = layer(item)
+        if as_layer is not None:
+            found.setdefault(weight.name, []).append(as_layer)
+    values = graphs.values(graph)
+    return {name: layers for name, layers in found.items() if len(layers) == len(values[name].uses())}
+
+
+def own_biases(graph: ir.Graph, readers: Mapping[str, Sequence[Layer]]) -> dict[str, str]:
+    """The initializer that each layer's bias alone uses, by the weight's output; a Conv without one gets zeros."""
+    found: dict[str, str] = {}
+    for output, layers in readers.items():
+        if len(layers) != 1:
+            continue
+        place = _bias(layers[0])
+        if place is None:
+            continue
+        node, index = place
+        rows = layers[0].shape[layers[0].item.channel_axis]
+        bias = node.inputs[index] if index < len(node.inputs) else None
+        if bias is None:
+            if node.op_type != "Conv":
+                continue
+            if len(node.inputs) <= index:
+                node.resize_inputs(index + 1)
+            name, like = f"{node.outputs[0].name}_bias", layers[0].item.weight
+            dtype = (like.dtype if like is not None else None) or ir.DataType.FLOAT
+            node.replace_input_with(index, new_initializer(graph, name, np.zeros(rows, dtype.numpy()), dtype))
+        elif not graphs.is_constant(bias) or {array_of(bias).size, *array_of(bias).shape[-1:]} != {rows}:
+            continue
+        elif len(bias.uses()) > 1:
+            node.replace_input_with(index, _copy(graph, f"{bias.name}_own", bias))
+        own = node.inputs[index]
+        assert own is not None and own.name is not None
+        found[output] = own.name
+    return found
+
+
+def _bias(layer: Layer) -> tuple[ir.Node, int] | None:
+    """Where the layer's bias is read: by itself, or by an Add that alone reads its output."""
+    node = layer.item.node
+    if layer.item.weight_index != 1:
+        return None
+    if node.op_type == "Conv":
+        return node, 2
+    if node.op_type == "Gemm" and (
+        node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0
+    ):
+        return None
+    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        return node, 2
+    uses = graphs.consumers(node.outputs[0])
+    if len(uses) != 1 or node.outputs[0].is_graph_output() or not graphs.is_op(uses[0][0], "Add"):
+        return None
+    add, index = uses[0]
+    return add, 1 - index
+
+
+def _copy(graph: ir.Graph, name: str, value: ir.Value) -> ir.Value:
+    return new_initializer(graph, name, np.array(array_of(value)), value.dtype or ir.DataType.FLOAT)

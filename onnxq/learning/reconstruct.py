@@ -1,0 +1,237 @@
+"""Block reconstruction: each block learns to give the float network's output from the quantized network's inputs.
+
+One procedure with parts that are switched on and off covers AdaRound (single layers, activations in float), BRECQ
+(blocks), QDrop (blocks whose activations are quantized at random) and GENIE-M (steps of weights learned beside their
+rounding).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onnxq.autograd.blocks import Block, cut
+from onnxq.autograd.interpreter import Replacement, TorchGraph
+from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.job import Job
+from onnxq.learning import quantizers as found_quantizers
+from onnxq.learning.activations import LearnedStep, random_mask
+from onnxq.learning.cache import ActivationCache
+from onnxq.learning.checkpoint import Checkpoint, fingerprint
+from onnxq.learning.quantizers import Grid, Quantizer, as_float
+from onnxq.learning.rounding import LearnedRounding
+from onnxq.learning.walk import FLOAT, QUANTIZED, Walk, inside
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How blocks are reconstructed.
+
+    Attributes:
+        iterations: Steps of Adam for each block.
+        batch: Samples in a step.
+        rounding_rate: Adam's rate for the rounding variables.
+        weight_step_rate: Adam's rate for the logarithm of weight steps; 0 keeps them.
+        activation_step_rate: Adam's rate for the logarithm of activation steps; 0 keeps them.
+        quantize_activations: Whether activations inside the block are quantized while it learns.
+        drop: Probability that an activation stays float in a step.
+        mix: Probability that an element of the block's inputs comes from the float network.
+        regularisation: Weight of the term that drives the rounding to a decision.
+        warm_up: Part of the steps before that term sets in.
+        sharpness: Its exponent at the start and at the end.
+    """
+
+    iterations: int = 1000
+    batch: int = 32
+    rounding_rate: float = 1e-2
+    weight_step_rate: float = 0.0
+    activation_step_rate: float = 0.0
+    quantize_activations: bool = False
+    drop: float = 0.0
+    mix: float = 0.0
+    regularisation: float = 0.01
+    warm_up: float = 0.2
+    sharpness: tuple[float, float] = (20.0, 2.0)
+
+
+# Steps for each block. The papers' need a GPU or a night; a tenth of them comes close.
+ITERATIONS = {"quick": 200, "default": 1000, "paper": 20000}
+
+
+def iterations_of(job: Job, knob: int) -> int:
+    """The recipe's knob, or what the job's budget says where the knob is 0."""
+    return knob or ITERATIONS[job.settings.budget]
+
+
+def rounding_rate(iterations: int) -> float:
+    """Adam's rate for rounding variables: 1e-3 at the papers' 20,000 steps, more where there are fewer."""
+    return 1e-3 * math.sqrt(ITERATIONS["paper"] / iterations)
+
+
+def quantize_by_blocks(
+    job: Job, options: Reconstruction, granularity: str, observer: str, ranges: str, samples: int, cache_mib: int
+) -> None:
+    """What AdaRound, BRECQ and QDrop have in common: from the float graph to the lowered one.
+
+    Args:
+        job: The job.
+        options: How blocks are reconstructed.
+        granularity: ``layer`` or ``block``.
+        observer: The rule for ranges of activations.
+        ranges: The rule for ranges of weights.
+        samples: How many calibration samples to learn from, at most.
+        cache_mib: Memory for activations; beyond it they go to files.
+    """
+    observe, search = observers.get(observer), weight_ranges.get(ranges)
+    job.prepare()
+    blocks = cut(job.model.graph, granularity)
+    job.insert()
+    job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
+    calibrate.set_weight_scales(job.model, search)
+    available = min(len(job.source), job.settings.samples or len(job.source))
+    reconstruct(job, blocks, options, samples=min(samples, available), cache_mib=cache_mib)
+    job.lower()
+
+
+def reconstruct(
+    job: Job, blocks: Sequence[Block], options: Reconstruction, *, samples: int, cache_mib: int, checkpoint: str = ""
+) -> None:
+    """Learn every block of the job's Q/DQ graph in turn; weights end on their grid, scales in their initializers.
+
+    Args:
+        job: After ``insert`` and with all scales set.
+        blocks: Of the float graph, before ``insert``.
+        options: How.
+        samples: How many calibration samples to use.
+        cache_mib: Memory for activations; beyond it they go to disk.
+        checkpoint: Name of this stage within the job's checkpoint.
+    """
+    graph = TorchGraph(job.model, job.settings.device)
+    quantizers = found_quantizers.find(job.model.graph)
+    done = Checkpoint(job.checkpoint, fingerprint(job.model, checkpoint, options, samples, job.settings.seed))
+    settled: set[str] = set()  # a weight or scale that two blocks share is learned in the first
+    with (
+        ActivationCache(cache_mib << 20) as cache,
+        job.progress.stage("learn", "Reconstructing", len(blocks), "blocks") as advance,
+    ):
+        walk = Walk(graph, quantizers, blocks, cache)
+        walk.fill(job.source, job.specs, samples)
+        for position, block in enumerate(blocks):
+            names = inside(graph, block)
+            own = [item for item in quantizers if item.output in names]
+            weights = [item for item in own if item.is_weight and item.source not in settled]
+            walk.prepare(block)
+            finished = done.load(block.name)
+            if finished is None:
+                learned = _Block(job, graph, walk, block, own, weights, settled, options).learn() if weights else {}
+                finished = {name: tensor.cpu().numpy() for name, tensor in learned.items()}
+                done.save(block.name, finished)
+            found_quantizers.store(graph, finished)
+            settled.update(item.source for item in weights)
+            settled.update(item.scale for item in own)
+            walk.advance(block)
+            advance(position + 1)
+
+
+class _Block:
+    """One block while it learns."""
+
+    def __init__(
+        self,
+        job: Job,
+        graph: TorchGraph,
+        walk: Walk,
+        block: Block,
+        own: Sequence[Quantizer],
+        weights: Sequence[Quantizer],
+        settled: set[str],
+        options: Reconstruction,
+    ) -> None:
+        self.graph, self.walk, self.block, self.options = graph, walk, block, options
+        seed = zlib.crc32(block.name.encode()) ^ job.settings.seed
+        self.generator = torch.Generator(graph.device).manual_seed(seed)
+        self.choice = np.random.default_rng(seed)
+        integers = [item for item in weights if not item.is_float_format]
+        self.roundings = [LearnedRounding(Grid(graph, item), options.weight_step_rate > 0) for item in integers]
+        weight_sources = {item.grid.quantizer.output: Replacement((), item.weight) for item in self.roundings}
+        others = [item for item in own if item.is_weight and item.output not in weight_sources]
+        activations = [item for item in own if not item.is_weight]
+        self.steps: list[LearnedStep] = []
+        self.replaced: dict[str, Replacement] = weight_sources | as_float(others)
+        if not options.quantize_activations:
+            self.replaced |= as_float(activations)
+        else:
+            by_scale: dict[str, LearnedStep] = {}
+            for item in activations:
+                if item.is_float_format:
+                    continue
+                step = LearnedStep(graph, item, options.drop, self.generator)
+                if item.scale in by_scale:
+                    step.log_step = by_scale[item.scale].log_step
+                by_scale.setdefault(item.scale, step)
+                self.replaced[item.output] = step.replacement()
+            if options.activation_step_rate > 0:
+                self.steps = [step for name, step in by_scale.items() if name not in settled]
+
+    def learn(self) -> dict[str, Tensor]:
+        """The block's new initializers by name."""
+        if self.roundings or self.steps:
+            self._optimise()
+        learned: dict[str, Tensor] = {}
+        for rounding in self.roundings:
+            weight, step = rounding.decided()
+            learned[rounding.grid.quantizer.source] = weight
+            learned[rounding.grid.quantizer.scale] = step
+        for item in self.steps:
+            learned |= item.learned(self.graph)
+        return learned
+
+    def _optimise(self) -> None:
+        options = self.options
+        groups = [{"params": [item.variable for item in self.roundings], "lr": options.rounding_rate}]
+        if options.weight_step_rate > 0:
+            groups.append({"params": [item.log_step for item in self.roundings], "lr": options.weight_step_rate})
+        if self.steps:
+            groups.append({"params": [item.log_step for item in self.steps], "lr": options.activation_step_rate})
+        first_rates = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
+        optimizer = torch.optim.Adam(groups)
+        warm_up = int(options.warm_up * options.iterations)
+        for iteration in range(options.iterations):
+            progress = iteration / options.iterations
+            for group, rate in zip(optimizer.param_groups[1:], first_rates[1:], strict=True):
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
+            index = np.sort(self.choice.choice(self.walk.samples, min(options.batch, self.walk.samples), replace=False))
+            found = self.graph.run(self._inputs(index), [self.block.output], replaced=self.replaced)[self.block.output]
+            loss = squared_error(found, self.walk.target(self.block, index).to(found.device))
+            if iteration >= warm_up:
+                done = (iteration - warm_up) / max(1, options.iterations - warm_up)
+                start, end = options.sharpness
+                sharpness = end + 0.5 * (start - end) * (1 + math.cos(math.pi * done))
+                penalties = [item.penalty(sharpness) for item in self.roundings]
+                loss = loss + options.regularisation * torch.stack(penalties).sum()
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimizer.step()
+
+    def _inputs(self, index: np.ndarray) -> dict[str, Tensor]:
+        device = self.graph.device
+        given = {name: value.to(device) for name, value in self.walk.inputs(self.block, index, QUANTIZED).items()}
+        if self.options.mix <= 0:
+            return given
+        for name, exact in self.walk.inputs(self.block, index, FLOAT).items():
+            if exact.is_floating_point():
+                from_float = random_mask(exact.shape, self.options.mix, self.generator)
+                given[name] = torch.where(from_float, exact.to(device), given[name])
+        return given
+
+
+def squared_error(found: Tensor, target: Tensor) -> Tensor:
+    """Squared error summed over channels and averaged over samples and positions (BRECQ, section 3.2)."""
+    channel = 1 if found.ndim in (2, 4, 5) else found.ndim - 1
+    return (found - target).square().mean() * found.shape[channel]

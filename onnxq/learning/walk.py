@@ -1,0 +1,138 @@
+"""The float and the quantized network side by side, one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onnxq.autograd.blocks import Block
+from onnxq.autograd.interpreter import Replacement, TorchGraph
+from onnxq.calibration.data import InputSpec, Source, batches
+from onnxq.errors import OnnxqError
+from onnxq.learning.cache import ActivationCache
+from onnxq.learning.quantizers import Quantizer, as_float
+
+FLOAT, QUANTIZED = "float ", "quantized "
+ROWS = 16  # samples that run at once
+
+
+class Walk:
+    """Keeps what the next block reads, as the float network computes it and as the quantized one does.
+
+    Both come from the same Q/DQ graph: the float network is the one whose quantizers hand on what they read. A
+    block runs once in each, on what its predecessors left; nothing is computed twice, and what no later block
+    reads is dropped.
+
+    Args:
+        graph: The Q/DQ graph in torch.
+        quantizers: All of its quantizers.
+        blocks: The blocks, in order.
+        cache: Where the activations go.
+    """
+
+    def __init__(
+        self, graph: TorchGraph, quantizers: Sequence[Quantizer], blocks: Sequence[Block], cache: ActivationCache
+    ) -> None:
+        self.graph, self.blocks, self.cache = graph, list(blocks), cache
+        self.samples = 0
+        self._float = as_float(quantizers)
+        # Weights of finished blocks lie on their grid: as they are, they are what the codes will mean.
+        self._quantized = as_float(item for item in quantizers if item.is_weight)
+        self.chunk = ROWS
+        self._axes: dict[str, int] = {}  # where each value has its batch
+
+    def fill(self, source: Source, specs: Sequence[InputSpec], samples: int) -> None:
+        """Read the calibration inputs."""
+        self.samples = samples
+        start = 0
+        for feed in batches(source, specs, batch_size=ROWS, samples=samples):
+            feed.pop("labels", None)
+            rows = len(next(iter(feed.values())))
+            for name, array in feed.items():
+                if start == 0:
+                    self.cache.allocate(FLOAT + name, (samples, 1, *array.shape[1:]), array.dtype)
+                    self.cache.alias(QUANTIZED + name, FLOAT + name)
+                    self._axes[name] = 0
+                self.cache.write(FLOAT + name, slice(start, start + rows), array[:, None])
+            start += rows
+        self.samples = start  # an incomplete last batch of an export with a fixed batch is left out
+        fixed = next((spec.batch for spec in specs if spec.batch is not None), None) or 1
+        self.chunk = -(-ROWS // fixed) * fixed
+
+    def inputs(self, block: Block, index: np.ndarray | slice, kind: str = QUANTIZED) -> dict[str, Tensor]:
+        """What the block reads, for some samples."""
+        return {name: self._rows(kind, name, index) for name in block.inputs}
+
+    def target(self, block: Block, index: np.ndarray | slice) -> Tensor:
+        """What the float network has at the block's end, for some samples."""
+        return self._rows(FLOAT, block.output, index)
+
+    def prepare(self, block: Block) -> None:
+        """Compute the float network's values at the end of the block."""
+        self._run(block, FLOAT, self._float)
+
+    def advance(self, block: Block) -> None:
+        """Compute the quantized network's values at the end of the finished block, and drop what is not read again."""
+        self._run(block, QUANTIZED, self._quantized)
+        later = {name for other in self.blocks[self.blocks.index(block) + 1 :] for name in other.inputs}
+        for name in {*block.inputs, block.output} - later:
+            for kind in (FLOAT, QUANTIZED):
+                if kind + name in self.cache:
+                    self.cache.free(kind + name)
+
+    def _run(self, block: Block, kind: str, replaced: Mapping[str, Replacement]) -> None:
+        name = block.output
+        with torch.no_grad():
+            for start in range(0, self.samples, self.chunk):
+                index = slice(start, min(start + self.chunk, self.samples))
+                given = self.inputs(block, index, kind)
+                value = self.graph.run(given, [name], replaced=replaced)[name]
+                rows = index.stop - index.start
+                if start == 0:
+                    self._axes[name] = self._batch_axis(block, value, rows, kind, replaced)
+                moved = value.movedim(self._axes[name], 0)
+                array = moved.reshape(rows, -1, *moved.shape[1:]).cpu().numpy()
+                if start == 0:
+                    self.cache.allocate(kind + name, (self.samples, *array.shape[1:]), array.dtype)
+                self.cache.write(kind + name, index, array)
+
+    def _batch_axis(
+        self, block: Block, value: Tensor, rows: int, kind: str, replaced: Mapping[str, Replacement]
+    ) -> int:
+        """Which axis grows with the batch: exports may put the sequence first, or fold the batch into another axis."""
+        if value.shape[0] == rows:
+            return 0
+        given = self.inputs(block, slice(0, rows // 2), kind)
+        half = self.graph.run(given, [block.output], replaced=replaced)[block.output]
+        pairs = enumerate(zip(half.shape, value.shape, strict=True))
+        grown = [axis for axis, (fewer, all_of_them) in pairs if all_of_them == 2 * fewer]
+        if len(grown) != 1 or value.shape[grown[0]] % rows:
+            raise OnnxqError(
+                f"expected {block.output!r} to grow with the batch along one axis, found shape {list(value.shape)} for "
+                f"{rows} samples and {list(half.shape)} for {rows // 2}",
+                hint="export the model with a dynamic batch, or use --recipe default",
+            )
+        return grown[0]
+
+    def _rows(self, kind: str, name: str, index: np.ndarray | slice) -> Tensor:
+        return self.cache.rows(kind + name, index).flatten(0, 1).movedim(0, self._axes[name])
+
+
+def inside(graph: TorchGraph, block: Block) -> Collection[str]:
+    """Names of all values computed between the block's inputs and its end, initializers included."""
+    found: set[str] = set()
+    values = {value.name: value for node in graph.model.graph for value in node.outputs}
+    stack = [block.output]
+    while stack:
+        name = stack.pop()
+        if name in found or (name in block.inputs):
+            continue
+        found.add(name)
+        value = values.get(name)
+        producer = None if value is None else value.producer()
+        if producer is not None:
+            stack.extend(item.name for item in producer.inputs if item is not None and item.name)
+    return found

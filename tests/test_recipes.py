@@ -1,0 +1,63 @@
+"""Recipes by name: what they bring, what the user overrides, and ranges of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MODELS
+
+import onnxq
+from onnxq import OnnxqError, recipes
+from onnxq.calibration import weight_ranges
+from onnxq.formats import FORMATS, fake_quantize, scale_and_zero_point
+
+FASHION = (MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibration.npz")
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_loads_and_cites_its_source(name: str) -> None:
+    recipe = recipes.get(name).load()
+    assert "arXiv" in (recipe.__doc__ or "") and "Attributes:" in (recipe.__doc__ or "")
+    recipe(**recipes.get(name).knobs)
+
+
+def test_a_recipe_brings_formats_that_options_override() -> None:
+    assert onnxq.quantize(*FASHION, recipe="fp8", samples=4).numbers["weights"] == "fp8 per channel"
+    numbers = onnxq.quantize(*FASHION, recipe="gptq", weights="int3", samples=8).numbers
+    assert numbers["weights"] == "int3 per channel" and numbers["activations"] == "float"
+
+
+def test_knobs_of_a_named_recipe_are_its_own() -> None:
+    numbers = onnxq.quantize(*FASHION, recipe="int8-minmax", samples=4).numbers
+    assert numbers["recipe"] == "int8-minmax" and numbers["knobs"]["observer"] == "minmax"
+    assert onnxq.quantize(*FASHION, recipe="default", samples=4).numbers["recipe"] == "int8"
+
+
+def test_an_unknown_recipe_is_named() -> None:
+    with pytest.raises(OnnxqError, match="expected a recipe of int8, "):
+        onnxq.quantize(*FASHION, recipe="adarund")
+
+
+@pytest.mark.parametrize("name", ["int2", "int3", "int4", "int8", "uint4"])
+def test_the_least_error_is_no_larger_than_that_of_the_extremes(name: str) -> None:
+    number_format = FORMATS[name]
+    rows = np.random.default_rng(0).standard_t(4, (16, 300)).astype(np.float32)
+    symmetric = number_format.signed
+
+    def error(search: object) -> np.ndarray:
+        low, high = search(rows, number_format, symmetric)  # type: ignore[operator]
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+        scale, zero = scale_and_zero_point(low, high, number_format, symmetric=symmetric)
+        return (np.abs(rows - fake_quantize(rows, scale, zero, number_format, axis=0)) ** 2.4).sum(axis=1)
+
+    clipped, extreme = error(weight_ranges.least_error), error(weight_ranges.extremes)
+    assert (clipped <= extreme * (1 + 1e-5)).all()
+    if number_format.bits <= 4:
+        assert clipped.sum() < (0.8 if symmetric else 0.9) * extreme.sum()
+
+
+def test_unknown_weight_ranges_are_named(tmp_path: Path) -> None:
+    with pytest.raises(OnnxqError, match="weight ranges"):
+        onnxq.quantize(*FASHION, knobs={"weight_ranges": "mean"}, samples=4)

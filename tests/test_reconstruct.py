@@ -1,0 +1,190 @@
+"""Block reconstruction: what it learns, that it resumes, that its memory is bounded and its bytes repeat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, MODELS
+
+import onnxq
+from onnxq import OnnxqError
+from onnxq import model as models
+from onnxq.autograd.interpreter import TorchGraph
+from onnxq.learning import quantizers
+from onnxq.learning import reconstruct as reconstruction
+from onnxq.learning.activations import LearnedStep, random_mask
+from onnxq.learning.cache import ActivationCache
+from onnxq.learning.checkpoint import Checkpoint
+from onnxq.learning.rounding import LearnedRounding
+
+QUICK = {"iterations": 40, "batch": 8, "samples": 32}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def sqnr(result: onnxq.Result) -> float:
+    return float(result.numbers["sqnr_db"])
+
+
+@pytest.fixture
+def fashion() -> tuple[Path, Path]:
+    return MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibration.npz"
+
+
+@pytest.mark.parametrize("recipe", ["adaround", "brecq", "qdrop"])
+def test_beats_nearest_rounding_at_four_bits(fashion: tuple[Path, Path], tmp_path: Path, recipe: str) -> None:
+    formats = {"weights": "int4", "activations": "int8", "samples": 32}
+    knobs = {"weight_ranges": "mse", "observer": "mse", "bias_correction": False}
+    nearest = onnxq.quantize(*fashion, recipe="int8", knobs=knobs, **formats)
+    learned = onnxq.quantize(*fashion, recipe=recipe, knobs=QUICK, output=tmp_path / "q.onnx", **formats)
+    assert sqnr(learned) > sqnr(nearest) + 1.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q.onnx"]  # no checkpoint is left
+
+
+def test_the_same_seed_gives_the_same_bytes_and_an_interrupted_run_goes_on(
+    fashion: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"recipe": "qdrop", "weights": "int4", "activations": "int4", "samples": 16}
+    knobs = QUICK | {"iterations": 5, "samples": 16}
+    onnxq.quantize(*fashion, knobs=knobs, output=tmp_path / "whole.onnx", **options)
+    learn = reconstruction._Block.learn
+    learned: list[str] = []
+
+    def interrupted(block: reconstruction._Block) -> dict[str, torch.Tensor]:
+        if len(learned) == 3:
+            raise KeyboardInterrupt
+        learned.append(block.block.name)
+        return learn(block)
+
+    monkeypatch.setattr(reconstruction._Block, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        onnxq.quantize(*fashion, knobs=knobs, output=tmp_path / "parts.onnx", **options)
+    first = list(learned)
+    learned[:] = []
+    monkeypatch.setattr(reconstruction._Block, "learn", lambda block: learned.append(block.block.name) or learn(block))
+    onnxq.quantize(*fashion, knobs=knobs, output=tmp_path / "parts.onnx", **options)
+    assert len(first) == 3 and not set(first) & set(learned)
+    assert (tmp_path / "parts.onnx").read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+
+
+def test_a_cache_on_disk_gives_the_same_bytes(fashion: tuple[Path, Path], tmp_path: Path) -> None:
+    options = {"recipe": "adaround", "weights": "int4", "samples": 16}
+    knobs = QUICK | {"iterations": 3, "samples": 16}
+    for name, size in (("memory", 512), ("disk", 0)):
+        onnxq.quantize(*fashion, knobs=knobs | {"cache_mib": size}, output=tmp_path / f"{name}.onnx", **options)
+    memory = models.load(tmp_path / "memory.onnx").graph.initializers
+    disk = models.load(tmp_path / "disk.onnx").graph.initializers
+    for name, value in memory.items():
+        np.testing.assert_array_equal(value.const_value.numpy(), disk[name].const_value.numpy())
+
+
+def test_cache_moves_to_files_and_back(tmp_path: Path) -> None:
+    with ActivationCache(1000, str(tmp_path)) as cache:
+        cache.allocate("small", (10, 10), np.dtype(np.float32))
+        cache.allocate("large", (100, 100), np.dtype(np.float32))
+        cache.write("large", slice(0, 100), np.ones((100, 100), np.float32))
+        cache.alias("again", "large")
+        assert cache.used_bytes == 400
+        cache.free("large")
+        assert cache.rows("again", np.array([3, 99])).sum() == 200
+        assert len(list(tmp_path.rglob("*.bin"))) == 1
+        cache.free("again")
+        assert not list(tmp_path.rglob("*.bin"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_cache_says_when_the_disk_is_full(tmp_path: Path) -> None:
+    with ActivationCache(0, str(tmp_path)) as cache, pytest.raises(OnnxqError, match="for activations"):
+        cache.allocate("absurd", (1 << 52,), np.dtype(np.float32))
+
+
+def test_checkpoint_forgets_what_another_run_left(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    Checkpoint(folder, "one").save("block", {"a/b": np.arange(3)})
+    found = Checkpoint(folder, "one").load("block")
+    assert found is not None and found["a/b"].tolist() == [0, 1, 2]
+    assert Checkpoint(folder, "two").load("block") is None
+
+
+def grid(weight: np.ndarray, scale: np.ndarray) -> quantizers.Grid:
+    found = object.__new__(quantizers.Grid)
+    found.quantizer = quantizers.Quantizer("w", "dq", "s", "z", -8, 7, 0, None, None, True)
+    found.weight, found.scale = torch.from_numpy(weight), torch.from_numpy(scale)
+    found.low, found.high, found.zero_point = -8.0, 7.0, torch.tensor(0.0)
+    return found
+
+
+def test_rounding_starts_as_the_float_weight_and_ends_on_the_grid() -> None:
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((4, 9)).astype(np.float32)
+    scale = (np.abs(weight).max(axis=1) / 7).astype(np.float32)
+    rounding = LearnedRounding(grid(weight, scale))
+    np.testing.assert_allclose(rounding.weight().detach().numpy(), weight, atol=1e-6)
+    decided, step = rounding.decided()
+    codes = decided.numpy() / step.numpy()[:, None]
+    np.testing.assert_allclose(codes, np.rint(codes), atol=1e-5)
+    assert np.abs(codes - weight / scale[:, None]).max() <= 1 + 1e-5
+    np.testing.assert_allclose(codes, np.rint(weight / scale[:, None]), atol=1e-5)  # undecided: the nearest
+
+
+def test_the_gradient_of_a_step_is_that_of_lsq(network: Path, calibration: Path) -> None:
+    step = object.__new__(LearnedStep)
+    step.quantizer = quantizers.Quantizer("x", "dq", "s", "z", -8, 7, None, None, None, False)
+    step.first, step.zero_point = torch.tensor(0.5), torch.tensor(0.0)
+    step.log_step, step.drop = torch.zeros(()).requires_grad_(), 0.0
+    values = torch.tensor([0.3, -1.1, 9.0, -9.0])
+    step(values).sum().backward()
+    ratio = values / 0.5
+    inside = torch.round(ratio) - ratio
+    expected = torch.where(ratio > 7, torch.tensor(7.0), torch.where(ratio < -8, torch.tensor(-8.0), inside))
+    torch.testing.assert_close(step.log_step.grad, expected.sum() * 0.5)
+
+
+def test_random_mask_has_its_probability() -> None:
+    mask = random_mask(torch.Size((1000, 257)), 0.25, torch.Generator().manual_seed(0))
+    assert mask.shape == (1000, 257) and abs(mask.float().mean().item() - 0.25) < 0.005
+
+
+def test_float_run_of_the_quantized_graph_is_the_float_graph(fashion: tuple[Path, Path]) -> None:
+    from onnxq.calibration import calibrate
+    from onnxq.passes.insert_qdq import InsertQDQ
+    from onnxq.targets import get
+
+    model = models.load(fashion[0])
+    target = get("tensorrt")
+    target.prepare(model)
+    x = torch.from_numpy(np.load(fashion[1])[model.graph.inputs[0].name][:4])
+    with torch.inference_mode():
+        expected = TorchGraph(model)(x)[0]
+        placement = target.place(model.graph, target.scheme("int4", "int4"))
+        InsertQDQ(placement.sites)(model)
+        calibrate.set_weight_scales(model)
+        graph = TorchGraph(model)
+        name = graph.output_names[0]
+        found = graph.run(
+            {graph.input_names[0]: x}, [name], replaced=quantizers.as_float(quantizers.find(model.graph))
+        )[name]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real models are not here (../shared/data)")
+def test_a_transformer_learns_too(tmp_path: Path) -> None:
+    path = DATA / "models" / "r20vit_hybrid_cifar10.onnx"
+    name = models.load(path).graph.inputs[0].name
+    images = np.load(DATA / "images" / "cifar10_calib1024_uint8.npz")
+    key = next(key for key in images.files if images[key].ndim == 4)
+    pixels = images[key][:16].astype(np.float32)
+    pixels = pixels.transpose(0, 3, 1, 2) if pixels.shape[-1] == 3 else pixels
+    data = tmp_path / "data.npz"
+    np.savez(data, **{name: (pixels / 255 - 0.48) / 0.24})
+    formats = {"weights": "int4", "activations": "int8", "samples": 16}
+    knobs = {"weight_ranges": "mse", "observer": "mse", "bias_correction": False}
+    nearest = onnxq.quantize(path, data, recipe="int8", knobs=knobs, **formats)
+    learned = onnxq.quantize(path, data, recipe="brecq", knobs=QUICK | {"samples": 16, "iterations": 25}, **formats)
+    assert sqnr(learned) > sqnr(nearest)
