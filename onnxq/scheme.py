@@ -47,7 +47,7 @@ class Scheme:
 
 
 def parse_weights(text: str, *, symmetric: bool = True) -> Spec:
-    """Weights are per channel, or as the name says in blocks or with one scale: ``int8``, ``int4:128``, ``int8:tensor``."""
+    """Weights are per channel unless the name says otherwise: ``int8``, ``int4:128`` (blocks), ``int8:tensor``."""
     name, _, ending = text.strip().lower().partition(":")
     if ending == "tensor":
         return replace(parse_weights(name, symmetric=symmetric), granularity="tensor")

@@ -335,10 +335,9 @@ def test_codes_and_values_have_the_bits_of_formats(
         assert not np.signbit(codes.numpy()[codes.numpy() == 0]).any(), "an integer has no negative zero"
     found = DequantizeLinear(codes, torch.from_numpy(scale), torch_zeros, **layout_options)
     again = formats.dequantize(expected, scale, zeros, number_format, axis=axis, block_size=block_size)
-    np.testing.assert_array_equal(
-        found.numpy().view(np.int32)[~np.isnan(again)], again.view(np.int32)[~np.isnan(again)]
-    )
-    np.testing.assert_array_equal(np.isnan(found.numpy()), np.isnan(again))
+    number = ~np.isnan(x)  # of NaN only the value counts: its sign in fp4, which has none, is nobody's
+    np.testing.assert_array_equal(found.numpy()[number].view(np.int32), again[number].view(np.int32))
+    np.testing.assert_array_equal(found.numpy(), again)
 
 
 GRAPHS = {

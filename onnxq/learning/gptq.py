@@ -133,6 +133,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(hessian + torch.diag_embed(added))
         if not failed.any():
             inverse = torch.cholesky_inverse(lower)
+            upper: Tensor
             upper, failed = torch.linalg.cholesky_ex((inverse + inverse.mT) / 2, upper=True)
             if not failed.any():
                 return upper

@@ -57,7 +57,7 @@ class SmoothQuant:
         """Quantize the job's model."""
         job.prepare()
         self._smooth(job)
-        Static(self.observer, self.bias_correction, self.weight_ranges).run(job)
+        Static(self.observer, self.bias_correction, weight_ranges=self.weight_ranges).run(job)
 
     def _smooth(self, job: Job) -> None:
         specs = weight_specs(job.target.place(job.model.graph, job.scheme, job.settings.exclude, job.exceptions))

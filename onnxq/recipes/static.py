@@ -27,6 +27,7 @@ class Static:
         observer: How a range follows from the statistics of an activation: ``robust``, ``mse``, ``minmax``,
             ``mean_extremes``, ``percentile`` or ``entropy``.
         bias_correction: Whether biases are corrected (M. Nagel et al., ICCV 2019, arXiv 1906.04721).
+        equalize: Whether neighbouring layers share their ranges out first (the same paper).
         weight_ranges: How a range follows from the weights: ``minmax``, or ``mse``, the clip with the least error.
     """
 

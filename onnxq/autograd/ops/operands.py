@@ -67,7 +67,7 @@ def narrowed(x: Tensor, number: int, *, saturate: bool = True) -> Tensor:
     if number == ir.DataType.FLOAT4E2M1:
         size = x.abs()
         step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
-        return torch.nan_to_num((x.clamp(-6, 6) / step).round() * step, -0.0)  # there is no NaN
+        return torch.nan_to_num((x.clamp(-6, 6) / step).round() * step, 0.0)  # there is no NaN
     dtype = torch_type(number)
     largest = torch.finfo(dtype).max
     narrow = x.clamp(-largest, largest).to(dtype)
