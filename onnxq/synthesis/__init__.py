@@ -1,0 +1,1 @@
+"""Calibration inputs and training sets made from the model itself."""
