@@ -116,7 +116,7 @@ def compare(
         done = 0
         for batch in inputs.batches(source, specs, batch_size=BATCH_SIZE, samples=limit):
             labels = batch.get("labels")
-            feed = {spec.name: batch[spec.name] for spec in specs}
+            feed = inputs.inputs_of(batch, specs)
             yield feed, labels if "labels" not in feed else None
             done = min(total, done + _rows(feed))
             if progress is not None:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.calibration.data import InputSpec, Source, batches
+from onnxq.calibration.data import InputSpec, Source, batches, inputs_of
 from onnxq.calibration.observers import Observer, Range, Statistics
 from onnxq.errors import OnnxqError
 from onnxq.formats import NumberFormat, one_sided, parse_format, scale_and_zero_point
@@ -84,16 +84,15 @@ def record(
     sums: dict[str, Array] = {}
     mean_samples = 0
     with ThreadPoolExecutor(WORKERS) as pool:
-        first = next(batches(source, specs, batch_size=1, samples=1))
-        first.pop("labels", None)
+        first = inputs_of(next(batches(source, specs, batch_size=1, samples=1)), specs)
         recording.first_feed = first
         outputs = session.run(first, wanted)
         tapped_bytes = sum(value.nbytes for value in outputs)
         recording.first_taps = {name: thinned(value) for name, value in zip(wanted, outputs, strict=True)}
         del outputs
         size = max(1, min(LARGEST_BATCH, TAPPED_BYTES_PER_BATCH // max(tapped_bytes, 1)))
-        for feed in batches(source, specs, batch_size=size, samples=samples):
-            feed.pop("labels", None)
+        for batch in batches(source, specs, batch_size=size, samples=samples):
+            feed = inputs_of(batch, specs)
             rows = len(next(iter(feed.values())))
             before = time.perf_counter()
             outputs = session.run(feed, wanted)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxq.calibration.data import InputSpec, Source, batches
+from onnxq.calibration.data import InputSpec, Source, batches, inputs_of
 from onnxq.runtime import Session
 
 Array = np.ndarray[Any, Any]
@@ -99,8 +99,8 @@ def record_channels(
     inner = [name for name in axes if name not in inputs]
     session = Session(model, taps=inner, device=device)
     done = 0
-    for feed in batches(source, specs, batch_size=BATCH, samples=samples):
-        feed.pop("labels", None)
+    for batch in batches(source, specs, batch_size=BATCH, samples=samples):
+        feed = inputs_of(batch, specs)
         values = dict(zip(inner, session.run(feed, inner), strict=True)) if inner else {}
         for name, statistics in found.items():
             statistics.update(values[name] if name in values else feed[name], axes[name])

@@ -1,7 +1,8 @@
 """Where calibration inputs come from: npz files, folders of images, any iterable of dicts. Always streamed.
 
 A source yields one sample at a time, as a dict from input name to an array without the batch axis, so that
-memory does not grow with the number of samples. Labels, where a source has them, come under ``labels``.
+memory does not grow with the number of samples. Labels, where a source has them, come under ``labels``; inputs of a
+denoiser carry under ``step`` which step of the sampler they were seen in (0 is the first, the noisiest).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ Array = np.ndarray[Any, Any]
 Sample = dict[str, Array]
 
 LABEL_KEYS = ("labels", "label")
+STEP_KEY = "step"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 READ_BYTES = 1 << 20
 
@@ -121,7 +123,7 @@ class Npz:
                 members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
                 headers = {}
                 for key, member in members.items():
-                    if key in names or key in LABEL_KEYS:
+                    if key in (*names, *LABEL_KEYS, STEP_KEY):
                         with archive.open(member) as stream:
                             headers[key] = _read_header(stream, key, path)
         except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
@@ -319,7 +321,8 @@ def batches(
     """Feeds for the model: rows stacked to its batch size, checked against its inputs.
 
     A fixed batch in the model overrides ``batch_size``; an incomplete last batch is then dropped, unless it is
-    the only one (which is filled by repeating its rows). Labels are passed through as ``labels``.
+    the only one (which is filled by repeating its rows). Labels are passed through as ``labels``, and sampler steps as
+    ``step``; :func:`inputs_of` leaves them out.
 
     Raises:
         OnnxqError: a name, dtype or shape does not fit the model, or a value is not finite.
@@ -341,6 +344,11 @@ def batches(
         if fixed is not None:
             rows = [rows[index % len(rows)] for index in range(size)]
         yield _stack(rows, specs)
+
+
+def inputs_of(batch: Mapping[str, Array], specs: Sequence[InputSpec]) -> dict[str, Array]:
+    """What of a batch the model is given: no labels, no steps."""
+    return {spec.name: batch[spec.name] for spec in specs}
 
 
 def _stack(rows: Sequence[Sample], specs: Sequence[InputSpec]) -> dict[str, Array]:
@@ -394,4 +402,6 @@ def _checked(sample: Sample, specs: Sequence[InputSpec], index: int) -> Sample:
     for key in LABEL_KEYS:
         if key in sample and key not in checked:
             checked["labels"] = np.asarray(sample[key])
+    if STEP_KEY in sample and STEP_KEY not in checked:
+        checked[STEP_KEY] = np.asarray(sample[STEP_KEY]).astype(np.int64)
     return checked

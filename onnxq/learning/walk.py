@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
-from onnxq.calibration.data import InputSpec, Source, batches
+from onnxq.calibration.data import InputSpec, Source, batches, inputs_of
 from onnxq.errors import OnnxqError
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.quantizers import Quantizer, as_float
@@ -48,8 +48,8 @@ class Walk:
         """Read the calibration inputs."""
         self.samples = samples
         start = 0
-        for feed in batches(source, specs, batch_size=ROWS, samples=samples):
-            feed.pop("labels", None)
+        for batch in batches(source, specs, batch_size=ROWS, samples=samples):
+            feed = inputs_of(batch, specs)
             rows = len(next(iter(feed.values())))
             for name, array in feed.items():
                 if start == 0:
