@@ -81,6 +81,7 @@ def compare(
     quantized_model: Model,
     data: str | os.PathLike[str] | Iterable[Mapping[str, Array]],
     *,
+    preprocessing: inputs.Preprocessing | None = None,
     samples: int | None = None,
     device: str = "cpu",
     layers: bool = True,
@@ -95,6 +96,7 @@ def compare(
         float_model: The original, by path or in memory.
         quantized_model: Its quantized version, with the same inputs and outputs.
         data: An ``.npz`` keyed by input name (and ``labels``), a folder of images, or an iterable of dicts.
+        preprocessing: How image files become inputs, for a folder of images.
         samples: How many samples to use; all if ``None``.
         device: ``cpu`` or ``cuda``.
         layers: Whether to measure layer by layer.
@@ -109,7 +111,7 @@ def compare(
     original, quantized = _opened(float_model), _opened(quantized_model)
     specs = _common_inputs(original, quantized)
     _check_outputs(original, quantized)
-    source = inputs.open_source(data, specs)
+    source = inputs.open_source(data, specs, preprocessing)
 
     def feeds(limit: int | None, stage: str) -> Iterator[tuple[dict[str, Array], Array | None]]:
         total = len(source) if limit is None else min(limit, len(source))

@@ -1,0 +1,101 @@
+"""What commands share: their common options, progress, and how numbers are written and shown."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from onnxq.progress import Progress
+
+DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
+JsonPath = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers as JSON.", show_default=False)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+DataPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="PATH",
+        help="An .npz keyed by input name (rows along the first axis), a folder of such files, or a folder of images. "
+        "100 to 500 samples of what the model will see are plenty.",
+        show_default=False,
+    ),
+]
+
+
+def progress(quiet: bool) -> Progress:
+    """What is being done, unless nothing is to be said."""
+    from onnxq.progress import Progress
+
+    return Progress(enabled=not quiet)
+
+
+def check_destinations(model: Path | None, *outputs: Path | None) -> None:
+    """Fail before the work rather than after it."""
+    from onnxq import model as models
+    from onnxq.errors import OnnxqError
+
+    for path in outputs:
+        if path is None:
+            continue
+        models.check_writable(path)
+        if model is not None and path.exists() and model.exists() and path.samefile(model):
+            raise OnnxqError(f"expected an output beside the model, found the model itself: {path}", hint="choose -o")
+
+
+def write_json(path: Path | None, numbers: Mapping[str, Any]) -> None:
+    """Write the numbers where ``--json`` says, if it does."""
+    if path is not None:
+        import json
+
+        from onnxq import model as models
+        from onnxq.report.metrics import json_safe
+
+        models.write_text(path, json.dumps(json_safe(numbers), indent=2) + "\n")
+
+
+def write_report(path: Path, numbers: Mapping[str, Any]) -> None:
+    """Write the HTML report, with the command and the versions that made it."""
+    import platform
+    from importlib import metadata
+
+    import onnxq
+    from onnxq import model as models
+    from onnxq.report.html import render_html
+    from onnxq.report.metrics import json_safe
+
+    versions = {"onnxq": onnxq.__version__, "python": platform.python_version()}
+    for package in ("onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    command = shlex.join(["onnxq", *sys.argv[1:]])
+    models.write_text(path, render_html(json_safe({**numbers, "command": command, "versions": versions})))
+
+
+def show(numbers: Mapping[str, Any], quiet: bool) -> None:
+    """Print the closing table on a terminal, plain lines elsewhere."""
+    if quiet:
+        return
+    from onnxq.report import table
+    from onnxq.report.metrics import json_safe
+
+    numbers = json_safe(numbers)
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(table.closing_table(numbers))
+    else:
+        for line in table.plain_lines(numbers):
+            typer.echo(line)

@@ -1,0 +1,134 @@
+"""The main job from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from onnxq.commands.common import (
+    DataPath,
+    JsonPath,
+    ModelPath,
+    Quiet,
+    check_destinations,
+    progress,
+    show,
+    write_json,
+    write_report,
+)
+
+
+def quantize(
+    model: ModelPath,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="Where to write; MODEL.int8.onnx if not given."),
+    ] = None,
+    data: DataPath = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            show_default="tensorrt",
+            help="**tensorrt**: symmetric int8 (or fp8) at the inputs of Conv, Gemm and MatMul, as its fusions want. "
+            "**cpu**: uint8 activations around every op with an integer kernel in onnxruntime.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(show_default="int8", help="How scales and codes are found; `onnxq recipes` lists them."),
+    ] = None,
+    knobs: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KNOB=VALUE", help="A knob of the recipe; may be repeated.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="int8, int4, int4:128 (blocks), int6, fp8, float, …", show_default=False),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="int8, uint8, fp8, int6, int16, float, …", show_default=False),
+    ] = None,
+    first_last: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="The first and the last layers get this format instead: int8 beside 4-bit ones, or float.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", "-n", help="Use so many samples of the data (all of them if not given).")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Node names or ops to keep in float (`*` matches anything); repeatable."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(show_default="0", help="The same seed gives the same bytes.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            show_default="default",
+            help="quick, default or paper: how many steps recipes that learn take (200, 1000 or 20000 for each block).",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(show_default="cpu", help="Where calibration and learning run: cpu or cuda.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Settings as YAML, under the names of these options; options win."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a self-contained HTML report.", show_default=False)
+    ] = None,
+    json_path: JsonPath = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize MODEL and check the result against it.
+
+    The float model runs once over the data; ranges of activations and weights become scales; weights are stored as
+    integers; the result is linted for its target and run in onnxruntime beside the float model before it is written.
+
+    Example: `onnxq quantize model.onnx --data calibration.npz --target cpu -o model.int8.onnx`
+    """
+    from onnxq import pipeline
+    from onnxq.config import make_settings, parse_assignments, read_yaml
+
+    given = {
+        "target": target,
+        "recipe": recipe,
+        "weights": weights,
+        "activations": activations,
+        "first_last": first_last,
+        "samples": samples,
+        "exclude": tuple(exclude) if exclude else None,
+        "seed": seed,
+        "budget": budget,
+        "device": device,
+        "knobs": parse_assignments(knobs) if knobs else None,
+    }
+    entries = read_yaml(config) if config else {}
+    entries |= {key: value for key, value in given.items() if value is not None}
+    settings = make_settings(entries)
+    destination = output or model.with_name(f"{model.stem}.{_suffix(settings)}.onnx")
+    check_destinations(model, destination, json_path, report)
+    result = pipeline.quantize(model, data, output=destination, settings=settings, progress=progress(quiet))
+    numbers = result.numbers
+    write_json(json_path, numbers)
+    if report is not None:
+        write_report(report, numbers | {"tensors": result.tensors})
+    show(numbers, quiet)
+
+
+def _suffix(settings: Any) -> str:
+    """The formats that stand in the name of the result: what the user or the recipe says, or int8."""
+    from onnxq import recipes as registry
+
+    entry = registry.get(settings.recipe)
+    for spec in (settings.weights or entry.weights, settings.activations or entry.activations):
+        if spec and spec != "float":
+            return str(spec).replace(":", "_")
+    return "int8"

@@ -1,0 +1,40 @@
+"""What there is to choose from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from onnxq.commands.common import JsonPath, write_json
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="One recipe, in full.", show_default=False)] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """List the recipes; with a NAME, its paper, its algorithm and its knobs with their defaults."""
+    import dataclasses
+    import inspect
+
+    from onnxq import recipes as registry
+
+    if name is None:
+        write_json(json_path, {key: entry.line for key, entry in registry.RECIPES.items()})
+        for key, entry in registry.RECIPES.items():
+            formats = f" [{entry.weights or 'any'}/{entry.activations or 'any'}]"
+            typer.echo(f"{key:14} {entry.line}{formats if entry.weights or entry.activations else ''}")
+        typer.echo("In brackets: the formats of weights and activations that a recipe brings.")
+        return
+    entry = registry.get(name)
+    recipe: Any = entry.load()
+    knobs = {field.name: entry.knobs.get(field.name, field.default) for field in dataclasses.fields(recipe)}
+    formats_given = {"weights": entry.weights, "activations": entry.activations}
+    write_json(json_path, {"recipe": registry.canonical(name), **formats_given, "knobs": knobs})
+    typer.echo(inspect.getdoc(recipe) or "")
+    typer.echo("\nFormats (--weights, --activations):")
+    for what, given in formats_given.items():
+        typer.echo(f"  {what} = {given or 'the default of the target'}")
+    typer.echo("\nKnobs (--set name=value):")
+    for key, value in knobs.items():
+        typer.echo(f"  {key} = {value!r}")
