@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from conftest import MODELS
 
 import onnxq
 from onnxq import OnnxqError, recipes
+from onnxq import graph as graphs
 from onnxq.calibration import weight_ranges
 from onnxq.formats import FORMATS, fake_quantize, scale_and_zero_point
 
@@ -61,3 +63,35 @@ def test_the_least_error_is_no_larger_than_that_of_the_extremes(name: str) -> No
 def test_unknown_weight_ranges_are_named(tmp_path: Path) -> None:
     with pytest.raises(OnnxqError, match="weight ranges"):
         onnxq.quantize(*FASHION, knobs={"weight_ranges": "mean"}, samples=4)
+
+
+def test_the_ends_get_the_format_asked_for(tmp_path: Path) -> None:
+    """int8 at the ends of an int4 model: the stored codes of those layers alone use the whole byte."""
+    options = {"weights": "int4", "activations": "int8", "samples": 8, "target": "cpu"}
+    plain = onnxq.quantize(*FASHION, **options)
+    ended = onnxq.quantize(*FASHION, **options, first_last="int8")
+    wide = {name for name, largest in largest_codes(ended.model).items() if largest > 8}
+    assert all(largest <= 8 for largest in largest_codes(plain.model).values())
+    assert 1 <= len(wide) <= 2 < len(largest_codes(ended.model))
+    assert ended.numbers["sqnr_db"] > plain.numbers["sqnr_db"]
+
+
+def test_the_ends_can_stay_float() -> None:
+    numbers = onnxq.quantize(*FASHION, samples=8, target="cpu", first_last="float").numbers
+    assert sum(reason == "its scheme is float" for reason in numbers["left_float"].values()) == 2
+
+
+def test_a_format_of_the_ends_that_the_target_lacks_is_named() -> None:
+    with pytest.raises(OnnxqError, match="fp8"):
+        onnxq.quantize(*FASHION, samples=4, target="cpu", first_last="fp8")
+
+
+def largest_codes(model: ir.Model) -> dict[str, int]:
+    """The largest magnitude of the codes that each integer weight stores."""
+    found = {}
+    for node in model.graph:
+        value = node.inputs[0] if graphs.is_dequantize(node) else None
+        if value is None or value.const_value is None or not graphs.rank(value) or value.dtype == ir.DataType.INT32:
+            continue
+        found[value.name or ""] = int(np.abs(value.const_value.numpy().astype(np.int32)).max())
+    return found
