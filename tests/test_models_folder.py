@@ -27,7 +27,7 @@ def graph() -> onnx.GraphProto:
 
 @pytest.fixture(scope="module")
 def export():
-    pytest.importorskip("torch", reason="the exporter needs torch: pip install 'onnxq[train]'")
+    pytest.importorskip("torch", reason="the exporter needs torch: pip install 'onnxq[learn]'")
     specification = importlib.util.spec_from_file_location("models_export", MODELS / "export.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -146,7 +146,7 @@ def test_export_reads_shapes(export):
 
 
 def test_export_script_tells_a_user_what_is_wrong_in_one_line(tmp_path):
-    pytest.importorskip("torch", reason="the exporter needs torch: pip install 'onnxq[train]'")
+    pytest.importorskip("torch", reason="the exporter needs torch: pip install 'onnxq[learn]'")
     command = [sys.executable, MODELS / "export.py", "no_such_module:make", "--shape", "1x3", "-o", tmp_path / "a.onnx"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2

@@ -175,11 +175,33 @@ class _Regions:
             for value in node.inputs:
                 if value is not None and value not in self.codes:
                     self._hold(value)
-            self._hold(_after_activation(node))
+            joined = _after_activation(node)
+            self._hold(joined)
+            if node.op_type == "Concat" and joined is node.outputs[0]:
+                for value in node.inputs:
+                    if value is not None:
+                        self._tie(value, joined)
         elif node in self.useful and _moves_data(node) and node.inputs[0] in self.codes:
-            source = node.inputs[0]
             self._hold(node.outputs[0])
-            self.like[node.outputs[0]] = self.like.get(source, source)
+            self.like[node.outputs[0]] = node.inputs[0]
+
+    def _tie(self, value: ir.Value, joined: ir.Value) -> None:
+        """Give what only a Concat reads the scale of its output.
+
+        The kernel then copies codes instead of computing them, and they are rounded once instead of twice.
+        """
+        while len(graphs.consumers(value)) == 1 and not value.is_graph_output():
+            source = self.like.get(value)
+            if source is None:
+                self.like[value] = joined
+                return
+            value = source
+
+    def _root(self, value: ir.Value) -> ir.Value:
+        """The value whose scale this one has."""
+        while value in self.like:
+            value = self.like[value]
+        return value
 
     def _hold(self, value: ir.Value) -> None:
         if graphs.is_float(value):
@@ -203,17 +225,17 @@ class _Regions:
             spec = scheme_of(item.node).activations
             if not spec.enabled:
                 continue
-            wanted.setdefault(self.like.get(item.activation, item.activation), []).append(spec)
+            wanted.setdefault(self._root(item.activation), []).append(spec)
             if item.activation not in self.codes:
                 uses.setdefault(item.activation, []).append((item.node, item.activation_index))
 
         def spec_of(value: ir.Value) -> Spec:
             return max(wanted.get(value, [usual]), key=lambda spec: spec.format.bits)
 
-        sites = [
-            Site(value, (), spec_of(self.like.get(value, value)), like=self.like.get(value))
-            for value in self._in_order()
-        ]
+        sites = []
+        for value in self._in_order():
+            root = self._root(value)
+            sites.append(Site(value, (), spec_of(root), like=None if root is value else root))
         return sites + [Site(value, tuple(readers), spec_of(value)) for value, readers in uses.items()]
 
     def _in_order(self) -> Iterator[ir.Value]:
