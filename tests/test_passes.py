@@ -12,7 +12,9 @@ from conftest import NETWORK, SHAPES, add_weights
 from onnxq import model as models
 from onnxq import targets
 from onnxq.calibration import calibrate
+from onnxq.passes.fold_affine import FoldAffine
 from onnxq.passes.fold_batchnorm import FoldBatchNorm
+from onnxq.passes.fuse_activations import FuseActivations
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.lower_weights import LowerWeights
 from onnxq.passes.pad_codes import PadCodes
@@ -32,6 +34,58 @@ padded (float[N,3,16,16] x) => (float[N,8,16,16] y)
 }
 """
 PADDED_SHAPES = {"w1": (8, 3, 3, 3), "g1": (8,), "b1": (8,), "m1": (8,), "v1": (8,)}
+
+AFFINE = """
+<ir_version: 10, opset_import: ["" : 21]>
+affine (float[N,3,16,16] x) => (float[N,8,16,16] y, float[N,8,16,16] z)
+<float half = {0.5}, float[1] two = {2.0}>
+{
+    [conv] c = Conv <pads=[1,1,1,1]> (x, w1)
+    [add] a = Add (b1, c)
+    [sub] s = Sub (a, b2)
+    [div] d = Div (s, two)
+    [mul] m = Mul (d, b3)
+    [relu] r = Relu (m)
+    [conv2] e = Conv <pads=[1,1,1,1]> (r, w2, b4)
+    [from] f = Sub (half, e)
+    [both] g = Conv <pads=[1,1,1,1]> (r, w3)
+    [more] y = Add (g, half)
+    [sum] z = Add (g, f)
+}
+"""
+AFFINE_SHAPES = {
+    "w1": (8, 3, 3, 3), "b1": (1, 8, 1, 1), "b2": (8, 1, 1), "b3": (1, 8, 1, 1), "w2": (8, 8, 3, 3), "b4": (8,),
+    "w3": (8, 8, 3, 3),
+}  # fmt: skip
+
+ACTIVATIONS = """
+<ir_version: 10, opset_import: ["" : 21]>
+activations (float[N,3,16,16] x) => (float[N,3,16,16] y)
+<float root = {1.41421356}, float half = {0.5}, float one = {1.0}, float inverse = {0.70710678}, float three = {3.0},
+ float cubic = {0.044715}, float slope = {0.79788456}>
+{
+    [d] d = Div (x, root)
+    [e] e = Erf (d)
+    [a] a = Add (e, one)
+    [m] m = Mul (x, a)
+    [first] first = Mul (m, half)
+    [p] p = Mul (first, inverse)
+    [q] q = Erf (p)
+    [r] r = Add (one, q)
+    [s] s = Mul (half, r)
+    [second] second = Mul (s, first)
+    [t] t = Pow (second, three)
+    [u] u = Mul (cubic, t)
+    [v] v = Add (second, u)
+    [w] w = Mul (slope, v)
+    [z] z = Tanh (w)
+    [b] b = Add (z, one)
+    [c] c = Mul (half, second)
+    [third] third = Mul (c, b)
+    [h] h = HardSigmoid <alpha=0.16666667, beta=0.5> (third)
+    [fourth] y = Mul (third, h)
+}
+"""
 
 GEMM = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -57,6 +111,8 @@ def outputs(model: ir.Model, *, optimize: bool = True) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     ("rewrite", "text", "shapes", "removed"),
     [
+        (FoldAffine, AFFINE, AFFINE_SHAPES, "Div"),
+        (FuseActivations, ACTIVATIONS, {}, "Mul"),
         (FoldBatchNorm, NETWORK, SHAPES, "BatchNormalization"),
         (FoldBatchNorm, PADDED, PADDED_SHAPES, "Pad"),
         (SplitGemmBias, GEMM, {"w": (10, 768), "b": (10,)}, None),

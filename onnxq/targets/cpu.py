@@ -76,10 +76,15 @@ class Cpu:
 
     def prepare(self, model: ir.Model) -> None:
         """Fold BatchNormalization and Pad, and free Gemm of its bias, so that integer kernels match."""
+        from onnxq.passes.fold_affine import FoldAffine
         from onnxq.passes.fold_batchnorm import FoldBatchNorm
+        from onnxq.passes.fuse_activations import FuseActivations
         from onnxq.passes.split_gemm_bias import SplitGemmBias
 
+        FoldAffine()(model)
         FoldBatchNorm()(model)
+        FoldAffine()(model)  # what stood behind a BatchNormalization
+        FuseActivations()(model)
         SplitGemmBias()(model)
 
     def place(

@@ -56,9 +56,12 @@ class TensorRT:
 
     def prepare(self, model: ir.Model) -> None:
         """Fold BatchNormalization and Pad, so that Conv → Relu are neighbours."""
+        from onnxq.passes.fold_affine import FoldAffine
         from onnxq.passes.fold_batchnorm import FoldBatchNorm
 
+        FoldAffine()(model)
         FoldBatchNorm()(model)
+        FoldAffine()(model)  # what stood behind a BatchNormalization
 
     def place(
         self,
