@@ -73,6 +73,7 @@ class Session:
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         _check_device(device)
         self._keep_alive: list[Array] = []
+        self._appended = 0
         try:
             source = self._source(model, taps, options)
             self._session = onnxruntime.InferenceSession(source, options, providers=PROVIDERS[device])
@@ -86,6 +87,7 @@ class Session:
             ) from error
         self.input_names = [value.name for value in self._session.get_inputs()]
         self.output_names = [value.name for value in self._session.get_outputs()]
+        self.own_output_names = self.output_names[: len(self.output_names) - self._appended]
 
     def _source(
         self, model: ir.Model | str | os.PathLike[str], taps: Sequence[str], options: onnxruntime.SessionOptions
@@ -96,6 +98,8 @@ class Session:
             from onnxq.model import read
 
             model = read(model)
+        own = {value.name for value in model.graph.outputs}
+        self._appended = len([name for name in taps if name not in own])
         data, large = serialize(model, taps)
         if large:
             self._keep_alive = list(large.values())

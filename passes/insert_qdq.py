@@ -76,7 +76,7 @@ def _insert(graph: ir.Graph, site: Site) -> None:
     quantize.name, dequantize.name = f"{value.name}_Q{suffix}", f"{value.name}_DQ{suffix}"
     quantize.metadata_props[FORMAT] = dequantize.metadata_props[FORMAT] = site.spec.format.name
     quantize.metadata_props[SYMMETRIC] = str(int(site.spec.symmetric))
-    quantize.metadata_props[STATISTICS] = root.name or ""
+    quantize.metadata_props[STATISTICS] = _name(root)
     uses = site.uses or [use for use in graphs.consumers(value) if use[0] not in tape.nodes]
     producer = value.producer()
     if producer is None:
@@ -88,9 +88,15 @@ def _insert(graph: ir.Graph, site: Site) -> None:
         node.replace_input_with(index, dequantized)
     if not site.uses and value.is_graph_output():
         position = next(index for index, output in enumerate(graph.outputs) if output is value)
-        original = value.meta.pop("onnxq.output_name")
+        original = value.meta["onnxq.output_name"]
         graph.outputs[position] = dequantized
         dequantized.name = original
+
+
+def _name(value: ir.Value) -> str:
+    """The name that the value has in the float model."""
+    name: str = value.meta.get("onnxq.output_name", value.name)
+    return name
 
 
 def _rename_output(value: ir.Value) -> None:
@@ -109,7 +115,7 @@ def _free_suffix(graph: ir.Graph, name: str) -> str:
 def _parameters(graph: ir.Graph, site: Site, root: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The scale and zero-point initializers of the site: those of ``root`` if they are there already."""
     shape, number_format, ending = parameter_shape(site), site.spec.format, _ending(graph, site, root)
-    scale_name, zero_point_name = f"{root.name}_scale{ending}", f"{root.name}_zero_point{ending}"
+    scale_name, zero_point_name = f"{_name(root)}_scale{ending}", f"{_name(root)}_zero_point{ending}"
     if scale_name in graph.initializers:
         return graph.initializers[scale_name], graph.initializers[zero_point_name]
     dtype = site.value.dtype or ir.DataType.FLOAT
@@ -124,7 +130,7 @@ def _parameters(graph: ir.Graph, site: Site, root: ir.Value) -> tuple[ir.Value, 
 
 def _ending(graph: ir.Graph, site: Site, root: ir.Value) -> str:
     """What tells the parameters of this site from those that the same value has in another format or along an axis."""
-    kinds = graph.meta.setdefault("onnxq.qdq_kinds", {}).setdefault(root.name, [])
+    kinds = graph.meta.setdefault("onnxq.qdq_kinds", {}).setdefault(_name(root), [])
     kind = (str(site.spec), site.spec.format.storage, site.axis)
     if kind not in kinds:
         kinds.append(kind)
@@ -154,7 +160,7 @@ def _clip_bounds(graph: ir.Graph, site: Site, root: ir.Value) -> list[ir.Value]:
     bounds = []
     ending = _ending(graph, site, root)
     for suffix, bound in (("clip_low", site.spec.format.low), ("clip_high", site.spec.format.high)):
-        name = f"{root.name}_{suffix}{ending}"
+        name = f"{_name(root)}_{suffix}{ending}"
         if name not in graph.initializers:
             dtype = site.value.dtype or ir.DataType.FLOAT
             initializer = ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(dtype))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 from conftest import add_weights
 
 import onnxq
@@ -38,9 +39,20 @@ def test_what_only_a_concat_reads_has_its_scale(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32)
     graph = onnxq.quantize(tmp_path / "model.onnx", [{"x": x}], target="cpu").model.graph
     scales = {
-        (node.inputs[0].name or "").removesuffix("_float"): node.inputs[1]
-        for node in graph
-        if graphs.is_quantize(node) and node.inputs[0] is not None
+        node.inputs[0].name: node.inputs[1] for node in graph if graphs.is_quantize(node) and node.inputs[0] is not None
     }
     assert scales["ra"] is scales["pa"] is scales["b"] is scales["j"] is scales["k"]
     assert scales["c"] is not scales["k"], "others read it too, at its own range"
+
+
+@pytest.mark.parametrize("outputs", [["e"], ["e", "s", "ra"]])
+def test_a_convolution_can_be_the_output(tmp_path: Path, outputs: list[str]) -> None:
+    """Its codes are made behind it, and the graph output keeps its name."""
+    model = add_weights(JOINED, JOINED_SHAPES)
+    values = graphs.values(model.graph)
+    model.graph.outputs[:] = [values[name] for name in outputs]
+    ir.save(model, tmp_path / "model.onnx")
+    x = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32)
+    result = onnxq.quantize(tmp_path / "model.onnx", [{"x": x}], target="cpu")
+    assert [value.name for value in result.model.graph.outputs] == outputs
+    assert 30 < result.numbers["sqnr_db"] < 60

@@ -79,8 +79,8 @@ def record(
     recording = Recording({name: Statistics() for name in taps})
     names = {spec.name for spec in specs}
     inner = [name for name in taps if name not in names]
-    own_outputs = [name for name in session.output_names if name not in inner]
-    wanted = own_outputs + inner
+    own_outputs = session.own_output_names
+    wanted = own_outputs + [name for name in inner if name not in own_outputs]
     sums: dict[str, Array] = {}
     mean_samples = 0
     with ThreadPoolExecutor(WORKERS) as pool:
