@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from onnxq.commands import build, compare, lint, quantize, recipes, view
+from onnxq.commands import build, compare, lint, quantize, recipes, strip, view
 from onnxq.commands.common import BAD_INPUT, CHECK_FAILED, INTERRUPTED
 
 app = typer.Typer(
@@ -20,7 +20,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-for command in (quantize.quantize, compare.compare, lint.lint, build.build, recipes.recipes, view.view):
+for command in (
+    quantize.quantize, compare.compare, lint.lint, build.build, strip.strip, recipes.recipes, view.view,
+):  # fmt: skip
     app.command()(command)
 
 

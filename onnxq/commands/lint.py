@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from onnxq.commands.common import CHECK_FAILED, JsonPath, ModelPath, Quiet, write_json
+from onnxq.commands.common import CHECK_FAILED, JsonPath, ModelPath, Quiet, check_destinations, write_json
 
 
 def lint(
     model: ModelPath,
     target: Annotated[str, typer.Option(help="tensorrt or cpu.")] = "tensorrt",
     sm: Annotated[int | None, typer.Option(help="Compute capability, such as 89, for rules that depend on it.")] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Write the model with its Q/DQ where the target wants them, and the ranges that it has: biases become "
+            "float, unsigned codes signed for TensorRT, weight scales run along output channels.",
+            show_default=False,
+        ),
+    ] = None,
     json_path: JsonPath = None,
     quiet: Quiet = False,
 ) -> None:
     """Name every rule of the target that MODEL's Q/DQ breaks, with the node.
 
     Errors are refused by the target or silently read as something else or run in float; warnings cost speed or
-    accuracy. Works on Q/DQ models of any tool. Exit code 1 if there are errors.
+    accuracy. Works on Q/DQ models of any tool. Exit code 1 if there are errors, unless `--fix` mends them.
     """
     from onnxq import model as models
     from onnxq import targets
 
+    check_destinations(model, fix, json_path)
     chosen = targets.get(target)
     findings = chosen.lint(models.read(model), sm)
     errors = [item for item in findings if item.severity == "error"]
@@ -35,5 +46,20 @@ def lint(
         for item in errors + warnings:
             typer.echo(f"{item.severity} {item.rule} {item.node}: {item.message}")
         typer.echo(f"{len(errors)} errors, {len(warnings)} warnings for {target}")
-    if errors:
+    if fix is not None:
+        _fix(model, fix, target, quiet)
+    elif errors:
         raise typer.Exit(CHECK_FAILED)
+
+
+def _fix(model: Path, output: Path, target: str, quiet: bool) -> None:
+    from onnxq import model as models
+    from onnxq.retarget import retarget
+
+    fixed = retarget(model, target)
+    models.save(fixed.model, output)
+    if not quiet:
+        typer.echo(f"{output}: {len(fixed.quantized_nodes)} layers on codes, {len(fixed.left_float)} in float")
+        for name, reason in fixed.left_float.items():
+            typer.echo(f"float: {name} ({reason})")
+        typer.echo(f"see what changed: onnxq compare {model} {output} --data FILE")

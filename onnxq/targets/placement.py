@@ -126,7 +126,7 @@ def quantized_twice(graph: ir.Graph) -> None:
         if graphs.is_quantize(node) or graphs.is_dequantize(node) or node.op_type in QUANTIZED_OPS:
             raise OnnxqError(
                 f"expected a float model, found one that is quantized already (node {node.name!r}, {node.op_type})",
-                hint="give the float model that it was made from",
+                hint="give the float model that it was made from; `onnxq strip` makes one of a Q/DQ model",
             )
 
 

@@ -1,0 +1,154 @@
+"""Bring a Q/DQ model of any tool to the form that a target runs, with the ranges that it has."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+from onnxq import model as models
+from onnxq import targets
+from onnxq.calibration import calibrate, observers
+from onnxq.errors import CheckError, OnnxqError
+from onnxq.passes.insert_qdq import FORMAT, InsertQDQ
+from onnxq.passes.strip_qdq import StoredWeight, StripQDQ
+from onnxq.scheme import Scheme
+from onnxq.targets import Placement, Site, Target
+
+
+@dataclass(frozen=True)
+class Retargeted:
+    """A model in the form of another target.
+
+    Attributes:
+        model: The model; :func:`onnxq.save` writes it.
+        quantized_nodes: Names of the layers that run on codes.
+        left_float: Why the other layers with weights are float, by the name of the node.
+    """
+
+    model: ir.Model
+    quantized_nodes: list[str]
+    left_float: dict[str, str]
+
+
+def strip(path: str | os.PathLike[str]) -> ir.Model:
+    """The float model under a Q/DQ model: stored codes become the numbers they mean.
+
+    Raises:
+        OnnxqError: there is no Q/DQ in it, or something else than Q/DQ.
+    """
+    model = models.load(path)
+    if not StripQDQ()(model).modified:
+        raise _nothing(path)
+    return model
+
+
+def retarget(path: str | os.PathLike[str], target: str) -> Retargeted:
+    """Take the Q/DQ pairs out and put them back where ``target`` wants them.
+
+    Ranges and weight scales are those of the file: an unsigned or shifted range becomes the symmetric one around it
+    where the target knows no other, a bias becomes float, weight scales run along output channels. Layers that had
+    no range on an input stay float.
+
+    Raises:
+        OnnxqError: there is no Q/DQ in the model, or something else than Q/DQ.
+        CheckError: the result still breaks a rule of the target.
+    """
+    model = models.load(path)
+    stripped = StripQDQ()
+    if not stripped(model).modified:
+        raise _nothing(path)
+    runtime = targets.get(target)
+    runtime.prepare(model)
+    placement = _place(model.graph, runtime, _scheme(runtime, stripped), stripped)
+    if not placement.sites:
+        raise OnnxqError(
+            f"expected layers that {target} can run on codes, found none in {os.fspath(path)}",
+            hint="quantize the float model instead: onnxq quantize",
+        )
+    InsertQDQ(placement.sites)(model)
+    calibrate.set_activation_scales(model, _statistics(stripped), observers.minmax)
+    calibrate.set_weight_scales(model)
+    _keep_weight_scales(model.graph, stripped.weights)
+    runtime.lower(model)
+    errors = [item for item in runtime.lint(model) if item.severity == "error"]
+    if errors:
+        raise CheckError(
+            f"expected a graph that passes the lint of {target}, found {len(errors)} errors, first: "
+            f"{errors[0].rule} at {errors[0].node!r}: {errors[0].message}",
+            hint="quantize the float model instead: onnxq quantize",
+        )
+    names = [
+        item.node.name or ""
+        for item in graphs.weighted_nodes(model.graph)
+        if any(graphs.is_dequantized(value) for value in item.node.inputs[:2])
+    ]
+    return Retargeted(model, names, placement.left_float)
+
+
+def _nothing(path: str | os.PathLike[str]) -> OnnxqError:
+    return OnnxqError(
+        f"expected a model with QuantizeLinear and DequantizeLinear, found none in {os.fspath(path)}",
+        hint="a float model is quantized with `onnxq quantize`",
+    )
+
+
+def _scheme(target: Target, stripped: StripQDQ) -> Scheme:
+    """The formats that most weights have, on this target."""
+    kinds = Counter((weight.storage.name, weight.block_size) for weight in stripped.weights.values())
+    storage, block_size = kinds.most_common(1)[0][0] if kinds else ("INT8", 0)
+    name = {"INT4": "int4", "UINT4": "int4", "FLOAT8E4M3FN": "fp8"}.get(storage, "int8")
+    weights = f"{name}:{block_size}" if block_size else name
+    return target.scheme(weights, None if stripped.ranges else "float")
+
+
+def _place(graph: ir.Graph, target: Target, scheme: Scheme, stripped: StripQDQ) -> Placement:
+    """The target's placement, without what has no range: layers that lose an input that way stay float."""
+    reasons: dict[str, str] = {}
+    while True:
+        placement = target.place(graph, scheme, [glob.escape(name) for name in reasons])
+        found: dict[str, str] = {}
+        sites = []
+        for site in placement.sites:
+            if not _is_missing(site, stripped):
+                sites.append(site)
+            for node, _ in site.uses if sites[-1:] != [site] else ():
+                found[node.name or ""] = "the file has no range for one of its inputs"
+        if not found.keys() - reasons.keys():
+            return Placement(sites, placement.left_float | reasons)
+        reasons |= found
+
+
+def _is_missing(site: Site, stripped: StripQDQ) -> bool:
+    name = (site.like or site.value).name or ""
+    return name not in (stripped.weights if graphs.is_constant(site.value) else stripped.ranges)
+
+
+def _statistics(stripped: StripQDQ) -> dict[str, observers.Statistics]:
+    found = {}
+    for name, (low, high) in stripped.ranges.items():
+        found[name] = observers.Statistics()
+        found[name].low, found[name].high = low, high
+    return found
+
+
+def _keep_weight_scales(graph: ir.Graph, weights: dict[str, StoredWeight]) -> None:
+    """Write the file's own scales where they fit, so that the codes stay the same."""
+    for node in graph:
+        source = node.inputs[0] if graphs.is_quantize(node) else None
+        stored = None if source is None or not graphs.is_constant(source) else weights.get(source.name or "")
+        scale = node.inputs[1] if stored is not None else None
+        if stored is None or scale is None or scale.const_value is None or not stored.symmetric:
+            continue
+        if source is None or source.const_value is not stored.tensor:
+            continue  # something was folded into it since
+        same_kind = stored.storage.name.lower() == node.metadata_props[FORMAT].replace("fp8", "float8e4m3fn")
+        same_axis = not stored.scale.ndim or stored.axis == node.attributes.get_int("axis", 1)
+        if same_kind and same_axis and stored.scale.shape == scale.const_value.numpy().shape:
+            zero_point = node.inputs[2]
+            assert zero_point is not None and zero_point.const_value is not None
+            calibrate.write_scales(node, stored.scale, zero_point.const_value.numpy())
