@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from onnxq.commands import build, compare, lint, quantize, recipes, strip, view
+from onnxq.commands import build, compare, doctor, lint, quantize, recipes, strip, view
 from onnxq.commands.common import BAD_INPUT, CHECK_FAILED, INTERRUPTED
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 
 for command in (
     quantize.quantize, compare.compare, lint.lint, build.build, strip.strip, recipes.recipes, view.view,
+    doctor.doctor,
 ):  # fmt: skip
     app.command()(command)
 
