@@ -1,0 +1,230 @@
+"""What of an ONNX graph is the sample, the timestep and the condition of a denoiser, told from the graph alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+from onnxq.calibration.data import Array, InputSpec, input_specs
+from onnxq.errors import OnnxqError
+from onnxq.runtime import Session
+
+TIMESTEP_NAMES = ("t", "timestep", "timesteps", "time", "time_step", "sigma", "step")
+BETWEEN_INPUT_AND_EMBEDDING = (
+    "Cast", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Mul", "Div", "Add", "Sub", "Identity", "Flatten", "Neg",
+    "Log", "Clip",
+)  # fmt: skip
+DEEPEST_EMBEDDING = 10
+
+
+@dataclass(frozen=True)
+class Condition:
+    """An input beside sample and timestep.
+
+    Attributes:
+        spec: The input.
+        classes: How many rows the table has that a class label picks from; ``None`` for anything but labels.
+    """
+
+    spec: InputSpec
+    classes: int | None
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for "no class": by custom the last row of the table."""
+        return None if self.classes is None else self.classes - 1
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The roles of a denoiser's inputs and output.
+
+    Attributes:
+        specs: All inputs.
+        sample: The noisy sample [batch, channels, …].
+        timestep: A number for each sample, or one for the batch (rank 0).
+        conditions: The other inputs.
+        output: The output that has the sample's shape.
+        channels: The sample's channels; an output with twice as many predicts a variance too, which is dropped.
+        timestep_rows: Rows of the table that the timestep picks from, where there is one.
+    """
+
+    specs: tuple[InputSpec, ...]
+    sample: InputSpec
+    timestep: InputSpec
+    conditions: tuple[Condition, ...]
+    output: str
+    channels: int
+    timestep_rows: int | None = None
+
+    def timesteps(self, value: float, count: int) -> Array:
+        """The timestep input for ``count`` samples; an integer input gets the nearest integer."""
+        number = round(value) if self.timestep.dtype.kind in "iu" else value
+        return np.full(() if not self.timestep.shape else (count,), number, self.timestep.dtype)
+
+    def predict(self, session: Session, feed: Mapping[str, Array]) -> Array:
+        """The network's prediction for a batch of any size, whatever batch the export is fixed to."""
+        fixed = next((spec.batch for spec in self.specs if spec.batch is not None), None)
+        total = len(feed[self.sample.name])
+        parts = []
+        for start in range(0, total, fixed or total):
+            part = {name: _rows(array, start, fixed or total) for name, array in feed.items()}
+            parts.append(session.run(part, [self.output])[0])
+        return np.concatenate(parts)[:total, : self.channels]
+
+
+def find(model: ir.Model) -> Denoiser:
+    """The roles of the inputs of a denoiser.
+
+    The sample is the float input of rank 3 or more whose shape an output repeats. Among inputs of rank 0 or 1 the
+    timestep is the float one, or what becomes sines and cosines, or what is called so; labels pick rows of a table.
+
+    Raises:
+        OnnxqError: there is no sample or no timestep, or the timestep has another rank or dtype.
+    """
+    specs = input_specs(model)
+    values = {value.name: value for value in model.graph.inputs}
+    found = next(_samples(model, specs), None)
+    if found is None:
+        shapes = ", ".join(f"{spec.name} {spec.dtype}{_shown(spec.shape)}" for spec in specs)
+        raise OnnxqError(
+            f"expected a denoiser (a float sample and an output of its shape), found inputs {shapes}",
+            hint="trajectories are for denoisers; give other models --data",
+        )
+    sample, output = found
+    others = [spec for spec in specs if spec is not sample]
+    timestep = _timestep(others, values)
+    tables = {spec.name: _table_rows(values[spec.name]) for spec in others}
+    conditions = tuple(
+        Condition(spec, tables[spec.name] if spec.dtype.kind in "iu" and len(spec.shape) == 1 else None)
+        for spec in others
+        if spec is not timestep
+    )
+    channels = sample.shape[1]
+    if channels is None or None in sample.shape[2:]:
+        raise OnnxqError(
+            f"expected a sample of known size, found {sample.name!r} {_shown(sample.shape)}",
+            hint="export the denoiser with only its batch free",
+        )
+    return Denoiser(tuple(specs), sample, timestep, conditions, output, channels, tables[timestep.name])
+
+
+def _samples(model: ir.Model, specs: Sequence[InputSpec]) -> Iterator[tuple[InputSpec, str]]:
+    for spec in specs:
+        for value in model.graph.outputs:
+            shape = list(value.shape or ())
+            if spec.dtype.kind != "f" or len(spec.shape) < 3 or len(shape) != len(spec.shape):
+                continue
+            pairs = list(zip(spec.shape, shape, strict=True))
+            channels, found = pairs[1]
+            same = all(a is None or not isinstance(b, int) or a == b for a, b in pairs[2:])
+            if same and (channels is None or not isinstance(found, int) or found in (channels, 2 * channels)):
+                yield spec, value.name or ""
+
+
+def _timestep(others: Sequence[InputSpec], values: Mapping[str | None, ir.Value]) -> InputSpec:
+    numbers = [spec for spec in others if len(spec.shape) <= 1 or spec.shape[1:] == (1,)]
+    named = [spec for spec in others if spec.name.lower() in TIMESTEP_NAMES]
+    candidates = [spec for spec in numbers if spec.dtype.kind == "f"]
+    candidates = candidates or [spec for spec in numbers if _becomes_waves(values[spec.name])]
+    candidates = candidates or [spec for spec in numbers if spec in named] or named or numbers
+    if not candidates:
+        raise OnnxqError(
+            "expected an input for the timestep (one number a sample), found none",
+            hint="export the denoiser with its timestep as an input of shape [batch] or []",
+        )
+    chosen = candidates[0]
+    if chosen.dtype.kind not in "iuf" or len(chosen.shape) > 1:
+        raise OnnxqError(
+            f"expected integers or floats of shape [batch] or [] for the timestep, found {chosen.name!r} "
+            f"{chosen.dtype}{_shown(chosen.shape)}",
+            hint="export the denoiser with its timestep as one number a sample",
+        )
+    return chosen
+
+
+def _becomes_waves(value: ir.Value) -> bool:
+    """Whether sines or cosines are taken of the value: the usual embedding of time."""
+    return any(graphs.is_op(node, "Sin", "Cos") for node, _ in _readers(value))
+
+
+def _table_rows(value: ir.Value) -> int | None:
+    """Rows of the constant table that the value picks from, if it is an index."""
+    for node, index in _readers(value):
+        table = node.inputs[0]
+        if graphs.is_op(node, "Gather") and index == 1 and table is not None and graphs.is_constant(table):
+            rows = table.shape[0] if table.shape is not None and len(table.shape) == 2 else None
+            if isinstance(rows, int):
+                return rows
+    return None
+
+
+def _readers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """What reads the value, if only through conversions and arithmetic."""
+    level = [value]
+    for _ in range(DEEPEST_EMBEDDING):
+        following: list[ir.Value] = []
+        for item in level:
+            for node, index in graphs.consumers(item):
+                yield node, index
+                if graphs.is_op(node, *BETWEEN_INPUT_AND_EMBEDDING):
+                    following.append(node.outputs[0])
+        level = following
+
+
+def _rows(array: Array, start: int, count: int) -> Array:
+    """Some rows; the last is repeated where there are too few."""
+    if not array.ndim:
+        return array
+    index = np.minimum(np.arange(start, start + count), len(array) - 1)
+    return array[start : start + count] if start + count <= len(array) else array[index]
+
+
+def _shown(shape: Sequence[int | None]) -> str:
+    return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
+
+
+def open_conditions(path: Path | None, denoiser: Denoiser) -> dict[str, Array]:
+    """Rows for the conditions that cannot be drawn (embeddings of text, images, …).
+
+    Args:
+        path: An ``.npz`` keyed by input name; ``NAME.unconditional`` holds one row for guidance.
+        denoiser: The denoiser.
+
+    Raises:
+        OnnxqError: an array is missing, or has another shape.
+    """
+    needed = [item.spec for item in denoiser.conditions if item.classes is None]
+    if not needed:
+        return {}
+    names = ", ".join(repr(spec.name) for spec in needed)
+    if path is None:
+        raise OnnxqError(
+            f"expected values for the condition {names}, which are not class labels, found none",
+            hint=f"give --conditions FILE.npz with rows under {needed[0].name!r}",
+        )
+    found: dict[str, Any] = {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise OnnxqError(
+            f"expected an .npz of conditions at {path}, found {' '.join(str(error).split())[:120]}",
+            hint=f"write it with np.savez, keyed by input name: {names}",
+        ) from error
+    for spec in needed:
+        array = found.get(spec.name)
+        fits = array is not None and len(array.shape) == len(spec.shape) and len(array) > 0
+        if array is None or not fits or any(a not in (None, b) for a, b in zip(spec.shape[1:], array.shape[1:])):  # noqa: B905
+            raise OnnxqError(
+                f"expected rows of shape {_shown(spec.shape)} under {spec.name!r} in {path}, "
+                f"found {'nothing' if array is None else list(array.shape)}",
+                hint="one row for each condition along the first axis",
+            )
+    return {name: np.asarray(array) for name, array in found.items()}

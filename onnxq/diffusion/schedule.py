@@ -1,0 +1,295 @@
+"""The sampler that a denoiser is used with: which timesteps it visits, and how each prediction moves the sample.
+
+A schedule is a JSON file. With a ``_class_name`` of diffusers' (``DDIMScheduler``, ``DDPMScheduler``, …) it is
+diffusers' own scheduler. For flow matching, where time runs from noise at 0 to data at 1, it is::
+
+    {"_class_name": "FlowMatching", "prediction_type": "velocity", "num_inference_steps": 50}
+
+``prediction_type`` may also be ``sample`` (the network predicts the data itself). Both kinds may add
+``num_inference_steps`` (what ``--steps`` is without the option), ``guidance_interval`` ([low, high]: the timesteps
+between which guidance acts) and ``data_range`` ([low, high] of an image, [-1, 1] if not given).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq import model as models
+from onnxq.calibration.data import Array
+from onnxq.diffusion.denoiser import Denoiser
+from onnxq.errors import OnnxqError
+
+DEFAULT_STEPS = 50
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+OWN_KEYS = ("num_inference_steps", "guidance_interval", "data_range")
+# Files of diffusers' schedulers are named after their classes; the package itself takes much longer to import.
+MODULES = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "LMSDiscreteScheduler": "lms_discrete",
+    "EulerDiscreteScheduler": "euler_discrete",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral_discrete",
+    "HeunDiscreteScheduler": "heun_discrete",
+    "DPMSolverMultistepScheduler": "dpmsolver_multistep",
+    "DPMSolverSinglestepScheduler": "dpmsolver_singlestep",
+    "UniPCMultistepScheduler": "unipc_multistep",
+    "FlowMatchEulerDiscreteScheduler": "flow_match_euler_discrete",
+}
+ASSUMED_DIFFUSION = {
+    "_class_name": "DDIMScheduler",
+    "prediction_type": "epsilon",
+    "clip_sample": True,
+    "timestep_spacing": "trailing",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+}
+ASSUMED_FLOW = {"_class_name": "FlowMatching", "prediction_type": "velocity"}
+
+
+class Schedule(Protocol):
+    """One run of a sampler over a batch. Steps are counted in sampling order; 0 is the noisiest.
+
+    Attributes:
+        timesteps: What the network is told at each step.
+        guidance_interval: Timesteps between which guidance acts.
+        data_range: The values between which an image lies.
+    """
+
+    timesteps: list[float]
+    guidance_interval: tuple[float, float]
+    data_range: tuple[float, float]
+
+    def begin(self, seeds: Sequence[int]) -> float:
+        """Start a run of one sample for each seed; returns what standard normal noise is multiplied with."""
+
+    def scaled(self, sample: Array, step: int) -> Array:
+        """The sample as the network sees it."""
+
+    def advance(self, prediction: Array, step: int, sample: Array) -> Array:
+        """The next sample."""
+
+
+@dataclass
+class FlowMatching:
+    """Euler steps along a straight flow from noise (time 0) to data (time 1).
+
+    x' = x + (t' - t) v; where the network predicts the data x1, v = (x1 - x) / (1 - t).
+    Source: Y. Lipman et al., Flow Matching for Generative Modeling, ICLR 2023 (arXiv 2210.02747).
+    """
+
+    timesteps: list[float]
+    predicts_sample: bool
+    guidance_interval: tuple[float, float] = (-np.inf, np.inf)
+    data_range: tuple[float, float] = (-1.0, 1.0)
+
+    def begin(self, seeds: Sequence[int]) -> float:
+        """Standard normal noise is what time 0 holds; nothing later is random."""
+        return 1.0
+
+    def scaled(self, sample: Array, step: int) -> Array:
+        """The sample as it is."""
+        return sample
+
+    def advance(self, prediction: Array, step: int, sample: Array) -> Array:
+        """One Euler step."""
+        time = self.timesteps[step]
+        following = self.timesteps[step + 1] if step + 1 < len(self.timesteps) else 1.0
+        velocity = (prediction - sample) / (1 - time) if self.predicts_sample else prediction
+        moved: Array = (sample + (following - time) * velocity).astype(np.float32)
+        return moved
+
+
+class Diffusers:
+    """A scheduler of the package diffusers behind :class:`Schedule`."""
+
+    def __init__(self, scheduler: Any, steps: int, own: Mapping[str, Any]) -> None:
+        self.scheduler, self.steps = scheduler, steps
+        self._generators: list[Any] = []
+        self._takes_generators = "generator" in inspect.signature(scheduler.step).parameters
+        scheduler.set_timesteps(steps)
+        self.timesteps = [float(value) for value in scheduler.timesteps]
+        low, high = own.get("guidance_interval", (-np.inf, np.inf))
+        self.guidance_interval = (float(low), float(high))
+        low, high = own.get("data_range", (-1.0, 1.0))
+        self.data_range = (float(low), float(high))
+
+    def begin(self, seeds: Sequence[int]) -> float:
+        """Forget the steps of an earlier run; each sample has its own generator, so batches of any size agree."""
+        import torch
+
+        self.scheduler.set_timesteps(self.steps)
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return float(self.scheduler.init_noise_sigma)
+
+    def scaled(self, sample: Array, step: int) -> Array:
+        """What ``scale_model_input`` makes of the sample."""
+        import torch
+
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return sample
+        scaled = self.scheduler.scale_model_input(torch.from_numpy(sample), self.scheduler.timesteps[step])
+        result: Array = scaled.numpy()
+        return result
+
+    def advance(self, prediction: Array, step: int, sample: Array) -> Array:
+        """``step`` of the scheduler."""
+        import torch
+
+        moved = self.scheduler.step(
+            torch.from_numpy(np.ascontiguousarray(prediction, np.float32)),
+            self.scheduler.timesteps[step],
+            torch.from_numpy(sample),
+            **({"generator": self._generators} if self._takes_generators else {}),
+        ).prev_sample
+        result: Array = moved.to(torch.float32).numpy()
+        return result
+
+
+def read_config(
+    file: Path | None, model: ir.Model, model_path: Path | None, denoiser: Denoiser
+) -> tuple[dict[str, Any], str]:
+    """The schedule's entries, and one line that says where they come from.
+
+    Args:
+        file: What ``--scheduler`` names; else the model's metadata (``onnxq.scheduler``); else
+            ``MODEL.scheduler.json`` beside the model; else what is most common is assumed.
+        model: The denoiser's graph.
+        model_path: Its file.
+        denoiser: The roles of its inputs.
+
+    Raises:
+        OnnxqError: the file is missing or not a JSON object.
+    """
+    beside = None if model_path is None else model_path.with_suffix(".scheduler.json")
+    metadata = models.get_metadata(model).get("scheduler")
+    if file is not None:
+        if file.is_dir():
+            file = file / "scheduler_config.json"
+        return _parse(_read(file), str(file)), f"schedule from {file}"
+    if metadata is not None:
+        return _parse(metadata, "the model's metadata"), "schedule from the model's metadata"
+    if beside is not None and beside.is_file():
+        return _parse(_read(beside), str(beside)), f"schedule from {beside}"
+    if denoiser.timestep.dtype.kind == "f":
+        return dict(ASSUMED_FLOW), "no schedule was given: flow matching with velocities is assumed (--scheduler FILE)"
+    return dict(ASSUMED_DIFFUSION), (
+        "no schedule was given: 1,000 linear betas 1e-4 to 0.02 and a predicted epsilon are assumed (--scheduler FILE)"
+    )
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OnnxqError(
+            f"expected a scheduler configuration at {file}, found {'nothing' if not file.exists() else error}",
+            hint="give --scheduler the scheduler_config.json of the pipeline that the denoiser comes from",
+        ) from error
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise OnnxqError(
+            f"expected a scheduler configuration as JSON in {where}, found {error}",
+            hint="give the scheduler_config.json of the pipeline that the denoiser comes from",
+        ) from error
+    if not isinstance(entries, dict) or "_class_name" not in entries:
+        raise OnnxqError(
+            f"expected a JSON object with a _class_name in {where}, found none",
+            hint=f"its _class_name is one of FlowMatching, {', '.join(MODULES)}",
+        )
+    return entries
+
+
+def make(config: Mapping[str, Any], denoiser: Denoiser, steps: int | None) -> Schedule:
+    """The schedule of ``steps`` steps.
+
+    Raises:
+        OnnxqError: the class or prediction type is unknown, or the steps or timesteps do not fit the model.
+    """
+    name = str(config["_class_name"])
+    count = steps or int(config.get("num_inference_steps", DEFAULT_STEPS))
+    own = {key: _pair(config, key) for key in OWN_KEYS[1:] if key in config}
+    if name == "FlowMatching":
+        if denoiser.timestep.dtype.kind != "f":
+            raise OnnxqError(
+                f"expected a float timestep for flow matching, found {denoiser.timestep.name!r} "
+                f"{denoiser.timestep.dtype}",
+                hint="give --scheduler the configuration that the denoiser was trained with",
+            )
+        kind = config.get("prediction_type", "velocity")
+        if kind not in ("velocity", "sample"):
+            raise OnnxqError(
+                f"expected prediction_type velocity or sample for FlowMatching, found {kind!r}",
+                hint="correct the scheduler's file",
+            )
+        return FlowMatching([step / count for step in range(count)], kind == "sample", **own)
+    schedule = Diffusers(_scheduler(name, config, count), count, own)
+    last = max(schedule.timesteps)
+    if denoiser.timestep_rows is not None and round(last) >= denoiser.timestep_rows:
+        raise OnnxqError(
+            f"expected timesteps below {denoiser.timestep_rows}, the rows of the model's table, found {last:g} "
+            f"in the schedule ({name})",
+            hint="give --scheduler the configuration that the denoiser was trained with",
+        )
+    return schedule
+
+
+def _scheduler(name: str, config: Mapping[str, Any], steps: int) -> Any:
+    if name not in MODULES:
+        raise OnnxqError(
+            f"expected a scheduler of FlowMatching, {', '.join(MODULES)}, found {name!r}",
+            hint="any of them can sample a model trained with noise; name one in the scheduler's file",
+        )
+    prediction = config.get("prediction_type", "epsilon")
+    if "Flow" not in name and prediction not in PREDICTIONS:
+        raise OnnxqError(
+            f"expected prediction_type of {', '.join(PREDICTIONS)}, found {prediction!r}",
+            hint="correct the scheduler's file",
+        )
+    train = int(config.get("num_train_timesteps", 1000))
+    if not 1 <= steps <= train:
+        raise OnnxqError(
+            f"expected between 1 and {train} sampler steps (num_train_timesteps), found {steps}",
+            hint="choose fewer --steps",
+        )
+    try:
+        module = importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("diffusers", "torch"):
+            raise
+        raise OnnxqError(
+            f"expected diffusers and torch for {name}, found no {error.name}",
+            hint="pip install 'onnxq[diffusion]' (any build of torch; the CPU one does)",
+        ) from error
+    entries = {key: value for key, value in config.items() if key not in OWN_KEYS}
+    try:
+        return getattr(module, name).from_config(entries)
+    except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+        raise OnnxqError(
+            f"expected a configuration that diffusers' {name} takes, found {' '.join(str(error).split())[:160]}",
+            hint="correct the scheduler's file",
+        ) from error
+
+
+def _pair(config: Mapping[str, Any], key: str) -> tuple[float, float]:
+    value = config[key]
+    if not isinstance(value, list | tuple) or len(value) != 2 or not value[0] < value[1]:
+        raise OnnxqError(
+            f"expected [low, high] for {key} of the schedule, found {value!r}", hint="correct the scheduler's file"
+        )
+    return float(value[0]), float(value[1])

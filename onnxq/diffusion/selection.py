@@ -1,0 +1,95 @@
+"""Which sampler steps of which trajectories become calibration inputs: a table of samples and steps.
+
+Every policy gives a boolean array [samples, steps]; step 0 is the noisiest. A trajectory costs one run of the
+network a step, whatever is kept of it, so that ``all`` is the cheapest for each input and ``ndtc`` the dearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnxq.calibration.data import Array
+from onnxq.errors import OnnxqError
+
+POLICIES = ("uniform", "all", "ndtc")
+
+
+def select(policy: str, samples: int, timesteps: Sequence[float], kept: int, seed: int) -> Array:
+    """The inputs to keep.
+
+    Args:
+        policy: ``uniform``: ``kept`` evenly spaced steps of each trajectory, staggered from one to the next, so that
+            all steps get their share; ``all``; ``ndtc``: steps drawn from a normal distribution (:func:`ndtc`).
+        samples: Trajectories.
+        timesteps: What the network is told at each step.
+        kept: Steps of each trajectory that are kept.
+        seed: For what is drawn.
+
+    Returns:
+        A boolean array [samples, steps].
+
+    Raises:
+        OnnxqError: there is no such policy, or there are fewer steps than shall be kept.
+    """
+    steps = len(timesteps)
+    if policy not in POLICIES:
+        raise OnnxqError(
+            f"expected a selection of {', '.join(POLICIES)}, found {policy!r}", hint="use --select uniform"
+        )
+    if not 1 <= kept <= steps:
+        raise OnnxqError(
+            f"expected to keep between 1 and {steps} steps of each trajectory, found {kept}",
+            hint="choose more --steps, or keep fewer",
+        )
+    if policy == "all":
+        return np.ones((samples, steps), bool)
+    if policy == "uniform":
+        chosen = np.zeros((samples, steps), bool)
+        for sample in range(samples):
+            offset = sample * steps // samples  # the first trajectory starts at step 0, the others in between
+            chosen[sample, (np.arange(kept) * steps // kept + offset) % steps] = True
+        return chosen
+    return ndtc(samples, timesteps, kept, seed)
+
+
+def ndtc(
+    samples: int,
+    timesteps: Sequence[float],
+    kept: int = 1,
+    seed: int = 0,
+    *,
+    mean: float = 0.4,
+    deviation: float = 0.4,
+    clamp: bool = True,
+) -> Array:
+    """Normally distributed timesteps: t ~ N(mean T, (deviation T)²), each moved to the nearest scheduled step.
+
+    Source: Y. Shang, Z. Yuan, B. Xie, B. Wu, Y. Yan, Post-training Quantization on Diffusion Models, CVPR 2023
+    (arXiv 2211.15736), section 3.3. The paper's text has the deviation sqrt(T/2), its code 0.4 T, which is taken
+    here. Its code also feeds the input of step T-1-t with timestep t; here every input keeps its own timestep.
+
+    Args:
+        samples: Trajectories.
+        timesteps: What the network is told at each step; the largest is T.
+        kept: Draws for each trajectory (1 in the paper); draws that fall on one step count once.
+        seed: For the draws.
+        mean: As part of T.
+        deviation: As part of T.
+        clamp: Whether draws outside [0, T] are moved to its ends (the paper), or drawn again.
+
+    Returns:
+        A boolean array [samples, steps].
+    """
+    generator = np.random.default_rng([seed, 4])
+    times = np.asarray(timesteps, np.float64)
+    times = 1 - times if times[0] < times[-1] else times / max(times.max(), 1)  # the share of noise, 1 at the start
+    draws = generator.normal(mean, deviation, (samples, kept))
+    while not clamp and (outside := (draws < 0) | (draws > 1)).any():
+        draws[outside] = generator.normal(mean, deviation, int(outside.sum()))
+    draws = np.clip(draws, 0, 1)
+    nearest = np.abs(draws[:, :, None] - times).argmin(axis=2)
+    chosen = np.zeros((samples, len(times)), bool)
+    np.put_along_axis(chosen, nearest, True, axis=1)
+    return chosen

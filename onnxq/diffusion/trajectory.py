@@ -1,0 +1,274 @@
+"""Run a denoiser along its sampler, and keep what the network sees: sample, timestep and condition of chosen steps.
+
+Inputs are recorded before the sampler's step, in one pass, straight into files: memory holds one batch. With
+guidance the network runs with and without its condition, and both inputs are recorded.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from onnxq.calibration.data import STEP_KEY, Array, Npz, Sample
+from onnxq.diffusion.denoiser import Denoiser
+from onnxq.diffusion.schedule import Schedule
+from onnxq.diffusion.selection import select
+from onnxq.errors import OnnxqError
+from onnxq.progress import Advance
+from onnxq.runtime import Session
+
+BATCH_BYTES = 1 << 20  # of samples that run together
+
+
+@dataclass
+class Visit:
+    """One step of a batch of trajectories, before the sampler moves on.
+
+    Attributes:
+        step: Which step of the sampler; 0 is the noisiest.
+        feed: What the network is given: with guidance the conditional rows, then the unconditional ones.
+        raw: What it predicts for each row.
+        prediction: The prediction that the sampler uses (guided, where guidance acts).
+    """
+
+    step: int
+    feed: dict[str, Array]
+    raw: Array
+    prediction: Array
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A denoiser with its schedule, guidance and conditions.
+
+    Attributes:
+        denoiser: The roles of its inputs.
+        schedule: The sampler.
+        guidance: Weight w of ``e(no condition) + w (e(condition) - e(no condition))``; 1 means none.
+        conditions: Rows for conditions that are not class labels, by input name.
+        seed: Sample i starts from noise that depends on (seed, i) alone.
+    """
+
+    denoiser: Denoiser
+    schedule: Schedule
+    guidance: float = 1.0
+    conditions: Mapping[str, Array] | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse guidance where there is nothing to guide.
+
+        Raises:
+            OnnxqError: there is no condition, or nothing known that stands for none.
+        """
+        if self.guidance == 1:
+            return
+        missing = [
+            item.spec.name
+            for item in self.denoiser.conditions
+            if item.null_class is None and f"{item.spec.name}.unconditional" not in (self.conditions or {})
+        ]
+        if missing or not self.denoiser.conditions:
+            found = f"none for {', '.join(missing)}" if missing else "a model without conditions"
+            raise OnnxqError(
+                f"expected an unconditional input for guidance {self.guidance:g}, found {found}",
+                hint="leave --guidance out, or add NAME.unconditional (one row) to --conditions FILE.npz",
+            )
+
+    @property
+    def batch(self) -> int:
+        """Samples that run together."""
+        size = 4 * int(np.prod([size or 1 for size in self.denoiser.sample.shape[1:]]))
+        return int(np.clip(BATCH_BYTES // size, 1, 16))
+
+    def is_guided(self, step: int) -> bool:
+        """Whether guidance acts at this step."""
+        low, high = self.schedule.guidance_interval
+        return self.guidance != 1 and low <= self.schedule.timesteps[step] <= high
+
+    def rows(self, step: int) -> int:
+        """Inputs of the network for each sample at this step."""
+        return 2 if self.is_guided(step) else 1
+
+    def run(self, session: Session, indices: Sequence[int]) -> Run:
+        """A run of some samples, by number."""
+        return Run(self, session, indices)
+
+
+class Run:
+    """Trajectories of a batch; iterating gives a :class:`Visit` for each step.
+
+    Attributes:
+        sample: Where the samples are now; after the last step, the result.
+    """
+
+    def __init__(self, sampler: Sampler, session: Session, indices: Sequence[int]) -> None:
+        self.sampler, self.session = sampler, session
+        denoiser = sampler.denoiser
+        shape = [size or 1 for size in denoiser.sample.shape[1:]]
+        generators = [np.random.default_rng([sampler.seed, index]) for index in indices]
+        noise = np.stack([generator.standard_normal(shape, np.float32) for generator in generators])
+        scale = sampler.schedule.begin([int(generator.integers(1 << 62)) for generator in generators])
+        self.sample: Array = noise * np.float32(scale)
+        self.conditional: dict[str, Array] = {}
+        self.unconditional: dict[str, Array] = {}
+        given = sampler.conditions or {}
+        for item in denoiser.conditions:
+            name = item.spec.name
+            if item.classes is not None:
+                classes = item.classes - (sampler.guidance != 1)  # "no class" is a class of its own without guidance
+                labels = [generator.integers(max(classes, 1)) for generator in generators]
+                self.conditional[name] = np.asarray(labels, item.spec.dtype)
+                self.unconditional[name] = np.full(len(labels), item.null_class, item.spec.dtype)
+            else:
+                rows = given[name]
+                self.conditional[name] = rows[np.asarray(indices) % len(rows)].astype(item.spec.dtype)
+                if f"{name}.unconditional" in given:
+                    row = given[f"{name}.unconditional"].reshape(1, *rows.shape[1:]).astype(item.spec.dtype)
+                    self.unconditional[name] = np.repeat(row, len(indices), axis=0)
+
+    def __iter__(self) -> Iterator[Visit]:
+        sampler, denoiser, schedule = self.sampler, self.sampler.denoiser, self.sampler.schedule
+        count = len(self.sample)
+        for step, time in enumerate(schedule.timesteps):
+            seen = schedule.scaled(self.sample, step).astype(denoiser.sample.dtype, copy=False)
+            rows, conditions = count, dict(self.conditional)
+            if sampler.is_guided(step):
+                rows, seen = 2 * count, np.concatenate([seen, seen])
+                conditions = {name: np.concatenate([conditions[name], self.unconditional[name]]) for name in conditions}
+            feed = {denoiser.sample.name: seen, denoiser.timestep.name: denoiser.timesteps(time, rows), **conditions}
+            raw = denoiser.predict(self.session, feed).astype(np.float32, copy=False)
+            prediction = self.guided(raw, step)
+            yield Visit(step, feed, raw, prediction)
+            self.sample = schedule.advance(prediction, step, self.sample)
+
+    def guided(self, raw: Array, step: int) -> Array:
+        """The prediction that the sampler uses, from those for the network's rows."""
+        if not self.sampler.is_guided(step):
+            return raw
+        with_condition, without = np.split(raw, 2)
+        result: Array = without + np.float32(self.sampler.guidance) * (with_condition - without)
+        return result
+
+
+def record(sampler: Sampler, session: Session, chosen: Array, path: Path, advance: Advance | None = None) -> int:
+    """Record the chosen steps of each trajectory into an ``.npz`` file, and return how many inputs it holds.
+
+    Its rows go round all steps again and again, in an order drawn for each round, so that any first part of the file
+    is spread over the steps.
+
+    Args:
+        sampler: What to run.
+        session: The float denoiser.
+        chosen: A boolean array [samples, steps] (see :func:`onnxq.diffusion.selection.select`).
+        path: The file.
+        advance: Called with the number of steps that are done.
+    """
+    samples, steps = chosen.shape
+    positions = _positions(sampler, chosen)
+    total = int(max(positions.max() + 1, 0))
+    # Trajectories that stop early run together, so that a batch ends with the last step that it needs.
+    last = steps - 1 - chosen[:, ::-1].argmax(axis=1)
+    order = np.argsort(last, kind="stable")
+    done = 0
+    with tempfile.TemporaryDirectory(prefix=".onnxq-", dir=path.parent) as folder:
+        files: dict[str, Array] = {}
+        for start in range(0, samples, sampler.batch):
+            indices = order[start : start + sampler.batch]
+            for visit in sampler.run(session, [int(index) for index in indices]):
+                _write(files, Path(folder), total, visit, positions[indices, visit.step])
+                done += 1
+                if advance is not None:
+                    advance(done * len(indices))
+                if visit.step >= last[indices].max():
+                    break
+        for array in files.values():
+            array.flush()  # type: ignore[attr-defined]
+        archive_path = Path(folder) / "archive.npz"
+        with zipfile.ZipFile(archive_path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name, array in sorted(files.items()):
+                archive.write(str(array.filename), f"{name}.npy")  # type: ignore[attr-defined]
+        os.replace(archive_path, path)
+    return total
+
+
+def _positions(sampler: Sampler, chosen: Array) -> Array:
+    """The row of the file for each sample, step and branch; -1 where nothing is kept."""
+    samples, steps = chosen.shape
+    generator = np.random.default_rng([sampler.seed, 5])
+    rounds: list[tuple[int, float, int, int, int]] = []
+    for step in range(steps):
+        kept = generator.permutation(np.flatnonzero(chosen[:, step]))
+        rounds += [
+            (index * sampler.rows(step) + branch, float(generator.random()), int(sample), step, branch)
+            for index, sample in enumerate(kept)
+            for branch in range(sampler.rows(step))
+        ]
+    positions = np.full((samples, steps, 2), -1, np.int64)
+    for row, (_, _, sample, step, branch) in enumerate(sorted(rounds)):
+        positions[sample, step, branch] = row
+    return positions
+
+
+def _write(files: dict[str, Array], folder: Path, total: int, visit: Visit, positions: Array) -> None:
+    """Put the rows of one visit where they belong; ``positions`` is [samples, branches]."""
+    count = len(positions)
+    rows = np.concatenate([positions[:, 0], positions[:, 1]])
+    kept = np.flatnonzero(rows >= 0)
+    if not kept.size:
+        return
+    first = next(array for array in visit.feed.values() if array.ndim)
+    assert kept.max() < len(first) and len(first) in (count, 2 * count)
+    arrays = {name: array if array.ndim else np.broadcast_to(array, len(first)) for name, array in visit.feed.items()}
+    arrays[STEP_KEY] = np.full(len(first), visit.step, np.int64)
+    for name, array in arrays.items():
+        if name not in files:
+            file = folder / f"{len(files)}.npy"  # a name may hold what a path may not
+            files[name] = np.lib.format.open_memmap(file, "w+", array.dtype, (total, *array.shape[1:]))
+        files[name][rows[kept]] = array[kept]
+
+
+class Trajectories:
+    """Calibration inputs that a denoiser makes itself; recorded once, into a file that goes with this object.
+
+    Args:
+        sampler: What to run.
+        session: The float denoiser.
+        count: How many inputs, at most.
+        trajectories: From how many samples.
+        policy: Which steps (see :func:`onnxq.diffusion.selection.select`).
+        advance: Called with the number of steps that are done.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        session: Session,
+        *,
+        count: int,
+        trajectories: int,
+        policy: str = "uniform",
+        advance: Advance | None = None,
+    ) -> None:
+        sampler.check()
+        steps = len(sampler.schedule.timesteps)
+        branches = np.mean([sampler.rows(step) for step in range(steps)])
+        kept = int(np.clip(round(count / branches / trajectories), 1, steps))
+        chosen = select(policy, trajectories, sampler.schedule.timesteps, kept, sampler.seed)
+        self._folder = tempfile.TemporaryDirectory(prefix="onnxq-trajectories-")
+        path = Path(self._folder.name) / "trajectories.npz"
+        record(sampler, session, chosen, path, advance)
+        self.trajectories, self.steps = trajectories, steps
+        self._archive = Npz(path, list(sampler.denoiser.specs))
+
+    def __len__(self) -> int:
+        return len(self._archive)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self._archive)
