@@ -58,6 +58,7 @@ RECIPES: dict[str, Entry] = {
     "gptq": Entry("gptq", "Gptq", "int4 weights, rounding errors taken up column by column", "int4", "float"),
     "smoothquant": Entry("smoothquant", "SmoothQuant", "outliers of activations moved into weights, then 8 bits"),
     "awq": Entry("awq", "Awq", "int4 weights in blocks, scaled by what they are multiplied with", "int4:128", "float"),
+    "rex": Entry("rex", "Rex", "weights as a sum of codes: their rounding error is quantized too; no data", "int4"),
 }
 
 DEFAULT = "int8"

@@ -38,10 +38,14 @@ class Static:
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.prepare()
         if self.equalize:
             EqualizeLayers()(job.model)
+        self.quantize(job)
+
+    def quantize(self, job: Job) -> None:
+        """Steps 2 to 6, on a graph that is prepared already."""
+        observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.insert()
         axes = bias_correction.channel_axes(job.model.graph) if self.bias_correction else {}
         statistics = job.record(axes)

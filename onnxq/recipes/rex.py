@@ -1,0 +1,112 @@
+"""REx: the rounding error of the weights is quantized too, and added by the same integer kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxq import graph as graphs
+from onnxq.errors import OnnxqError
+from onnxq.folding import array_of
+from onnxq.job import Job
+from onnxq.learning.channel_scales import weight_specs
+from onnxq.passes.expand_residuals import FORMS, ExpandResiduals, is_expandable
+from onnxq.recipes.static import Static
+from onnxq.weights.residuals import Residuals, strongest
+
+ALLOCATIONS = ("layer", "network")
+
+
+@dataclass(frozen=True)
+class Rex:
+    """Residual expansion of the weights, without data.
+
+    1. Rewrite the graph so that the target's kernels match.
+    2. E₀ = W. For k = 1 … K: R_k = round(E_{k−1}) with scales of its own; E_k = E_{k−1} − R_k. Orders from the second
+       on keep the output channels with the largest errors.
+    3. Every layer computes Σ R_k·x: the orders are further output channels of one convolution or product, and the
+       bias counts once.
+    4. Insert Q/DQ, calibrate activations, store weights as codes, lint, check: as the static recipe does.
+
+    The weights need no data. Activations take their ranges from the calibration inputs, or stay float with
+    ``--activations float``. Orders cost multiplications: two orders of int4 are 8 bits of weight and twice the
+    products, so where INT8 kernels are what runs, one order of int8 is cheaper. It pays with int8 and a sparse second
+    order on sensitive channels, and with 2 and 3 bits.
+
+    Source: E. Yvinec, A. Dapogny, M. Cord, K. Bailly, REx: Data-Free Residual Quantization Error Expansion, NeurIPS
+    2023 (arXiv 2203.14645).
+
+    Departures:
+        - ``allocation="network"`` shares a budget out by the relative error that each channel takes off its layer;
+          the paper gives every layer the same part (``layer``).
+        - Depthwise convolutions get one order more (``depthwise_orders=0`` is the paper's): their channels sum over
+          so few weights that errors do not average out, and they hold about one weight in fifty.
+        - In grouped convolutions whole groups are kept or left.
+        - Ensembling (orders in several networks whose outputs are summed, which is approximate) is not done;
+          ``form="branches"`` gives its independence per layer, exactly.
+        - Activations are not expanded.
+
+    Attributes:
+        orders: K, how many terms the sum has.
+        density: The part of the weights that each order after the first keeps.
+        depthwise_orders: How many more orders depthwise convolutions get, whole; they hold few of the weights.
+        allocation: ``network`` or ``layer``: how that part is shared out.
+        form: ``channels``, one wider layer, or ``branches``, a layer for each order.
+        observer: How a range follows from the statistics of an activation.
+        bias_correction: Whether biases take back the mean shift that rounding the weights causes; it needs data.
+    """
+
+    orders: int = 2
+    density: float = 1.0
+    depthwise_orders: int = 1
+    allocation: str = "network"
+    form: str = "channels"
+    observer: str = "robust"
+    bias_correction: bool = False
+
+    def run(self, job: Job) -> None:
+        """Quantize the job's model."""
+        self._check(job)
+        job.prepare()
+        specs = weight_specs(job.target.place(job.model.graph, job.scheme, job.settings.exclude, job.exceptions))
+        layers: dict[str, Residuals] = {}
+        thin: list[str] = []  # depthwise: a channel sums over so few weights that their errors do not average out
+        for item in graphs.weighted_nodes(job.model.graph):
+            if item.node in specs and is_expandable(item):
+                weight = np.moveaxis(array_of(item.weight), item.channel_axis, 0)
+                groups = item.node.attributes.get_int("group", 1) if item.node.op_type == "Conv" else 1
+                rows = weight.reshape(len(weight), -1).astype(np.float32)
+                name = item.node.name or ""
+                layers[name] = Residuals(rows, specs[item.node], groups if groups > 1 else len(rows))
+                if groups > 1 and weight.shape[1] == 1:
+                    thin.append(name)
+        for _ in range(self.orders - 1):
+            for name, kept in strongest(layers, self.density, self.allocation).items():
+                layers[name].refine(kept)
+        for name in thin if self.orders > 1 else ():
+            for _ in range(self.depthwise_orders):
+                layers[name].refine(np.arange(len(layers[name].rest)))
+        ExpandResiduals({name: layer.orders for name, layer in layers.items()}, self.form)(job.model)
+        Static(self.observer, self.bias_correction).quantize(job)
+
+    def _check(self, job: Job) -> None:
+        weights = job.scheme.weights
+        if not weights.enabled or weights.granularity == "tensor" or weights.format.is_float or not weights.symmetric:
+            raise OnnxqError(
+                f"expected symmetric integer weights with a scale per channel or block for rex, found {weights}",
+                hint="use for example --weights int4",
+            )
+        if self.orders < 1 or not 0 <= self.density <= 1:
+            raise OnnxqError(
+                f"expected at least one order and a density between 0 and 1, found {self.orders} and {self.density}",
+                hint="use for example --set orders=2 --set density=0.5",
+            )
+        for name, value, known in (
+            ("allocation", self.allocation, ALLOCATIONS),
+            ("form", self.form, FORMS),
+        ):
+            if value not in known:
+                raise OnnxqError(
+                    f"expected {name} {' or '.join(known)}, found {value!r}", hint=f"--set {name}={known[0]}"
+                )
