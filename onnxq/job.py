@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,8 @@ class Job:
         ranges: The range chosen for each activation, by value name.
         warnings: What the user should know.
         exceptions: The schemes of single layers, by the name of the node; a recipe may add some before :meth:`insert`.
+        step_sqnr_db: SQNR of a denoiser in each sampler step, on calibration samples; empty where there are no steps.
+        reasons: Why a recipe left a layer in float, by the name of the node.
         checkpoint: A folder in which recipes that learn keep finished steps, ``None`` to keep nothing.
     """
 
@@ -59,6 +62,8 @@ class Job:
     ranges: dict[str, Range] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     exceptions: dict[str, Scheme] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    step_sqnr_db: dict[int, float] = field(default_factory=dict)
     checkpoint: Path | None = None
     _float_session: Session | None = None
     _taps: list[str] = field(default_factory=list)
@@ -68,13 +73,19 @@ class Job:
         quantized_twice(self.model.graph)
         self.specs = input_specs(self.model)
         self.target.prepare(self.model)
-
-    def insert(self) -> None:
-        """Insert Q/DQ where the target wants them; a float session that taps the same values is made first."""
         if self.settings.first_last is not None:
             ends = scheme_of_ends(self.target, self.scheme, self.settings.first_last)
             self.exceptions |= {name: ends for name in first_and_last(self.model.graph)}
-        self.placement = self.target.place(self.model.graph, self.scheme, self.settings.exclude, self.exceptions)
+
+    def place(self, graph: ir.Graph, further: Mapping[str, Scheme] = MappingProxyType({})) -> Placement:
+        """Where Q/DQ go, with the exceptions of user and recipe, and some further ones."""
+        placement = self.target.place(graph, self.scheme, self.settings.exclude, self.exceptions | dict(further))
+        reasons = {name: self.reasons.get(name, reason) for name, reason in placement.left_float.items()}
+        return Placement(placement.sites, reasons)
+
+    def insert(self) -> None:
+        """Insert Q/DQ where the target wants them; a float session that taps the same values is made first."""
+        self.placement = self.place(self.model.graph)
         if not self.placement.sites:
             reasons = "; ".join(sorted(set(self.placement.left_float.values()))) or "it has no Conv, Gemm or MatMul"
             raise OnnxqError(f"expected something to quantize, found nothing ({reasons})", hint="see `onnxq lint`")

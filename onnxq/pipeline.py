@@ -64,10 +64,12 @@ def quantize(
     Args:
         model: Path of the float model.
         data: Calibration inputs: an ``.npz`` keyed by input name, a folder of images or npz files, or any iterable
-            of dicts of batched arrays. ``None``: random inputs, which is said in the result's warnings.
+            of dicts of batched arrays. ``None``: a denoiser makes its own along its sampler; others get random
+            inputs, which is said in the result's warnings.
         output: Where to write the result; ``None`` writes nothing.
         settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
-            ``activations``, ``first_last``, ``samples``, ``exclude``, ``seed``, ``device``, ``knobs``, ``preprocess``.
+            ``activations``, ``first_last``, ``samples``, ``exclude``, ``seed``, ``device``, ``knobs``, ``preprocess``;
+            for a denoiser without data ``scheduler``, ``steps``, ``guidance``, ``conditions``.
         progress: Where to say what is being done; by default nowhere.
         **options: The fields of :class:`Settings`.
 
@@ -89,7 +91,8 @@ def quantize(
     recipe = build_knobs(entry.load(), {**entry.knobs, **settings.knobs}, settings.recipe)
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
-        source, warnings = _source(loaded, data, settings)
+    source, warnings = _source(loaded, path, data, settings, progress)
+    with progress.stage("load", "Loading"):
         job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings)
         job.checkpoint = None if output is None else checkpoint_folder(Path(output))
     recipe.run(job)
@@ -125,9 +128,18 @@ def checkpoint_folder(output: Path) -> Path:
 
 
 def _source(
-    model: ir.Model, data: str | os.PathLike[str] | Iterable[Mapping[str, Array]] | None, settings: Settings
+    model: ir.Model,
+    path: Path,
+    data: str | os.PathLike[str] | Iterable[Mapping[str, Array]] | None,
+    settings: Settings,
+    progress: Progress,
 ) -> tuple[Source, list[str]]:
     specs = input_specs(model)
+    if data is None and (settings.scheduler or models.kind_of(model) is models.Kind.DENOISER):
+        from onnxq.diffusion.source import own_trajectories
+
+        trajectories, line = own_trajectories(model, path, settings, progress)
+        return trajectories, [line]
     if data is None:
         return Noise(specs, count=settings.samples or 32, seed=settings.seed), [
             "calibrated on random inputs, because no --data was given: ranges are guesses"
@@ -158,6 +170,7 @@ def _numbers(job: Job, path: Path, checked: Check, recipe: Any) -> dict[str, Any
         "optimized_nodes": checked.optimized_nodes,
         "float_bytes": models.file_bytes(path),
         "sqnr_db": checked.sqnr_db,
+        **({"step_sqnr_db": job.step_sqnr_db} if job.step_sqnr_db else {}),
         "samples": job.recording.samples if job.recording else 0,
         "layers": checked.layers,
         "warnings": warnings,

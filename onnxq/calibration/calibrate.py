@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.calibration.data import InputSpec, Source, batches, inputs_of
+from onnxq.calibration.data import STEP_KEY, InputSpec, Source, batches, inputs_of
 from onnxq.calibration.observers import Observer, Range, Statistics
 from onnxq.errors import OnnxqError
 from onnxq.formats import NumberFormat, one_sided, parse_format, scale_and_zero_point
@@ -83,6 +83,7 @@ def record(
     wanted = own_outputs + [name for name in inner if name not in own_outputs]
     sums: dict[str, Array] = {}
     mean_samples = 0
+    spread = set(np.linspace(0, total - 1, KEPT_SAMPLES).round().astype(int).tolist())
     with ThreadPoolExecutor(WORKERS) as pool:
         first = inputs_of(next(batches(source, specs, batch_size=1, samples=1)), specs)
         recording.first_feed = first
@@ -106,14 +107,28 @@ def record(
                 for name, axis in (channel_axes or {}).items():
                     sums[name] = sums.get(name, 0) + _channel_mean(tapped[name], axis) * rows
                 mean_samples += rows
-            if recording.samples < KEPT_SAMPLES:
-                recording.kept.append((feed, [output.copy() for output in outputs[: len(own_outputs)]]))
+            if STEP_KEY in batch:  # in the order of steps, so that the first samples would all be of the first one
+                chosen = [row for row in range(rows) if recording.samples + row in spread]
+            else:
+                chosen = list(range(rows)) if recording.samples < KEPT_SAMPLES else []
+            if chosen:
+                recording.kept.append(_rows_of(feed, outputs[: len(own_outputs)], chosen, rows))
             recording.samples += rows
             del outputs, tapped, observed  # before the next run allocates its own
             if on_batch is not None:
                 on_batch(recording.samples)
     recording.channel_means = {name: total / mean_samples for name, total in sums.items()}
     return recording
+
+
+def _rows_of(
+    feed: dict[str, Array], outputs: Sequence[Array], chosen: Sequence[int], rows: int
+) -> tuple[dict[str, Array], list[Array]]:
+    """Some rows of a batch; the whole batch where something in it has no rows."""
+    values = [*feed.values(), *outputs]
+    if len(chosen) == rows or any(not value.ndim or len(value) != rows for value in values):
+        return feed, [output.copy() for output in outputs]
+    return {name: value[chosen] for name, value in feed.items()}, [output[chosen] for output in outputs]
 
 
 def thinned(values: Array) -> Array:

@@ -212,6 +212,33 @@ class Chained:
         return itertools.chain.from_iterable(self.sources)
 
 
+class Spread:
+    """Evenly spaced samples of another source, of some sampler steps alone if asked for.
+
+    Args:
+        source: The other source.
+        count: How many of its samples, at most.
+        steps: The steps to take samples of; ``None``: all, also where samples carry none.
+    """
+
+    def __init__(self, source: Source, count: int, steps: set[int] | None = None) -> None:
+        self.source, self.steps = source, steps
+        self._length = min(count, len(source))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Sample]:
+        samples: Iterable[Sample] = self.source
+        total = len(self.source)
+        if self.steps is not None:
+            steps = self.steps
+            total = sum(int(sample[STEP_KEY]) in steps for sample in self.source)
+            samples = (sample for sample in self.source if int(sample[STEP_KEY]) in steps)
+        wanted = set(np.linspace(0, total - 1, min(self._length, total)).round().astype(int).tolist())
+        return (sample for index, sample in enumerate(samples) if index in wanted)
+
+
 class Iterables:
     """Any iterable of dicts; each holds one batch (with the batch axis) of every input."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxq.calibration import bias_correction, calibrate, observers, weight_ranges
+from onnxq.diffusion.step_floor import hold_floor
 from onnxq.job import Job
 from onnxq.passes.equalize_layers import EqualizeLayers
 
@@ -14,7 +15,7 @@ class Static:
     """Ranges from one pass over the data, nearest rounding, integer weights.
 
     1. Rewrite the graph so that the target's kernels match (BatchNormalization and Pad folded).
-    2. Insert Q/DQ where the target wants them.
+    2. Insert Q/DQ where the target wants them; for a denoiser, find the layers that have to stay float first.
     3. Run the float graph once over the data; statistics become activation scales.
     4. Weight scales come from the weights, per output channel.
     5. Biases take back the mean shift that rounding the weights causes.
@@ -29,12 +30,15 @@ class Static:
         bias_correction: Whether biases are corrected (M. Nagel et al., ICCV 2019, arXiv 1906.04721).
         equalize: Whether neighbouring layers share their ranges out first (the same paper).
         weight_ranges: How a range follows from the weights: ``minmax``, or ``mse``, the clip with the least error.
+        step_floor_db: SQNR that a denoiser keeps in every sampler step: the layers that make the most error in the
+            worst steps stay float until it does. 0 turns it off; data without steps has none to keep.
     """
 
     observer: str = "robust"
     bias_correction: bool = True
     equalize: bool = False
     weight_ranges: str = "minmax"
+    step_floor_db: float = 22.0
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
@@ -46,6 +50,7 @@ class Static:
     def quantize(self, job: Job) -> None:
         """Steps 2 to 6, on a graph that is prepared already."""
         observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
+        hold_floor(job, observer, search, self.step_floor_db)
         job.insert()
         axes = bias_correction.channel_axes(job.model.graph) if self.bias_correction else {}
         statistics = job.record(axes)

@@ -60,6 +60,11 @@ def _rows(result: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(
             "SQNR", "", decibels(result["sqnr_db"]), "", _tone(number(result["sqnr_db"]), bad=LOW_SQNR_DB, good=30)
         )
+    steps = [(number(ratio) or 0.0, int(step)) for step, ratio in (result.get("step_sqnr_db") or {}).items()]
+    if steps:
+        ratio, step = min(steps)
+        tone = _tone(ratio, bad=LOW_SQNR_DB, good=30)
+        yield Row("worst step", "", f"{decibels(ratio)} (step {step})", "", tone)
     if result.get("quantized_nodes") is not None:
         of = f" of {result['weighted_nodes']}" if result.get("weighted_nodes") is not None else ""
         yield Row("quantized layers", "", f"{result['quantized_nodes']}{of}")

@@ -1,0 +1,165 @@
+"""Layers that stay float so that no sampler step loses too much.
+
+In the last, least noisy steps a denoiser has to find noise that is far smaller than the picture: an activation whose
+codes are a hundredth of the picture apart no longer holds it. Per step, and not on average, a few layers near the
+input and the output make nearly all of the error there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxq.calibration import calibrate
+from onnxq.calibration.data import STEP_KEY
+from onnxq.calibration.observers import Observer, Statistics
+from onnxq.job import Job
+from onnxq.passes.insert_qdq import InsertQDQ
+from onnxq.passes.lower_weights import LowerWeights
+from onnxq.runtime import Session
+from onnxq.sensitivity import (
+    ErrorPower,
+    Judged,
+    Layer,
+    Search,
+    Switchboard,
+    activations_of,
+    error_power,
+    judged_samples,
+    layers_of,
+)
+from onnxq.targets import Placement
+from onnxq.targets.placement import schemes_of
+
+ROWS = 96  # samples that candidates are judged on
+RANKING_STEPS = 4  # the worst steps, in which single layers are judged
+RANKING_ROWS = 16
+GROWTH = 1.5  # of the number of float layers, until the floor holds
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What was found.
+
+    Attributes:
+        before: The error with every layer quantized.
+        after: The error with some in float.
+        float_layers: Those, the most sensitive first.
+    """
+
+    before: ErrorPower
+    after: ErrorPower
+    float_layers: list[str]
+
+
+def hold_floor(job: Job, observer: Observer, search: Search | None, floor_db: float) -> Floor | None:
+    """Give the most sensitive layers a float scheme in ``job.exceptions`` until every step has ``floor_db``.
+
+    Layers are ranked by the error that each makes alone in the worst steps; of that ranking the shortest beginning
+    that suffices stays float. Everything is measured on calibration samples, on the graph that the target will run.
+    With a floor of 0 steps are judged and nothing changes.
+
+    Returns:
+        What was found, or ``None`` where samples carry no steps.
+    """
+    if STEP_KEY not in next(iter(job.source), {}):
+        return None
+    with job.progress.stage("steps", "Judging steps"):
+        search_ = _Search(job, observer, search)
+        before = after = search_.judge(0)
+        if 0 < floor_db > before.worst_db:
+            worst = sorted(before.by_step_db, key=lambda step: before.by_step_db[step])[:RANKING_STEPS]
+            search_.rank(worst)
+            count = search_.shortest(floor_db)
+            after = search_.judge(count)
+            for name in search_.ranking[:count]:
+                job.exceptions[name] = search_.float_scheme
+                job.reasons[name] = f"in float every sampler step keeps {floor_db:g} dB"
+        job.step_sqnr_db = after.by_step_db
+    return Floor(before, after, list(job.reasons))
+
+
+def _growing(total: int) -> list[int]:
+    counts = [1]
+    while counts[-1] < total:
+        counts.append(min(total, max(counts[-1] + 1, round(counts[-1] * GROWTH))))
+    return counts
+
+
+class _Search:
+    """Candidates: which layers are float, and how good the rest then is."""
+
+    def __init__(self, job: Job, observer: Observer, search: Search | None) -> None:
+        self.job, self.observer, self.search = job, observer, search
+        self.float_scheme = job.target.scheme("float", "float")
+        self.ranking: list[str] = []
+        placement = job.place(job.model.graph)
+        schemes = schemes_of(job.scheme, job.exceptions)
+        self.layers: list[Layer] = layers_of(job.model.graph, schemes, placement.left_float)
+        self.statistics: dict[str, Statistics] = {}
+        self._record(_roots(placement) | set(activations_of(job.model.graph, self.layers)))
+        self._float = Session(job.model, device=job.settings.device)
+        self.samples: list[Judged] = judged_samples(self._float, job.source, job.specs, ROWS)
+        self._judged: dict[int, ErrorPower] = {}
+
+    def rank(self, steps: list[int]) -> None:
+        """Order the layers by their own error in these steps, largest first."""
+        board = Switchboard(
+            self.job.model,
+            self.layers,
+            self.statistics,
+            self.job.specs,
+            observer=self.observer,
+            search=self.search,
+            device=self.job.settings.device,
+        )
+        samples = judged_samples(self._float, self.job.source, self.job.specs, RANKING_ROWS, steps)
+        errors = board.isolated(samples)
+        self.ranking = sorted(errors, key=lambda name: (errors[name].worst_db, name))
+
+    def shortest(self, floor_db: float) -> int:
+        """How many of the first layers have to be float, if fewer never help more; all if that is not enough."""
+        low, high = 0, len(self.ranking)
+        for count in _growing(high):
+            if self.judge(count).worst_db >= floor_db:
+                high = count
+                break
+            low = count
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.judge(middle).worst_db >= floor_db else (middle, high)
+        return high
+
+    def judge(self, count: int) -> ErrorPower:
+        """The error of the target's own graph with the first so many layers in float."""
+        if count not in self._judged:
+            candidate = self._candidate(self.ranking[:count])
+            session = Session(candidate, optimize=False, device=self.job.settings.device)
+            self._judged[count] = error_power(session.run, self.samples)
+        return self._judged[count]
+
+    def _candidate(self, in_float: Sequence[str]) -> ir.Model:
+        model = self.job.model.clone()
+        placement = self.job.place(model.graph, dict.fromkeys(in_float, self.float_scheme))
+        self._record(_roots(placement) - self.statistics.keys())  # a float layer may move its neighbours' pairs
+        InsertQDQ(placement.sites)(model)
+        calibrate.set_activation_scales(model, self.statistics, self.observer)
+        calibrate.set_weight_scales(model, self.search)
+        LowerWeights()(model)
+        return model
+
+    def _record(self, names: set[str]) -> None:
+        if not names:
+            return
+        job, inputs = self.job, {spec.name for spec in self.job.specs}
+        session = Session(job.model, taps=sorted(names - inputs), device=job.settings.device)
+        recording = calibrate.record(session, sorted(names), job.source, job.specs, samples=job.settings.samples)
+        self.statistics |= recording.statistics
+
+
+def _roots(placement: Placement) -> set[str]:
+    """Names of the activations whose ranges a placement needs."""
+    values = [site.like or site.value for site in placement.sites if not site.value.is_initializer()]
+    return {value.name or "" for value in values}
