@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from onnxq.commands import build, compare, doctor, lint, quantize, recipes, strip, view
+from onnxq.commands import build, compare, doctor, lint, quantize, recipes, sample, strip, trajectories, view
 from onnxq.commands.common import BAD_INPUT, CHECK_FAILED, INTERRUPTED
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
 
 for command in (
     quantize.quantize, compare.compare, lint.lint, build.build, strip.strip, recipes.recipes, view.view,
-    doctor.doctor,
+    doctor.doctor, trajectories.trajectories, sample.sample,
 ):  # fmt: skip
     app.command()(command)
 

@@ -37,6 +37,10 @@ class Settings(BaseModel):
     samples: int | None = Field(default=None, ge=1)
     exclude: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0)
+    scheduler: str | None = None
+    steps: int | None = Field(default=None, ge=1)
+    guidance: float = Field(default=1.0, allow_inf_nan=False)
+    conditions: str | None = None
     budget: Literal["quick", "default", "paper"] = "default"
     device: Literal["cpu", "cuda"] = "cpu"
     knobs: dict[str, Any] = Field(default_factory=dict)

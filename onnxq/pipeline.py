@@ -138,8 +138,7 @@ def _source(
     if data is None and (settings.scheduler or models.kind_of(model) is models.Kind.DENOISER):
         from onnxq.diffusion.source import own_trajectories
 
-        trajectories, line = own_trajectories(model, path, settings, progress)
-        return trajectories, [line]
+        return own_trajectories(model, path, settings, progress), []
     if data is None:
         return Noise(specs, count=settings.samples or 32, seed=settings.seed), [
             "calibrated on random inputs, because no --data was given: ranges are guesses"
@@ -172,6 +171,7 @@ def _numbers(job: Job, path: Path, checked: Check, recipe: Any) -> dict[str, Any
         "sqnr_db": checked.sqnr_db,
         **({"step_sqnr_db": job.step_sqnr_db} if job.step_sqnr_db else {}),
         "samples": job.recording.samples if job.recording else 0,
+        "samples_from": getattr(job.source, "description", ""),
         "layers": checked.layers,
         "warnings": warnings,
         "next_steps": _next_steps(job, checked),

@@ -32,6 +32,29 @@ DataPath = Annotated[
     ),
 ]
 
+Scheduler = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="For denoisers: diffusers' scheduler_config.json (or the README's flow matching). Without it: the model's "
+        "metadata, else MODEL.scheduler.json beside it, else the usual one is assumed, which is said.",
+        show_default=False,
+    ),
+]
+Steps = Annotated[int | None, typer.Option(help="For denoisers: steps of the sampler.", show_default="50")]
+Guidance = Annotated[
+    float | None, typer.Option(metavar="W", help="For denoisers: weight of guidance.", show_default="1: none")
+]
+Conditions = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="NPZ",
+        help="For denoisers: rows for inputs that are not class labels (embeddings), keyed by input name; "
+        "NAME.unconditional is one row for guidance.",
+        show_default=False,
+    ),
+]
+
 
 def progress(quiet: bool) -> Progress:
     """What is being done, unless nothing is to be said."""

@@ -8,10 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from onnxq.commands.common import (
+    Conditions,
     DataPath,
+    Guidance,
     JsonPath,
     ModelPath,
     Quiet,
+    Scheduler,
+    Steps,
     check_destinations,
     progress,
     show,
@@ -77,6 +81,10 @@ def quantize(
     device: Annotated[
         str | None, typer.Option(show_default="cpu", help="Where calibration and learning run: cpu or cuda.")
     ] = None,
+    scheduler: Scheduler = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    conditions: Conditions = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Settings as YAML, under the names of these options; options win."),
@@ -108,6 +116,10 @@ def quantize(
         "seed": seed,
         "budget": budget,
         "device": device,
+        "scheduler": None if scheduler is None else str(scheduler),
+        "steps": steps,
+        "guidance": guidance,
+        "conditions": None if conditions is None else str(conditions),
         "knobs": parse_assignments(knobs) if knobs else None,
     }
     entries = read_yaml(config) if config else {}

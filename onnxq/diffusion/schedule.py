@@ -7,7 +7,9 @@ diffusers' own scheduler. For flow matching, where time runs from noise at 0 to 
 
 ``prediction_type`` may also be ``sample`` (the network predicts the data itself). Both kinds may add
 ``num_inference_steps`` (what ``--steps`` is without the option), ``guidance_interval`` ([low, high]: the timesteps
-between which guidance acts) and ``data_range`` ([low, high] of an image, [-1, 1] if not given).
+between which guidance acts) and ``data_range`` ([low, high] of an image, [-1, 1] if not given). A DDIM scheduler that
+clips the predicted image (``clip_sample``) also corrects the noise by what was clipped, which is diffusers'
+``use_clipped_model_output``, as the original samplers do; the file may set that to false.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from onnxq.errors import OnnxqError
 
 DEFAULT_STEPS = 50
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-OWN_KEYS = ("num_inference_steps", "guidance_interval", "data_range")
+OWN_KEYS = ("num_inference_steps", "use_clipped_model_output", "guidance_interval", "data_range")
 # Files of diffusers' schedulers are named after their classes; the package itself takes much longer to import.
 MODULES = {
     "DDPMScheduler": "ddpm",
@@ -116,8 +118,12 @@ class Diffusers:
 
     def __init__(self, scheduler: Any, steps: int, own: Mapping[str, Any]) -> None:
         self.scheduler, self.steps = scheduler, steps
-        self._generators: list[Any] = []
-        self._takes_generators = "generator" in inspect.signature(scheduler.step).parameters
+        takes = inspect.signature(scheduler.step).parameters
+        self._takes_generators = "generator" in takes
+        self._options: dict[str, Any] = {}
+        if "use_clipped_model_output" in takes:
+            clips = bool(getattr(scheduler.config, "clip_sample", False))
+            self._options["use_clipped_model_output"] = clips and own.get("use_clipped_model_output", True)
         scheduler.set_timesteps(steps)
         self.timesteps = [float(value) for value in scheduler.timesteps]
         low, high = own.get("guidance_interval", (-np.inf, np.inf))
@@ -130,7 +136,8 @@ class Diffusers:
         import torch
 
         self.scheduler.set_timesteps(self.steps)
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if self._takes_generators:
+            self._options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         return float(self.scheduler.init_noise_sigma)
 
     def scaled(self, sample: Array, step: int) -> Array:
@@ -151,7 +158,7 @@ class Diffusers:
             torch.from_numpy(np.ascontiguousarray(prediction, np.float32)),
             self.scheduler.timesteps[step],
             torch.from_numpy(sample),
-            **({"generator": self._generators} if self._takes_generators else {}),
+            **self._options,
         ).prev_sample
         result: Array = moved.to(torch.float32).numpy()
         return result
@@ -223,7 +230,7 @@ def make(config: Mapping[str, Any], denoiser: Denoiser, steps: int | None) -> Sc
     """
     name = str(config["_class_name"])
     count = steps or int(config.get("num_inference_steps", DEFAULT_STEPS))
-    own = {key: _pair(config, key) for key in OWN_KEYS[1:] if key in config}
+    own: dict[str, Any] = {key: _pair(config, key) for key in OWN_KEYS[2:] if key in config}
     if name == "FlowMatching":
         if denoiser.timestep.dtype.kind != "f":
             raise OnnxqError(
@@ -238,7 +245,8 @@ def make(config: Mapping[str, Any], denoiser: Denoiser, steps: int | None) -> Sc
                 hint="correct the scheduler's file",
             )
         return FlowMatching([step / count for step in range(count)], kind == "sample", **own)
-    schedule = Diffusers(_scheduler(name, config, count), count, own)
+    clipped = {"use_clipped_model_output": bool(config.get("use_clipped_model_output", True))}
+    schedule = Diffusers(_scheduler(name, config, count), count, own | clipped)
     last = max(schedule.timesteps)
     if denoiser.timestep_rows is not None and round(last) >= denoiser.timestep_rows:
         raise OnnxqError(

@@ -264,7 +264,7 @@ class Trajectories:
         self._folder = tempfile.TemporaryDirectory(prefix="onnxq-trajectories-")
         path = Path(self._folder.name) / "trajectories.npz"
         record(sampler, session, chosen, path, advance)
-        self.trajectories, self.steps = trajectories, steps
+        self.description = f"from {trajectories} trajectories of {steps} steps"
         self._archive = Npz(path, list(sampler.denoiser.specs))
 
     def __len__(self) -> int:

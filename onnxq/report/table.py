@@ -85,7 +85,8 @@ def details(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if formats:
         pairs.append(("formats", ", ".join(formats)))
     if result.get("samples"):
-        pairs.append(("samples", str(result["samples"])))
+        origin = result.get("samples_from")
+        pairs.append(("samples", f"{result['samples']}{f', {origin}' if origin else ''}"))
     return pairs + _cost(result)
 
 

@@ -1,0 +1,116 @@
+"""Images from a denoiser, beside those of the float one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onnxq.commands.common import (
+    Conditions,
+    Guidance,
+    JsonPath,
+    ModelPath,
+    Quiet,
+    Scheduler,
+    Steps,
+    check_destinations,
+    progress,
+    write_json,
+)
+
+
+def sample(
+    model: ModelPath,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="PNG", help="Where the grid of images goes.", show_default=False),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FLOAT",
+            help="The float denoiser: its images from the same noise stand on the left.",
+            show_default=False,
+        ),
+    ] = None,
+    scheduler: Scheduler = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    conditions: Conditions = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many samples.")] = 64,
+    seed: Annotated[int, typer.Option(help="Sample i starts from noise that depends on the seed and i alone.")] = 0,
+    features: Annotated[
+        Path | None,
+        typer.Option(metavar="ONNX", help="A network that makes feature vectors of images, for the Fréchet distance."),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="NPZ", help="`mean` and `covariance` of real images' features, or `images`."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json_path: JsonPath = None,
+    quiet: Quiet = False,
+) -> None:
+    """Sample images from the (quantized) denoiser MODEL, and measure how far they are from the float model's.
+
+    Per step: SQNR of the prediction on the float model's trajectory. Per trajectory: SQNR of what both arrive at from
+    the same noise. Fréchet distances compare only at equal numbers of samples.
+
+    Example: `onnxq sample unet.int8.onnx --against unet.onnx --scheduler scheduler_config.json -o grid.png`
+    """
+    from onnxq import model as models
+    from onnxq.config import make_settings
+    from onnxq.diffusion import comparison
+    from onnxq.diffusion.source import open_sampler
+    from onnxq.errors import OnnxqError
+    from onnxq.runtime import Session
+
+    check_destinations(model, output, json_path)
+    if (features is None) != (reference is None):
+        raise OnnxqError(
+            "expected --features and --reference together, found one of them",
+            hint="the first is the network, the second the features of real images",
+        )
+    settings = make_settings(
+        {
+            "scheduler": None if scheduler is None else str(scheduler),
+            "steps": steps,
+            "guidance": guidance,
+            "conditions": None if conditions is None else str(conditions),
+            "seed": seed,
+            "device": device,
+        }
+    )
+    # The schedule lies beside the float model, or in its metadata.
+    source = against or model
+    sampler, origin = open_sampler(models.load(source), source, settings)
+    network = None if features is None or reference is None else comparison.FeatureNetwork(features, reference)
+    # What is made for TensorRT is judged literally: onnxruntime's optimiser changes FP8 graphs.
+    metadata = models.get_metadata(models.read(model))
+    literal = metadata.get("target", "cpu") != "cpu"
+    samplers = {"quantized": (sampler, Session(model, device=device, optimize=not literal))}
+    if against is not None:
+        samplers["float"] = (sampler, Session(against, device=device))
+    with progress(quiet).stage("sample", "Sampling", samples) as advance:
+        found = comparison.sample(samplers, samples, min(samples, 64), network, advance)
+    if output is not None:
+        comparison.write_grid(output, found.images, sampler.schedule.data_range)
+    numbers = {"model": str(model), "against": None if against is None else str(against), **found.numbers}
+    write_json(json_path, numbers)
+    if quiet:
+        return
+    typer.echo(f"{samples} samples, {numbers['steps']} steps ({origin})")
+    if against is not None:
+        ratios = numbers["trajectory_sqnr_db"]
+        worst = min(range(len(ratios)), key=lambda step: ratios[step])
+        typer.echo(
+            f"prediction in each step: {ratios[worst]:.1f} dB at worst (step {worst}), {max(ratios):.1f} at best"
+        )
+        typer.echo(f"images from the same noise: {numbers['same_seed_image_sqnr_db']:.1f} dB")
+    for kind in ("float", "quantized"):
+        if f"frechet_distance_{kind}" in numbers:
+            typer.echo(f"Fréchet distance, {kind}: {numbers[f'frechet_distance_{kind}']:.2f}")
+    if output is not None:
+        typer.echo(f"{output}: {'float left, quantized right' if against is not None else 'the samples'}")

@@ -1,0 +1,245 @@
+"""A quantized denoiser beside its float one: error of each step, of whole trajectories, and of the images' features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxq.calibration.data import Array
+from onnxq.diffusion.trajectory import Sampler
+from onnxq.errors import OnnxqError
+from onnxq.progress import Advance
+from onnxq.report.metrics import Sqnr
+from onnxq.runtime import Session
+
+
+@dataclass
+class Features:
+    """Mean and covariance of feature vectors, added up; a Fréchet distance needs no more."""
+
+    count: int = 0
+    total: Array = field(default_factory=lambda: np.zeros(0))
+    products: Array = field(default_factory=lambda: np.zeros((0, 0)))
+
+    def update(self, features: Array) -> None:
+        """Add rows [samples, features]."""
+        rows = features.reshape(len(features), -1).astype(np.float64)
+        if self.count == 0:
+            self.total, self.products = np.zeros(rows.shape[1]), np.zeros((rows.shape[1],) * 2)
+        self.count += len(rows)
+        self.total += rows.sum(axis=0)
+        self.products += rows.T @ rows
+
+    @property
+    def moments(self) -> tuple[Array, Array]:
+        """Mean [features] and covariance [features, features]."""
+        mean = self.total / self.count
+        covariance = (self.products - self.count * np.outer(mean, mean)) / max(self.count - 1, 1)
+        return mean, covariance
+
+
+def frechet_distance(first: tuple[Array, Array], second: tuple[Array, Array]) -> float:
+    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½) of two Gaussians, each mean and covariance.
+
+    The trace of the root is that of (C1^½ C2 C1^½)^½, which is symmetric: two eigendecompositions, no complex numbers.
+    Source: M. Heusel et al., GANs Trained by a Two Time-Scale Update Rule, NeurIPS 2017 (arXiv 1706.08500).
+    """
+    (mean, covariance), (other_mean, other_covariance) = first, second
+    values, vectors = np.linalg.eigh(covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    inner = root @ other_covariance @ root
+    trace = np.sqrt(np.maximum(np.linalg.eigvalsh((inner + inner.T) / 2), 0)).sum()
+    distance = np.sum((mean - other_mean) ** 2) + np.trace(covariance) + np.trace(other_covariance) - 2 * trace
+    return float(max(distance, 0.0))
+
+
+class FeatureNetwork:
+    """Images to feature vectors, by any ONNX model: its output ``features``, or else its first.
+
+    Args:
+        path: The network; its one input takes images.
+        reference: An ``.npz`` with ``mean`` and ``covariance`` of real images' features, or with images (under the
+            network's input name or ``images``) to compute them from.
+
+    Raises:
+        OnnxqError: the network has several inputs, or the reference holds neither.
+    """
+
+    def __init__(self, path: Path, reference: Path) -> None:
+        self.session = Session(path)
+        if len(self.session.input_names) != 1:
+            raise OnnxqError(
+                f"expected a feature network with one input, found {', '.join(self.session.input_names)} in {path}",
+                hint="give --features a network that takes images alone",
+            )
+        names = self.session.own_output_names
+        self.output = "features" if "features" in names else names[0]
+        try:
+            with np.load(reference, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except (OSError, ValueError, EOFError) as error:
+            raise OnnxqError(
+                f"expected an .npz of reference features at {reference}, found {' '.join(str(error).split())[:120]}",
+                hint="write mean and covariance, or images, with np.savez",
+            ) from error
+        covariance = next((arrays[name] for name in ("covariance", "cov", "sigma") if name in arrays), None)
+        mean = next((arrays[name] for name in ("mean", "mu") if name in arrays), None)
+        images = next((arrays[name] for name in (self.session.input_names[0], "images") if name in arrays), None)
+        if mean is not None and covariance is not None:
+            self.reference = (mean.astype(np.float64), covariance.astype(np.float64))
+        elif images is not None:
+            statistics = Features()
+            for start in range(0, len(images), 64):
+                statistics.update(self(images[start : start + 64].astype(np.float32)))
+            self.reference = statistics.moments
+        else:
+            raise OnnxqError(
+                f"expected mean and covariance, or images, in {reference}, found {', '.join(sorted(arrays))}",
+                hint="write them with np.savez('reference.npz', mean=…, covariance=…)",
+            )
+
+    def __call__(self, images: Array) -> Array:
+        """Features [samples, …] of images."""
+        return self.session.run({self.session.input_names[0]: images}, [self.output])[0]
+
+
+@dataclass
+class Sampled:
+    """What was sampled, and how far it is from the float denoiser's.
+
+    Attributes:
+        images: By ``float`` and ``quantized``: the first samples [count, channels, …].
+        numbers: The keys of ``--json``.
+    """
+
+    images: dict[str, Array]
+    numbers: dict[str, Any]
+
+
+def sample(
+    samplers: dict[str, tuple[Sampler, Session]],
+    count: int,
+    shown: int,
+    features: FeatureNetwork | None = None,
+    advance: Advance | None = None,
+) -> Sampled:
+    """Sample one denoiser, or a float and a quantized one with the same noise and conditions.
+
+    Args:
+        samplers: ``quantized`` alone, or with ``float``; the seed, the schedule and the guidance are the same.
+        count: How many samples.
+        shown: How many of them to keep as images.
+        features: For Fréchet distances.
+        advance: Called with the number of samples that are done.
+
+    Returns:
+        Images and numbers: ``trajectory_sqnr_db`` is the quantized network's prediction in each step on the float
+        trajectory; ``same_seed_sqnr_db`` the samples x_t that each arrives at on its own, with the last step's result
+        as ``same_seed_image_sqnr_db``; ``frechet_distance_*`` the distance of the images' features to the reference.
+    """
+    sampler, _ = samplers["quantized"]
+    steps = len(sampler.schedule.timesteps)
+    per_step, path_error = [Sqnr() for _ in range(steps)], [Sqnr() for _ in range(steps + 1)]
+    statistics = {kind: Features() for kind in samplers}
+    images: dict[str, list[Array]] = {kind: [] for kind in samplers}
+    for start in range(0, count, sampler.batch):
+        indices = range(start, min(count, start + sampler.batch))
+        paths: dict[str, list[Array]] = {}
+        for kind, (own, session) in sorted(samplers.items()):  # float first
+            judge = _judge(samplers, per_step) if kind == "float" else None
+            paths[kind] = list(_walk(own, session, indices, judge))
+            result = paths[kind][-1]
+            kept = max(0, shown - start)
+            images[kind].append(result[:kept])
+            if features is not None:
+                statistics[kind].update(features(result))
+        if "float" in paths:
+            for ratio, wanted, found in zip(path_error, paths["float"], paths["quantized"], strict=True):
+                ratio.update(wanted, found)
+        if advance is not None:
+            advance(indices[-1] + 1)
+    numbers: dict[str, Any] = {"samples": count, "steps": steps, "timesteps": sampler.schedule.timesteps}
+    if "float" in samplers:
+        ratios = [ratio.value for ratio in per_step]
+        numbers["trajectory_sqnr_db"] = ratios
+        numbers["worst_step_sqnr_db"] = min(value for value in ratios if value is not None)
+        numbers["same_seed_sqnr_db"] = [ratio.value for ratio in path_error[1:]]
+        numbers["same_seed_image_sqnr_db"] = path_error[-1].value
+    if features is not None:
+        for kind, seen in statistics.items():
+            numbers[f"frechet_distance_{kind}"] = frechet_distance(seen.moments, features.reference)
+    return Sampled({kind: np.concatenate(parts) for kind, parts in images.items()}, numbers)
+
+
+Judge = Callable[[int, dict[str, Array], Array], None]
+
+
+def _judge(samplers: dict[str, tuple[Sampler, Session]], ratios: list[Sqnr]) -> Judge:
+    own, session = samplers["quantized"]
+
+    def judge(step: int, feed: dict[str, Array], raw: Array) -> None:
+        ratios[step].update(raw, own.denoiser.predict(session, feed))
+
+    return judge
+
+
+def _walk(sampler: Sampler, session: Session, indices: range, judge: Judge | None) -> Iterator[Array]:
+    """The samples before each step and after the last; x_t of one batch is all that is kept."""
+    run = sampler.run(session, indices)
+    for visit in run:
+        if judge is not None:
+            judge(visit.step, visit.feed, visit.raw)
+        yield run.sample
+    yield run.sample
+
+
+def write_grid(path: Path, images: dict[str, Array], data_range: tuple[float, float], columns: int = 8) -> None:
+    """A PNG with the float samples on the left and the quantized ones, same noise, on the right.
+
+    Args:
+        path: The file; written whole or not at all.
+        images: By kind: [count, 1 or 3 channels, height, width].
+        data_range: The values of black and white.
+        columns: Images in a row of each side.
+
+    Raises:
+        OnnxqError: the samples are no images.
+    """
+    import os
+
+    from PIL import Image
+
+    from onnxq import model as models
+
+    low, high = data_range
+    sides = []
+    for kind in sorted(images):  # float, then quantized
+        array = images[kind]
+        if array.ndim != 4 or array.shape[1] not in (1, 3):
+            raise OnnxqError(
+                f"expected samples of 1 or 3 channels for a grid of images, found shape {list(array.shape[1:])}",
+                hint="leave -o out (latents need their decoder), and read the numbers with --json",
+            )
+        codes = np.clip((array - low) / (high - low) * 255, 0, 255).round().astype(np.uint8)
+        codes = np.repeat(codes, 3, axis=1) if array.shape[1] == 1 else codes
+        count, _, height, width = codes.shape
+        across = min(columns, count)
+        rows = -(-count // across)
+        side = np.full((rows * (height + 2), across * (width + 2), 3), 32, np.uint8)
+        for index, image in enumerate(codes):
+            row, column = divmod(index, across)
+            top, left = row * (height + 2) + 1, column * (width + 2) + 1
+            side[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+        sides.append(side)
+    gap = np.full((len(sides[0]), 8, 3), 255, np.uint8)
+    whole = sides[0] if len(sides) == 1 else np.concatenate([sides[0], gap, sides[1]], axis=1)
+    picture = Image.fromarray(whole)
+    scale = max(1, 1024 // whole.shape[1])
+    picture = picture.resize((whole.shape[1] * scale, whole.shape[0] * scale), Image.Resampling.NEAREST)
+    with models.atomic_folder(path) as folder:
+        picture.save(folder / "grid.png", format="PNG")
+        os.replace(folder / "grid.png", path)
