@@ -13,7 +13,7 @@ from torch import Tensor
 from onnxq import graph as graphs
 from onnxq.autograd.interpreter import Replacement, TorchGraph
 from onnxq.formats import parse_format
-from onnxq.passes.insert_qdq import CLIP, FORMAT
+from onnxq.passes.insert_qdq import CLIP, FORMAT, SYMMETRIC
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Quantizer:
         block_size: Elements of ``axis`` that share a scale, ``None`` without blocks.
         clip: The initializers of the Clip's bounds, if there is one.
         is_weight: Whether the source is constant.
+        is_float_format: Whether codes are floating-point numbers.
+        symmetric: Whether the zero point stays in the middle of the codes.
     """
 
     source: str
@@ -44,6 +46,7 @@ class Quantizer:
     clip: tuple[str, str] | None
     is_weight: bool
     is_float_format: bool = False
+    symmetric: bool = True
 
 
 def find(graph: ir.Graph) -> list[Quantizer]:
@@ -75,6 +78,7 @@ def find(graph: ir.Graph) -> list[Quantizer]:
                 clip=clip,
                 is_weight=graphs.is_constant(source),
                 is_float_format=number_format.is_float,
+                symmetric=node.metadata_props.get(SYMMETRIC, "1") == "1",
             )
         )
     return found
@@ -97,6 +101,11 @@ def _identity(value: Tensor) -> Tensor:
 def round_through(value: Tensor) -> Tensor:
     """Round to the nearest integer, half to even; the gradient passes through."""
     return value + (value.round() - value).detach()
+
+
+def scale_gradient(value: Tensor, factor: float) -> Tensor:
+    """The value as it is, with its gradient times a factor."""
+    return value.detach() + factor * (value - value.detach())
 
 
 class Grid:
@@ -147,11 +156,10 @@ def store(graph: TorchGraph, tensors: dict[str, Tensor] | dict[str, np.ndarray])
     graph.reload(tensors)
 
 
-def clip_bounds(graph: TorchGraph, quantizer: Quantizer, scale: Tensor) -> dict[str, Tensor]:
-    """The Clip's bounds that belong to a scale, by initializer name; nothing where there is no Clip."""
+def clip_bounds(quantizer: Quantizer, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+    """The Clip's bounds that belong to a scale and zero point, by name; nothing where there is no Clip."""
     if quantizer.clip is None:
         return {}
-    zero = read(graph, quantizer.zero_point).to(torch.float32)
     low, high = quantizer.clip
     return {low: (quantizer.low - zero) * scale, high: (quantizer.high - zero) * scale}
 

@@ -189,7 +189,7 @@ class _Block:
             learned[rounding.grid.quantizer.source] = weight
             learned[rounding.grid.quantizer.scale] = step
         for item in self.steps:
-            learned |= item.learned(self.graph)
+            learned |= item.learned()
         return learned
 
     def _optimise(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -121,7 +121,7 @@ class Walk:
         return self.cache.rows(kind + name, index).flatten(0, 1).movedim(0, self._axes[name])
 
 
-def inside(graph: TorchGraph, block: Block) -> Collection[str]:
+def inside(graph: TorchGraph, block: Block) -> set[str]:
     """Names of all values computed between the block's inputs and its end, initializers included."""
     found: set[str] = set()
     values = {value.name: value for node in graph.model.graph for value in node.outputs}

@@ -55,10 +55,15 @@ RECIPES: dict[str, Entry] = {
     "adaround": Entry("adaround", "AdaRound", "rounding learned layer by layer"),
     "brecq": Entry("brecq", "Brecq", "rounding and activation steps learned block by block"),
     "qdrop": Entry("qdrop", "QDrop", "the same, with quantization dropped at random while it learns"),
+    "lsq": Entry("lsq", "Lsq", "weights and steps fine-tuned after the float network, end to end or block by block"),
     "gptq": Entry("gptq", "Gptq", "int4 weights, rounding errors taken up column by column", "int4", "float"),
     "smoothquant": Entry("smoothquant", "SmoothQuant", "outliers of activations moved into weights, then 8 bits"),
     "awq": Entry("awq", "Awq", "int4 weights in blocks, scaled by what they are multiplied with", "int4:128", "float"),
     "rex": Entry("rex", "Rex", "weights as a sum of codes: their rounding error is quantized too; no data", "int4"),
+    "powerquant": Entry(
+        "powerquant", "PowerQuant", "weights on a power grid, one exponent searched; no data", "int4", "float"
+    ),
+    "pnmq": Entry("pnmq", "Pnmq", "weights on power grids, widths for a target compression; no data", "int4", "float"),
 }
 
 DEFAULT = "int8"
