@@ -89,7 +89,8 @@ def ndtc(
     while not clamp and (outside := (draws < 0) | (draws > 1)).any():
         draws[outside] = generator.normal(mean, deviation, int(outside.sum()))
     draws = np.clip(draws, 0, 1)
-    nearest = np.abs(draws[:, :, None] - times).argmin(axis=2)
+    order = np.argsort(times, kind="stable")
+    nearest = order[np.searchsorted((times[order][1:] + times[order][:-1]) / 2, draws)]
     chosen = np.zeros((samples, len(times)), bool)
     np.put_along_axis(chosen, nearest, True, axis=1)
     return chosen

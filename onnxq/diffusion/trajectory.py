@@ -7,6 +7,7 @@ guidance the network runs with and without its condition, and both inputs are re
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -193,7 +194,9 @@ def record(sampler: Sampler, session: Session, chosen: Array, path: Path, advanc
         archive_path = Path(folder) / "archive.npz"
         with zipfile.ZipFile(archive_path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name, array in sorted(files.items()):
-                archive.write(str(array.filename), f"{name}.npy")  # type: ignore[attr-defined]
+                entry = zipfile.ZipInfo(f"{name}.npy")  # without a date, so that one seed gives the same bytes
+                with archive.open(entry, "w", force_zip64=True) as target, open(array.filename, "rb") as file:  # type: ignore[attr-defined]
+                    shutil.copyfileobj(file, target)
         os.replace(archive_path, path)
     return total
 

@@ -1,0 +1,90 @@
+"""Images of a quantized denoiser beside the float one's, and the numbers that go with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import MODELS
+from PIL import Image
+from test_cli_errors import assert_two_lines, run
+from test_trajectory import CLOCK
+
+from onnxq.diffusion.comparison import FeatureNetwork, Features, frechet_distance
+
+UNET = MODELS / "fashion_unet_guided.onnx"
+FEATURES = ("--features", MODELS / "fashion_features.onnx", "--reference", MODELS / "fashion_features_reference.npz")
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    generator = np.random.default_rng(0)
+    first, second = generator.uniform(0.5, 2, 6), generator.uniform(0.5, 2, 6)
+    basis, _ = np.linalg.qr(generator.standard_normal((6, 6)))
+    mean = generator.standard_normal(6)
+    one = (mean, (basis * first) @ basis.T)
+    other = (mean + 0.5, (basis * second) @ basis.T)
+    expected = 6 * 0.25 + np.sum((np.sqrt(first) - np.sqrt(second)) ** 2)  # covariances that commute
+    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(other, one) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+
+
+def test_features_add_up_to_mean_and_covariance() -> None:
+    rows = np.random.default_rng(0).standard_normal((50, 4)) * [1, 2, 3, 4] + 7
+    statistics = Features()
+    for part in np.split(rows, 5):
+        statistics.update(part)
+    mean, covariance = statistics.moments
+    np.testing.assert_allclose(mean, rows.mean(axis=0))
+    np.testing.assert_allclose(covariance, np.cov(rows.T), atol=1e-10)
+
+
+def test_real_images_are_near_their_reference() -> None:
+    network = FeatureNetwork(FEATURES[1], FEATURES[3])
+    with np.load(MODELS / "fashion_test.npz") as archive:
+        images = archive["x"].astype(np.float32)[:500]
+    real, noisy = Features(), Features()
+    real.update(network(images))
+    noisy.update(network(images + 0.3 * np.random.default_rng(0).standard_normal(images.shape).astype(np.float32)))
+    near = frechet_distance(real.moments, network.reference)
+    assert near < 6 and frechet_distance(noisy.moments, network.reference) > 3 * near
+
+
+def test_a_model_against_itself_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("-n", 5, "--steps", 3, "--seed", 2, "-q", *FEATURES)
+    code, _ = run(capsys, "sample", UNET, "--against", UNET, "-o", tmp_path / "grid.png", "--json",
+                  tmp_path / "numbers.json", *arguments)  # fmt: skip
+    assert code == 0
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["trajectory_sqnr_db"] == ["inf"] * 3 and numbers["same_seed_image_sqnr_db"] == "inf"
+    assert numbers["frechet_distance_float"] == numbers["frechet_distance_quantized"] > 0
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
+    side = (pixels.shape[1] - 8 * (pixels.shape[0] // 30)) // 2
+    assert np.array_equal(pixels[:, :side], pixels[:, -side:]) and pixels.std() > 20
+
+
+def test_another_seed_gives_other_images_and_the_same_seed_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grids = []
+    for index, seed in enumerate((0, 0, 1)):
+        path = tmp_path / f"{index}.png"
+        assert run(capsys, "sample", UNET, "-n", 2, "--steps", 2, "--seed", seed, "-q", "-o", path)[0] == 0
+        grids.append(path.read_bytes())
+    assert grids[0] == grids[1] != grids[2]
+
+
+def test_bad_input_is_two_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, stderr = run(capsys, "sample", UNET, *FEATURES[:2])
+    assert_two_lines(code, stderr, "--features and --reference together")
+    np.savez(tmp_path / "reference.npz", other=np.zeros(3))
+    code, stderr = run(capsys, "sample", UNET, *FEATURES[:3], tmp_path / "reference.npz")
+    assert_two_lines(code, stderr, "mean and covariance", "found other")
+    clock = tmp_path / "clock.onnx"
+    ir.save(ir.from_onnx_text(CLOCK.replace("[N,1,4,4]", "[N,5,4,4]")), clock)
+    code, stderr = run(capsys, "sample", clock, "--steps", 2, "-n", 1, "-q", "-o", tmp_path / "grid.png")
+    assert_two_lines(code, stderr, "1 or 3 channels")
+    assert not (tmp_path / "grid.png").exists()

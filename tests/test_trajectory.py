@@ -1,0 +1,285 @@
+"""Denoisers from ONNX alone: roles of inputs, schedules, trajectories and which of their steps are kept."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import MODELS
+from scipy import stats
+from test_cli_errors import assert_two_lines, run
+
+import onnxq
+from onnxq import OnnxqError
+from onnxq import model as models
+from onnxq.calibration.data import Npz
+from onnxq.diffusion import denoiser as denoisers
+from onnxq.diffusion import schedule as schedules
+from onnxq.diffusion.selection import ndtc, select
+from onnxq.diffusion.trajectory import Sampler, record
+from onnxq.runtime import Session
+
+UNET = MODELS / "fashion_unet_guided.onnx"
+
+# Its velocity is the time, so that x_k = x_0 + (t_0 + … + t_(k-1)) / T.
+CLOCK = """
+<ir_version: 10, opset_import: ["" : 21]>
+clock (float[N,1,4,4] x, float[N] t) => (float[N,1,4,4] v)
+<int64[3] axes = {1, 2, 3}, float zero = {0.0}>
+{ a = Unsqueeze (t, axes)  z = Mul (x, zero)  v = Add (z, a) }
+"""
+
+LABELLED = """
+<ir_version: 10, opset_import: ["" : 21]>
+labelled (int64[N] first, float[N,1,4,4] x, TYPE[RANK] second) => (float[N,1,4,4] eps)
+<float[3,1] table = {1.0, 2.0, 3.0}, int64[2] axes = {2, 3}, int64[3] all = {1, 2, 3}, int64[1] last = {1}>
+{
+    row = Gather (table, first)
+    wide = Unsqueeze (row, axes)
+    time = Cast <to=1> (second)
+    wave = Sin (time)
+    waves = Unsqueeze (wave, all)
+    sum = Add (x, wide)
+    eps = EXPRESSION
+}
+"""
+
+
+def labelled(kind: str = "int64", rank: str = "N") -> ir.Model:
+    expression = "Add (sum, waves)" if rank else "Add (sum, wave)"
+    text = LABELLED.replace("TYPE[RANK]", f"{kind}[{rank}]" if rank else f"{kind}[]").replace("EXPRESSION", expression)
+    if not rank:
+        text = text.replace("    waves = Unsqueeze (wave, all)\n", "")
+    return ir.from_onnx_text(text)
+
+
+def sampler_of(model: ir.Model, config: dict, steps: int, guidance: float = 1.0, seed: int = 0) -> Sampler:
+    denoiser = denoisers.find(model)
+    return Sampler(denoiser, schedules.make(config, denoiser, steps), guidance, {}, seed)
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("int64", "N"), ("int32", "N"), ("float", "N"), ("int64", "")])
+def test_roles_follow_from_the_graph_and_not_from_names(kind: str, rank: str) -> None:
+    """Labels come first and are called ``first``; what becomes a sine is the timestep."""
+    found = denoisers.find(labelled(kind, rank))
+    assert (found.sample.name, found.timestep.name, found.output) == ("x", "second", "eps")
+    assert [(item.spec.name, item.classes, item.null_class) for item in found.conditions] == [("first", 3, 2)]
+    assert found.timesteps(7.6, 3).shape == (() if not rank else (3,))
+    assert found.timesteps(7.6, 3).ravel()[0] == (pytest.approx(7.6) if kind == "float" else 8)
+
+
+def test_a_table_of_times_is_a_timestep() -> None:
+    text = CLOCK.replace("float[N] t", "int64[N] steps").replace(
+        "a = Unsqueeze (t, axes)", "row = Gather (times, steps)  a = Unsqueeze (row, late)"
+    )
+    text = text.replace("int64[3] axes = {1, 2, 3}", "int64[2] late = {2, 3}, float[4,1] times = {0.0, 1.0, 2.0, 3.0}")
+    found = denoisers.find(ir.from_onnx_text(text))
+    assert found.timestep.name == "steps" and found.timestep_rows == 4 and not found.conditions
+    with pytest.raises(OnnxqError, match="timesteps below 4"):
+        schedules.make(schedules.ASSUMED_DIFFUSION, found, 10)
+
+
+def test_every_input_is_kept_with_its_own_timestep(tmp_path: Path) -> None:
+    """The pairs (x_t, t) are those of the analytic trajectory: recorded before the step, not mirrored."""
+    model, steps = ir.from_onnx_text(CLOCK), 7
+    sampler = sampler_of(model, {"_class_name": "FlowMatching"}, steps)
+    path = tmp_path / "all.npz"
+    assert record(sampler, Session(model), np.ones((5, steps), bool), path) == 35
+    times = np.arange(steps) / steps
+    shift = np.concatenate([[0], np.cumsum(times / steps)])
+    with np.load(path) as rows:
+        assert np.allclose(rows["t"], times[rows["step"]])
+        starts = rows["x"] - shift[rows["step"]][:, None, None, None]
+    noise = np.stack([np.random.default_rng([0, index]).standard_normal((1, 4, 4), np.float32) for index in range(5)])
+    distances = np.abs(starts[:, None] - noise[None]).max(axis=(2, 3, 4))
+    assert distances.min(axis=1).max() < 1e-6
+    assert (np.bincount(distances.argmin(axis=1), minlength=5) == steps).all()
+
+
+def test_one_pass_keeps_what_a_run_for_each_sample_would(tmp_path: Path) -> None:
+    """Choosing few steps changes which rows are kept, not the rows; batches of another size neither."""
+    model = models.load(UNET)
+    config = json.loads(UNET.with_suffix(".scheduler.json").read_text())
+    sampler, session = sampler_of(model, config | {"_class_name": "DDPMScheduler"}, 6, seed=3), Session(UNET)
+    chosen = ndtc(9, sampler.schedule.timesteps, 1, seed=1)
+    record(sampler, session, chosen, tmp_path / "few.npz")
+    with np.load(tmp_path / "few.npz") as few:
+        rows = {key: few[key] for key in few.files}
+    assert len(rows["step"]) == chosen.sum() == 9
+    for sample in range(9):
+        step = int(chosen[sample].argmax())
+        alone = next(visit for visit in sampler.run(session, [sample]) if visit.step == step)
+        found = np.abs(rows["x"] - alone.feed["x"]).max(axis=(1, 2, 3)).argmin()
+        assert rows["step"][found] == step and rows["t"][found] == alone.feed["t"][0]
+        np.testing.assert_allclose(rows["x"][found], alone.feed["x"][0], atol=2e-4)
+
+
+def test_guidance_keeps_both_branches_where_it_acts(tmp_path: Path) -> None:
+    model = labelled("float")
+    config = {"_class_name": "FlowMatching", "guidance_interval": [0.2, 0.6]}
+    sampler = sampler_of(model, config, 10, guidance=3.0)
+    count = record(sampler, Session(model), np.ones((4, 10), bool), tmp_path / "guided.npz")
+    assert count == 4 * (10 + 5)
+    with np.load(tmp_path / "guided.npz") as rows:
+        inside = (rows["second"] > 0.15) & (rows["second"] < 0.65)
+        null = rows["first"] == 2
+        assert null[inside].mean() == 0.5 and not null[~inside].any()
+        for step in np.unique(rows["step"][inside]):
+            here = rows["step"] == step
+            assert np.array_equal(np.sort(rows["x"][here & null], 0), np.sort(rows["x"][here & ~null], 0))
+
+
+def test_guided_predictions_extrapolate() -> None:
+    model = labelled("float")
+    sampler = sampler_of(model, {"_class_name": "FlowMatching"}, 4, guidance=3.0)
+    visit = next(iter(sampler.run(Session(model), [0, 1])))
+    with_condition, without = visit.raw[:2], visit.raw[2:]
+    np.testing.assert_allclose(visit.prediction, without + 3 * (with_condition - without), rtol=1e-6)
+
+
+def test_any_first_part_of_a_file_is_spread_over_the_steps(tmp_path: Path) -> None:
+    model = ir.from_onnx_text(CLOCK)
+    sampler = sampler_of(model, {"_class_name": "FlowMatching"}, 8)
+    for name in ("a.npz", "b.npz"):
+        record(sampler, Session(model), select("uniform", 16, sampler.schedule.timesteps, 4, 0), tmp_path / name)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    steps = [int(row["step"]) for row in Npz(tmp_path / "a.npz", sampler.denoiser.specs)]
+    assert set(Counter(steps).values()) == {8} and set(steps[:8]) == set(range(8))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_ndtc_draws_from_the_normal_distribution() -> None:
+    times = list(range(999, -1, -1))
+    chosen = ndtc(100_000, times, clamp=False, mean=0.5, deviation=0.1)
+    drawn = np.asarray(times)[chosen.argmax(axis=1)] / 999
+    assert abs(drawn.mean() - 0.5) < 0.005 and abs(drawn.std() - 0.1) < 0.001
+    clamped = np.asarray(times)[ndtc(100_000, times).argmax(axis=1)]
+    expected = [stats.norm.cdf(-1), stats.norm.sf(1.5)]  # 15.9 % and 6.7 % lie outside [0, T]
+    half_a_step = 0.5 / 999 / 0.4 * stats.norm.pdf(1)
+    assert abs((clamped == 0).mean() - expected[0]) < 0.005 + half_a_step
+    assert abs((clamped == 999).mean() - expected[1]) < 0.005 + half_a_step
+    assert clamped.min() == 0 and clamped.max() == 999
+    resampled = np.asarray(times)[ndtc(100_000, times, clamp=False).argmax(axis=1)]
+    assert (resampled == 0).mean() < 0.005
+
+
+def test_ddim_is_the_published_update() -> None:
+    """diffusers behind our schedule gives x' = √a' x0 + √(1-a') e, x0 clipped and e corrected by what was clipped."""
+    denoiser = denoisers.find(labelled())
+    schedule = schedules.make(schedules.ASSUMED_DIFFUSION, denoiser, 10)
+    generator = np.random.default_rng(0)
+    sample = generator.standard_normal((2, 1, 4, 4)).astype(np.float32)
+    noise = generator.standard_normal(sample.shape).astype(np.float32)
+    alphas = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    schedule.begin([1, 2])
+    for step in (0, 5, 9):
+        now = alphas[int(schedule.timesteps[step])]
+        later = alphas[int(schedule.timesteps[step + 1])] if step < 9 else 1.0
+        image = np.clip((sample - np.sqrt(1 - now) * noise) / np.sqrt(now), -1, 1)
+        corrected = (sample - np.sqrt(now) * image) / np.sqrt(1 - now)
+        expected = np.sqrt(later) * image + np.sqrt(1 - later) * corrected
+        np.testing.assert_allclose(schedule.advance(noise, step, sample), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in schedules.MODULES if "Flow" not in name])
+def test_every_scheduler_runs(name: str) -> None:
+    model = labelled()
+    config = {**schedules.ASSUMED_DIFFUSION, "_class_name": name}
+    sampler = sampler_of(model, config, 4)
+    run_ = sampler.run(Session(model), [0, 1, 2])
+    visits = list(run_)
+    assert len(visits) == len(sampler.schedule.timesteps) >= 4
+    assert np.isfinite(run_.sample).all() and run_.sample.dtype == np.float32
+    again = sampler.run(Session(model), [2])
+    assert len(list(again)) == len(visits)  # a scheduler keeps state between steps; a new run starts afresh
+    np.testing.assert_allclose(again.sample[0], run_.sample[2], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--scheduler", "missing.json"], ("missing.json", "scheduler_config.json")),
+        (["--scheduler", "{not json"], ("JSON",)),
+        (["--scheduler", '{"_class_name": "Magic"}'], ("'Magic'", "DDIMScheduler")),
+        (["--scheduler", '{"_class_name": "DDIMScheduler", "prediction_type": "score"}'], ("prediction_type", "score")),
+        (["--scheduler", '{"_class_name": "FlowMatching"}'], ("float timestep", "int64")),
+        (["--scheduler", '{"_class_name": "DDIMScheduler", "num_train_timesteps": 10}'], ("between 1 and 10", "50")),
+        (["--steps", "5000"], ("between 1 and 1000", "5000")),
+        (["--steps", "3", "--keep", "4"], ("between 1 and 3", "4")),
+        (["--select", "srm"], ("uniform, all, ndtc", "'srm'")),
+    ],
+)
+def test_bad_schedules_are_two_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: tuple[str, ...]
+) -> None:
+    model = tmp_path / "model.onnx"
+    ir.save(labelled(), model)
+    if options[1].startswith("{"):
+        file = tmp_path / "scheduler.json"
+        file.write_text(options[1])
+        options = [options[0], str(file)]
+    code, stderr = run(capsys, "trajectories", model, "-o", tmp_path / "out.npz", "-q", *options)
+    assert_two_lines(code, stderr, *words)
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_bad_models_are_two_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = {
+        "guidance": (CLOCK, ["--guidance", "2"], ("unconditional", "guidance")),
+        "rank": (CLOCK.replace("float[N] t", "float[N,2] t"), [], ("timestep", "[batch]")),
+        "dtype": (CLOCK.replace("float[N] t", "bool[N] t").replace("a = Unsq", "c = Cast <to=1> (t) a = Unsq")
+                  .replace("Unsqueeze (t,", "Unsqueeze (c,"), [], ("timestep", "bool")),
+        "size": (CLOCK.replace("4,4", "H,W"), [], ("known size",)),
+    }  # fmt: skip
+    for name, (text, options, words) in cases.items():
+        model = tmp_path / f"{name}.onnx"
+        ir.save(ir.from_onnx_text(text), model)
+        code, stderr = run(capsys, "trajectories", model, "-o", tmp_path / "out.npz", "-q", *options)
+        assert_two_lines(code, stderr, *words)
+    code, stderr = run(capsys, "trajectories", MODELS / "fashion_resnet.onnx", "-o", tmp_path / "out.npz", "-q")
+    assert_two_lines(code, stderr, "expected a denoiser")
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_a_denoiser_needs_no_data(tmp_path: Path) -> None:
+    """Without --data it samples itself, says so, and keeps more than 20 dB in every step."""
+    numbers = onnxq.quantize(UNET, steps=10, samples=64, guidance=3.0, seed=1).numbers
+    assert "16 trajectories of 10 steps, guidance 3" in numbers["samples_from"]
+    assert "fashion_unet_guided.scheduler.json" in numbers["samples_from"] and not numbers["warnings"]
+    assert sorted(numbers["step_sqnr_db"]) == list(range(10)) and min(numbers["step_sqnr_db"].values()) > 20
+
+
+def test_where_the_schedule_comes_from(tmp_path: Path) -> None:
+    model = labelled()
+    denoiser, path = denoisers.find(model), tmp_path / "model.onnx"
+    assert "assumed" in schedules.read_config(None, model, path, denoiser)[1]
+    (tmp_path / "model.scheduler.json").write_text('{"_class_name": "PNDMScheduler"}')
+    assert schedules.read_config(None, model, path, denoiser)[0] == {"_class_name": "PNDMScheduler"}
+    models.set_metadata(model, scheduler='{"_class_name": "DDPMScheduler"}')
+    assert schedules.read_config(None, model, path, denoiser)[0] == {"_class_name": "DDPMScheduler"}
+    (tmp_path / "other.json").write_text('{"_class_name": "DDIMScheduler"}')
+    found, line = schedules.read_config(tmp_path / "other.json", model, path, denoiser)
+    assert found == {"_class_name": "DDIMScheduler"} and "other.json" in line
+
+
+def test_conditions_that_are_no_labels_are_given(tmp_path: Path) -> None:
+    text = CLOCK.replace("float[N] t)", "float[N] t, float[N,3,8] prompt)")
+    model = ir.from_onnx_text(text)
+    denoiser = denoisers.find(model)
+    with pytest.raises(OnnxqError, match="'prompt'"):
+        denoisers.open_conditions(None, denoiser)
+    np.savez(tmp_path / "wrong.npz", prompt=np.zeros((2, 3, 7), np.float32))
+    with pytest.raises(OnnxqError, match="found \\[2, 3, 7\\]"):
+        denoisers.open_conditions(tmp_path / "wrong.npz", denoiser)
+    rows = {"prompt": np.ones((2, 3, 8), np.float32), "prompt.unconditional": np.zeros((3, 8), np.float32)}
+    np.savez(tmp_path / "right.npz", **rows)
+    conditions = denoisers.open_conditions(tmp_path / "right.npz", denoiser)
+    schedule = schedules.make({"_class_name": "FlowMatching"}, denoiser, 2)
+    sampler = Sampler(denoiser, schedule, 2.0, conditions)
+    sampler.check()
+    feed = next(iter(sampler.run(Session(model), [0, 1, 2]))).feed
+    assert feed["prompt"].shape == (6, 3, 8) and feed["prompt"][:3].all() and not feed["prompt"][3:].any()
