@@ -119,6 +119,8 @@ def build_knobs(recipe: type[Any], knobs: Mapping[str, Any], name: str) -> Any:
         kind = type(default)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        if kind is tuple and isinstance(value, list):
+            value = tuple(value)
         if default is not None and not isinstance(value, kind):
             raise OnnxqError(
                 f"expected {kind.__name__} for knob {key!r} of recipe {name!r}, found {value!r}",

@@ -200,7 +200,7 @@ def new_initializer(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType
     while name in graph.initializers:
         name += "_"
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype))
-    value.const_value = ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+    value.const_value = ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
     graph.register_initializer(value)
     return value
 

@@ -150,6 +150,14 @@ def is_dequantized(value: ir.Value | None) -> bool:
     return is_dequantize(producer)
 
 
+def is_tabulated(value: ir.Value | None) -> bool:
+    """Whether the value is a weight that is stored as indices into a table of levels."""
+    scaled = None if value is None else value.producer()
+    decoded = scaled.inputs[0].producer() if is_op(scaled, "Mul") and scaled and scaled.inputs[0] else None
+    index = decoded.inputs[1].producer() if is_op(decoded, "Gather") and decoded and decoded.inputs[1] else None
+    return index is not None and is_op(index, "Cast") and is_constant(index.inputs[0])
+
+
 def holds_float8(graph: ir.Graph) -> bool:
     """Whether any Q/DQ is FP8: onnxruntime's optimiser refuses or changes such graphs, so they run literally."""
     float8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)

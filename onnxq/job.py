@@ -140,7 +140,7 @@ def quantized_counts(graph: ir.Graph) -> tuple[int, int]:
     total = quantized = 0
     for item in graphs.weighted_nodes(graph):
         total += 1
-        quantized += any(graphs.is_dequantized(value) for value in item.node.inputs[:2])
+        quantized += any(graphs.is_dequantized(value) or graphs.is_tabulated(value) for value in item.node.inputs[:2])
     return quantized, total
 
 

@@ -111,7 +111,7 @@ class _Layer:
         return new_initializer(self.graph, f"{self.weight.name}_{ending}", array.astype(dtype.numpy()), dtype)
 
     def _is_whole(self, order: Order) -> bool:
-        return order.weight.shape[0] * order.weight.shape[1] == self.channels
+        return int(order.weight.shape[0] * order.weight.shape[1]) == int(self.channels)
 
     def _product(self, orders: Sequence[Order], first: int) -> ir.Value:
         """The layer with the orders one after the other as its output channels, and a unit of zeros if some need it."""

@@ -195,7 +195,7 @@ def set_activation_scales(model: ir.Model, statistics: dict[str, Statistics], ob
         else:
             scale, zero_point = scale_and_zero_point(chosen.low, chosen.high, number_format, symmetric=symmetric)
         write_scales(node, scale, zero_point)
-        _write_clip(node, scale, zero_point, number_format)
+        write_clip(node, scale, zero_point, number_format)
     return ranges
 
 
@@ -237,7 +237,7 @@ def set_weight_scales(
         scale_value = node.inputs[1]
         assert scale_value is not None and scale_value.const_value is not None
         shape = scale_value.const_value.numpy().shape
-        rows = _rows(weight.const_value.numpy(), shape, node)
+        rows = rows_of(weight.const_value.numpy(), shape, node)
         low, high = (rows.min(axis=1), rows.max(axis=1)) if search is None else search(rows, number_format, symmetric)
         low, high = np.minimum(low, 0), np.maximum(high, 0)
         scale, zero_point = scale_and_zero_point(
@@ -246,7 +246,7 @@ def set_weight_scales(
         write_scales(node, scale, zero_point)
 
 
-def _rows(weight: Array, shape: tuple[int, ...], node: ir.Node) -> Array:
+def rows_of(weight: Array, shape: tuple[int, ...], node: ir.Node) -> Array:
     """The weight as [scales, elements that share one]."""
     if not shape:
         return weight.reshape(1, -1)
@@ -272,7 +272,8 @@ def write_scales(node: ir.Node, scale: Array, zero_point: Array) -> None:
         value.const_value = ir.Tensor(array, dtype=value.dtype, name=value.name)
 
 
-def _write_clip(node: ir.Node, scale: Array, zero_point: Array, number_format: NumberFormat) -> None:
+def write_clip(node: ir.Node, scale: Array, zero_point: Array, number_format: NumberFormat) -> None:
+    """Move the bounds of the Clip that narrows a quantizer to where its codes end."""
     source = node.inputs[0]
     producer = None if source is None else source.producer()
     if producer is None or CLIP not in producer.metadata_props:

@@ -61,7 +61,7 @@ RECIPES: dict[str, Entry] = {
     "awq": Entry("awq", "Awq", "int4 weights in blocks, scaled by what they are multiplied with", "int4:128", "float"),
     "rex": Entry("rex", "Rex", "weights as a sum of codes: their rounding error is quantized too; no data", "int4"),
     "powerquant": Entry(
-        "powerquant", "PowerQuant", "weights on a power grid, one exponent searched; no data", "int4", "float"
+        "powerquant", "PowerQuant", "weights on a searched power grid; no data", "int4", "float"
     ),
     "pnmq": Entry("pnmq", "Pnmq", "weights on power grids, widths for a target compression; no data", "int4", "float"),
 }

@@ -1,0 +1,99 @@
+"""Which grid for weights of 3 and 4 bits? Residuals, power grids and clips on real classifiers, weights only.
+
+    python tests/benchmarks/weight_grids.py --data ../shared/data --prepared inputs \
+        --models resnet20_cifar10,squeezenet_v1_1 --formats int4,int3
+
+`--prepared` holds NAME.calib.npz and NAME.test.npz, keyed by input name, with labels. Only `adaround` sees the
+calibration inputs: the others need the weights alone. Activations stay float, so that nothing else is compared.
+Bits are those of the codes for each weight; scales and tables come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnxq
+
+PLAIN = {"bias_correction": False}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "uniform, extremes": ("int8", PLAIN),
+    "uniform, least error": ("int8", {**PLAIN, "weight_ranges": "mse"}),
+    "powerquant, as published": ("powerquant", {"nearest": False}),
+    "powerquant, nearest": ("powerquant", {}),
+    "powerquant, per tensor": ("powerquant", {"scope": "tensor"}),
+    "pnmq, L4": ("pnmq", {"equalize": False}),
+    "pnmq, L2": ("pnmq", {"equalize": False, "norm": 2.0}),
+    "rex, half a second order": ("rex", {"density": 0.5, "depthwise_orders": 0}),
+    "rex, two orders": ("rex", {"depthwise_orders": 0}),
+    "rex, two, depthwise three": ("rex", {}),
+    "rex, three orders": ("rex", {"orders": 3, "depthwise_orders": 0}),
+    "adaround": ("adaround", {}),
+}
+
+
+def measure(model: Path, inputs: Path, test: Path, name: str, weights: str, samples: int) -> dict[str, Any]:
+    recipe, knobs = ROWS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "quantized.onnx"
+        result = onnxq.quantize(
+            model,
+            inputs if recipe == "adaround" else None,
+            output=output,
+            recipe=recipe,
+            weights=weights,
+            activations="float",
+            budget="quick",
+            knobs=knobs,
+        )
+        found = onnxq.compare(model, output, test, layers=False, latency=False, layer_samples=0, samples=samples)
+    return {
+        "model": model.stem,
+        "grid": name,
+        "weights": weights,
+        "top1_float": found.top1_float,
+        "top1": found.top1_quantized,
+        "sqnr_db": found.sqnr_db,
+        "bytes": result.numbers["quantized_bytes"],
+        "seconds": result.numbers["seconds"]["total"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with models/")
+    parser.add_argument("--prepared", type=Path, required=True, help="folder with NAME.calib.npz and NAME.test.npz")
+    parser.add_argument("--models", default="resnet20_cifar10,resnet56_cifar10,squeezenet_v1_1,mobilenet_v1_025_224")
+    parser.add_argument("--formats", default="int4,int3")
+    parser.add_argument("--grids", default=";".join(ROWS), help="rows of the table, separated by semicolons")
+    parser.add_argument("--samples", type=int, default=2500)
+    parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
+    options = parser.parse_args()
+    rows = []
+    for name in options.models.split(","):
+        for weights in options.formats.split(","):
+            for grid in options.grids.split(";"):
+                row = measure(
+                    options.data / "models" / f"{name}.onnx",
+                    options.prepared / f"{name}.calib.npz",
+                    options.prepared / f"{name}.test.npz",
+                    grid,
+                    weights,
+                    options.samples,
+                )
+                rows.append(row)
+                sys.stdout.write(
+                    f"{name:24} {weights:5} {grid:28} top-1 {100 * row['top1']:6.2f} of {100 * row['top1_float']:.2f}  "
+                    f"SQNR {row['sqnr_db']:6.1f} dB  {row['bytes'] / 1e6:6.2f} MB  {row['seconds']:6.1f} s\n"
+                )
+                sys.stdout.flush()
+    if options.out is not None:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
