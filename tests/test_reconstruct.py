@@ -138,6 +138,7 @@ def test_the_gradient_of_a_step_is_that_of_lsq(network: Path, calibration: Path)
     step.quantizer = quantizers.Quantizer("x", "dq", "s", "z", -8, 7, None, None, None, False)
     step.first, step.first_zero_point = torch.tensor(0.5), torch.tensor(0.0)
     step.log_step, step.drop = torch.zeros(()).requires_grad_(), 0.0
+    step.shift, step.scaled = torch.zeros(()), False
     values = torch.tensor([0.3, -1.1, 9.0, -9.0])
     step(values).sum().backward()
     ratio = values / 0.5

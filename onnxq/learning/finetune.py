@@ -158,7 +158,7 @@ def finetune(
             total = total + term(Moment(step, inputs, found, teacher))
         if not torch.isfinite(total):
             raise OnnxqError(
-                f"expected a finite loss while fine-tuning, found {float(total)} at step {step}",
+                f"expected a finite loss while fine-tuning, found {float(total.detach())} at step {step}",
                 hint="lower the rates, for example --set weight_rate=1e-6 --set step_rate=1e-4",
             )
         optimizer.zero_grad(set_to_none=True)
