@@ -17,10 +17,10 @@ import onnx_ir as ir
 import onnxq
 from onnxq import model as models
 from onnxq import recipes, targets
-from onnxq.calibration.data import Preprocessing, Source, input_specs, open_source
 from onnxq.calibration.noise import Noise
 from onnxq.check import Check, bare_float_run, check
 from onnxq.config import Settings, build_knobs, make_settings
+from onnxq.inputs import calibration_inputs
 from onnxq.job import Job, peak_rss_mib, quantized_counts
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS
 from onnxq.progress import Progress
@@ -91,7 +91,7 @@ def quantize(
     recipe = build_knobs(entry.load(), {**entry.knobs, **settings.knobs}, settings.recipe)
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
-    source, warnings = _source(loaded, path, data, settings, progress)
+    source, warnings = calibration_inputs(loaded, path, data, settings, progress)
     with progress.stage("load", "Loading"):
         job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings)
         job.checkpoint = None if output is None else checkpoint_folder(Path(output))
@@ -125,26 +125,6 @@ def quantize(
 def checkpoint_folder(output: Path) -> Path:
     """Where a recipe that learns keeps finished blocks until the output is written."""
     return output.parent / f".{output.name}.checkpoint"
-
-
-def _source(
-    model: ir.Model,
-    path: Path,
-    data: str | os.PathLike[str] | Iterable[Mapping[str, Array]] | None,
-    settings: Settings,
-    progress: Progress,
-) -> tuple[Source, list[str]]:
-    specs = input_specs(model)
-    if data is None and (settings.scheduler or models.kind_of(model) is models.Kind.DENOISER):
-        from onnxq.diffusion.source import own_trajectories
-
-        return own_trajectories(model, path, settings, progress), []
-    if data is None:
-        return Noise(specs, count=settings.samples or 32, seed=settings.seed), [
-            "calibrated on random inputs, because no --data was given: ranges are guesses"
-        ]
-    preprocess = settings.preprocess.model_dump()
-    return open_source(data, specs, Preprocessing(**preprocess)), []
 
 
 def _numbers(job: Job, path: Path, checked: Check, recipe: Any) -> dict[str, Any]:
