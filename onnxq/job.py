@@ -47,6 +47,7 @@ class Job:
         exceptions: The schemes of single layers, by the name of the node; a recipe may add some before :meth:`insert`.
         step_sqnr_db: SQNR of a denoiser in each sampler step, on calibration samples; empty where there are no steps.
         reasons: Why a recipe left a layer in float, by the name of the node.
+        measurements: What a recipe found out, by the key that it gets in ``--json``.
         checkpoint: A folder in which recipes that learn keep finished steps, ``None`` to keep nothing.
     """
 
@@ -64,6 +65,7 @@ class Job:
     exceptions: dict[str, Scheme] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     step_sqnr_db: dict[int, float] = field(default_factory=dict)
+    measurements: dict[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
     _float_session: Session | None = None
     _taps: list[str] = field(default_factory=list)

@@ -150,6 +150,7 @@ def _numbers(job: Job, path: Path, checked: Check, recipe: Any) -> dict[str, Any
         "float_bytes": models.file_bytes(path),
         "sqnr_db": checked.sqnr_db,
         **({"step_sqnr_db": job.step_sqnr_db} if job.step_sqnr_db else {}),
+        **job.measurements,
         "samples": job.recording.samples if job.recording else 0,
         "samples_from": getattr(job.source, "description", ""),
         "layers": checked.layers,

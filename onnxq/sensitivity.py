@@ -134,10 +134,15 @@ class Switchboard:
         self._specs = list(specs)
         self._off = {name: np.asarray(False) for name in self._switches.values()}
 
+    def run(self, feed: Mapping[str, Array], on: Iterable[str]) -> list[Array]:
+        """The model's outputs when the named layers are quantized."""
+        switches = self._off | {self._switches[name]: np.asarray(True) for name in on if name in self._switches}
+        return self._session.run({**feed, **switches})
+
     def error(self, samples: Sequence[Judged], on: Iterable[str]) -> ErrorPower:
         """The error at the output when the named layers are quantized."""
-        switches = self._off | {self._switches[name]: np.asarray(True) for name in on if name in self._switches}
-        return error_power(lambda feed: self._session.run({**feed, **switches}), samples)
+        names = list(on)
+        return error_power(lambda feed: self.run(feed, names), samples)
 
     def isolated(
         self, samples: Sequence[Judged], on_layer: Callable[[int], None] | None = None

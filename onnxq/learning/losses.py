@@ -8,13 +8,9 @@ import onnx_ir as ir
 import torch.nn.functional as F
 from torch import Tensor
 
-from onnxq import graph as graphs
-from onnxq.errors import OnnxqError
-from onnxq.model import Kind, kind_of
+from onnxq.learning.outputs import compared
 
 Loss = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
-
-LOSSES = ("auto", "kl", "mse")
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -39,35 +35,8 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def compared_outputs(model: ir.Model, kind: str = "auto") -> dict[str, str]:
-    """The values to compare and how, ``kl`` or ``mse``: float outputs, and for a Softmax the logits before it.
-
-    Args:
-        model: The graph.
-        kind: ``kl``, ``mse``, or ``auto``: KL where outputs are logits (a classifier's rows, a language model's
-            tokens), squared error elsewhere.
-
-    Raises:
-        OnnxqError: there is no float output, or the kind is unknown.
-    """
-    if kind not in LOSSES:
-        raise OnnxqError(f"expected a loss of {', '.join(LOSSES)}, found {kind!r}", hint="use --set loss=auto")
-    of_model = kind_of(model)
-    found = {}
-    for output in model.graph.outputs:
-        if not graphs.is_float(output):
-            continue
-        value, producer = output, output.producer()
-        before = (
-            producer.inputs[0] if producer is not None and graphs.is_op(producer, "Softmax", "LogSoftmax") else None
-        )
-        if before is not None:
-            value = before
-        classes = graphs.rank(value) == (3 if of_model == Kind.LANGUAGE else 2)
-        logits = kind == "kl" or (kind == "auto" and of_model != Kind.DENOISER and (before is not None or classes))
-        found[value.name or ""] = "kl" if logits else "mse"
-    if not found:
-        raise OnnxqError("expected a model with a float output to learn from, found none", hint="use --recipe default")
-    return found
+    """The values to compare and how, ``kl`` or ``mse`` (see :func:`onnxq.learning.outputs.compared`)."""
+    return {item.value: item.kind for item in compared(model, kind)}
 
 
 def distillation(outputs: Mapping[str, str], temperature: float = 1.0) -> Loss:

@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,8 @@ class Reconstruction:
         regularisation: Weight of the term that drives the rounding to a decision.
         warm_up: Part of the steps before that term sets in.
         sharpness: Its exponent at the start and at the end.
+        learn_weights: Whether weights are learned; without, they stay where an earlier phase has left them.
+        power: The error's exponent.
     """
 
     iterations: int = 1000
@@ -58,6 +61,8 @@ class Reconstruction:
     regularisation: float = 0.01
     warm_up: float = 0.2
     sharpness: tuple[float, float] = (20.0, 2.0)
+    learn_weights: bool = True
+    power: float = 2.0
 
 
 # Steps for each block. The papers' need a GPU or a night; a tenth of them comes close.
@@ -129,7 +134,8 @@ def reconstruct(
             walk.prepare(block)
             finished = done.load(block.name)
             if finished is None:
-                learned = _Block(job, graph, walk, block, own, weights, settled, options).learn() if weights else {}
+                learns = bool(weights) or not options.learn_weights
+                learned = _Block(job, graph, walk, block, own, weights, settled, options).learn() if learns else {}
                 finished = {name: tensor.cpu().numpy() for name, tensor in learned.items()}
                 done.save(block.name, finished)
             found_quantizers.store(graph, finished)
@@ -157,7 +163,7 @@ class _Block:
         seed = zlib.crc32(block.name.encode()) ^ job.settings.seed
         self.generator = torch.Generator(graph.device).manual_seed(seed)
         self.choice = np.random.default_rng(seed)
-        integers = [item for item in weights if not item.is_float_format]
+        integers = [item for item in weights if not item.is_float_format and options.learn_weights]
         self.roundings = [LearnedRounding(Grid(graph, item), options.weight_step_rate > 0) for item in integers]
         weight_sources = {item.grid.quantizer.output: Replacement((), item.weight) for item in self.roundings}
         others = [item for item in own if item.is_weight and item.output not in weight_sources]
@@ -194,12 +200,14 @@ class _Block:
 
     def _optimise(self) -> None:
         options = self.options
-        groups = [{"params": [item.variable for item in self.roundings], "lr": options.rounding_rate}]
+        groups: list[dict[str, Any]] = [
+            {"params": [item.variable for item in self.roundings], "lr": options.rounding_rate}
+        ]
         if options.weight_step_rate > 0:
             groups.append({"params": [item.log_step for item in self.roundings], "lr": options.weight_step_rate})
         if self.steps:
             groups.append({"params": [item.log_step for item in self.steps], "lr": options.activation_step_rate})
-        first_rates = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
+        first_rates = [float(group["lr"]) for group in groups]
         optimizer = torch.optim.Adam(groups)
         warm_up = int(options.warm_up * options.iterations)
         for iteration in range(options.iterations):
@@ -208,8 +216,8 @@ class _Block:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
             index = np.sort(self.choice.choice(self.walk.samples, min(options.batch, self.walk.samples), replace=False))
             found = self.graph.run(self._inputs(index), [self.block.output], replaced=self.replaced)[self.block.output]
-            loss = squared_error(found, self.walk.target(self.block, index).to(found.device))
-            if iteration >= warm_up:
+            loss = output_error(found, self.walk.target(self.block, index).to(found.device), options.power)
+            if iteration >= warm_up and self.roundings:
                 done = (iteration - warm_up) / max(1, options.iterations - warm_up)
                 start, end = options.sharpness
                 sharpness = end + 0.5 * (start - end) * (1 + math.cos(math.pi * done))
@@ -231,7 +239,8 @@ class _Block:
         return given
 
 
-def squared_error(found: Tensor, target: Tensor) -> Tensor:
-    """Squared error summed over channels and averaged over samples and positions (BRECQ, section 3.2)."""
+def output_error(found: Tensor, target: Tensor, power: float = 2.0) -> Tensor:
+    """|error| ** power summed over channels and averaged over samples and positions (BRECQ, section 3.2)."""
     channel = 1 if found.ndim in (2, 4, 5) else found.ndim - 1
-    return (found - target).square().mean() * found.shape[channel]
+    error = (found - target).abs().pow(power) if power != 2 else (found - target).square()
+    return error.mean() * found.shape[channel]

@@ -56,14 +56,16 @@ RECIPES: dict[str, Entry] = {
     "brecq": Entry("brecq", "Brecq", "rounding and activation steps learned block by block"),
     "qdrop": Entry("qdrop", "QDrop", "the same, with quantization dropped at random while it learns"),
     "lsq": Entry("lsq", "Lsq", "weights and steps fine-tuned after the float network, end to end or block by block"),
+    "mixed": Entry("mixed", "Mixed", "a width for each layer, the least loss within a budget of bits or MiB"),
     "gptq": Entry("gptq", "Gptq", "int4 weights, rounding errors taken up column by column", "int4", "float"),
     "smoothquant": Entry("smoothquant", "SmoothQuant", "outliers of activations moved into weights, then 8 bits"),
     "awq": Entry("awq", "Awq", "int4 weights in blocks, scaled by what they are multiplied with", "int4:128", "float"),
     "rex": Entry("rex", "Rex", "weights as a sum of codes: their rounding error is quantized too; no data", "int4"),
-    "powerquant": Entry(
-        "powerquant", "PowerQuant", "weights on a searched power grid; no data", "int4", "float"
-    ),
+    "powerquant": Entry("powerquant", "PowerQuant", "weights on a searched power grid; no data", "int4", "float"),
     "pnmq": Entry("pnmq", "Pnmq", "weights on power grids, widths for a target compression; no data", "int4", "float"),
+    "ptq4dm": Entry("ptq4dm", "Ptq4dm", "denoisers: static scales from steps drawn along the sampler"),
+    "q-diffusion": Entry("q_diffusion", "QDiffusion", "denoisers: blocks learned on inputs from all steps"),
+    "ptqd": Entry("ptqd", "Ptqd", "denoisers: the error of each step measured and taken back, over another recipe"),
 }
 
 DEFAULT = "int8"

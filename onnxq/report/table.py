@@ -84,6 +84,8 @@ def details(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         formats.append(f"first and last layers {result['first_last']}")
     if formats:
         pairs.append(("formats", ", ".join(formats)))
+    if result.get("mean_weight_bits"):
+        pairs.append(("bits", f"{result['mean_weight_bits']:.2f} a weight on average"))
     if result.get("samples"):
         origin = result.get("samples_from")
         pairs.append(("samples", f"{result['samples']}{f', {origin}' if origin else ''}"))

@@ -1,0 +1,164 @@
+"""Mixed precision: each layer gets the width it needs, within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onnxq import recipes
+from onnxq.calibration import observers, weight_ranges
+from onnxq.errors import OnnxqError
+from onnxq.job import Job
+from onnxq.learning.mixed_precision import Choice, Point, allocate, pareto_front
+from onnxq.learning.sensitivity import Probe, alone, together
+from onnxq.learning.widths import Widths, probe_of, widths_of
+from onnxq.recipes.static import Static
+
+ROUNDINGS = ("nearest", "adaround", "brecq", "qdrop")
+SOLVERS = ("ilp", "pareto")
+DEFAULT_BITS = 5.0
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Widths by integer programming over measured sensitivities.
+
+    1. Rewrite the graph. For each layer and each width: the KL divergence of the output when this layer alone is
+       quantized (ZeroQ, equation 5).
+    2. Losses of layers add up: take the widths with the least sum that keep the budgets, by integer programming
+       (HAWQ-V3) or from ZeroQ's Pareto front. Measure all chosen widths together beside the sum that was predicted.
+    3. Quantize with a format for each layer, rounding to the nearest or by a recipe that learns.
+
+    Source: Y. Cai, Z. Yao, Z. Dong, A. Gholami, M. W. Mahoney, K. Keutzer, ZeroQ: A Novel Zero Shot Quantization
+    Framework, CVPR 2020 (arXiv 2001.00281), sections 3.2 and 3.3; Z. Yao et al., HAWQ-V3, ICML 2021
+    (arXiv 2011.10680), equations 6 to 8.
+
+    Departures:
+        - Sensitivities come from the calibration samples, whatever they are; ZeroQ's are distilled.
+        - Weights are clipped for the least error while sensitivities are measured; ZeroQ takes the extremes.
+        - Activations may be chosen too (``activation_bits``); both papers tie them to the weights or to one width.
+        - ``budget_mib`` is what will lie in the file: codes in the containers that the target reads (4 or 8 bits),
+          and everything that stays float.
+
+    Beside quantized activations both runtimes read weights from 8-bit containers, so that the file shrinks below
+    int8 only with ``--activations float``.
+
+    Attributes:
+        weight_bits: The widths to choose from.
+        activation_bits: The widths of what layers read to choose from; empty: the format of ``--activations`` for all.
+        budget_bits: The mean width of weights; 5 where no budget is given.
+        budget_mib: Size of all weights in the file.
+        budget_bops: Bit operations of one sample in units of 10⁹: multiplications times both widths.
+        solver: ``ilp``, or ``pareto`` (one budget at a time).
+        rounding: ``nearest``, ``adaround``, ``brecq`` or ``qdrop``.
+        iterations: Of a rounding that learns; 0: what ``--budget`` says.
+        sensitivity_samples: How many samples sensitivities are measured on.
+        observer: How a range follows from the statistics of an activation.
+        weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
+    """
+
+    weight_bits: str = "2,3,4,5,6,8"
+    activation_bits: str = ""
+    budget_bits: float = 0.0
+    budget_mib: float = 0.0
+    budget_bops: float = 0.0
+    solver: str = "ilp"
+    rounding: str = "nearest"
+    iterations: int = 0
+    sensitivity_samples: int = 32
+    observer: str = "mse"
+    weight_ranges: str = "mse"
+
+    def run(self, job: Job) -> None:
+        """Quantize the job's model."""
+        self._check()
+        observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
+        job.prepare()
+        widths = Widths(job, widths_of(self.weight_bits), widths_of(self.activation_bits))
+        probe = probe_of(job, widths, observer, search, self.sensitivity_samples)
+        choices = self._choices(job, probe, widths)
+        chosen = self._solve(choices, widths)
+        for group, label in zip(widths.groups, chosen.labels, strict=True):
+            job.exceptions |= {name: widths.schemes[label] for name in group.nodes}
+        with job.progress.stage("sensitivity", "Checking the sum"):
+            # Activations of one width for all are no choice, and no part of the sum.
+            judged = {name: widths.measured(job.exceptions[name]) for group in widths.groups for name in group.nodes}
+            measured = together(probe, judged)
+        job.measurements |= _report(widths, chosen, measured)
+        if self.rounding == "nearest":
+            Static(observer=self.observer, weight_ranges=self.weight_ranges).quantize(job)
+        else:
+            learned = recipes.get(self.rounding).load()
+            learned(iterations=self.iterations, observer=self.observer, weight_ranges=self.weight_ranges).run(job)  # type: ignore[call-arg]
+
+    def _check(self) -> None:
+        for knob, value, known in (("rounding", self.rounding, ROUNDINGS), ("solver", self.solver, SOLVERS)):
+            if value not in known:
+                raise OnnxqError(
+                    f"expected {knob} of {', '.join(known)}, found {value!r}", hint=f"--set {knob}={known[0]}"
+                )
+        for knob in ("budget_bits", "budget_mib", "budget_bops"):
+            if getattr(self, knob) < 0:
+                raise OnnxqError(f"expected a positive {knob}, found {getattr(self, knob)}", hint="0 means no budget")
+        if self.solver == "pareto" and len(self._budgets()) > 1:
+            raise OnnxqError(
+                f"expected one budget for solver=pareto, found {', '.join(self._budgets())}",
+                hint="use --set solver=ilp for several",
+            )
+
+    def _budgets(self) -> dict[str, float]:
+        given = {"bits": self.budget_bits, "mib": self.budget_mib, "bops": self.budget_bops}
+        return {name: value for name, value in given.items() if value > 0} or {"bits": DEFAULT_BITS}
+
+    def _choices(self, job: Job, probe: Probe, widths: Widths) -> list[list[Choice]]:
+        """Every pair of widths of every layer; what the weight loses and what the activation loses are added."""
+        parts = widths.parts()
+        losses: dict[str, dict[str, float]] = {}
+        with job.progress.stage("sensitivity", "Measuring", len(parts) * len(widths.groups), "layers") as advance:
+            for index, (label, scheme) in enumerate(parts.items()):
+                done = index * len(widths.groups)
+                losses[label] = alone(
+                    probe,
+                    {group.name: {name: scheme for name in group.nodes} for group in widths.groups},
+                    lambda count, done=done: advance(done + count),  # type: ignore[misc]
+                )
+        return [
+            [
+                Choice(
+                    label, sum(losses[part][group.name] for part in widths.parts_of(label)), widths.costs(group, label)
+                )
+                for label in widths.schemes
+            ]
+            for group in widths.groups
+        ]
+
+    def _solve(self, choices: Sequence[Sequence[Choice]], widths: Widths) -> Point:
+        budgets = self._budgets()
+        if "mib" in budgets:
+            budgets["mib"] -= widths.fixed_mib
+            if budgets["mib"] <= 0:
+                raise OnnxqError(
+                    f"expected budget_mib above {widths.fixed_mib:.3f} MiB, which stays float, found {self.budget_mib}",
+                    hint="raise it",
+                )
+        if self.solver == "ilp":
+            return allocate(choices, budgets)
+        name, most = next(iter(budgets.items()))
+        affordable = [point for point in pareto_front(choices, name) if point.cost <= most * (1 + 1e-9)]
+        return affordable[-1] if affordable else allocate(choices, budgets)  # which says what the least is
+
+
+def _report(widths: Widths, chosen: Point, measured: float) -> dict[str, Any]:
+    formats: Mapping[str, str] = {
+        name: label for group, label in zip(widths.groups, chosen.labels, strict=True) for name in group.nodes
+    }
+    costs = [widths.costs(group, label) for group, label in zip(widths.groups, chosen.labels, strict=True)]
+    return {
+        "layer_formats": formats,
+        "mean_weight_bits": sum(cost["bits"] for cost in costs),
+        "weights_mib": sum(cost["mib"] for cost in costs) + widths.fixed_mib,
+        "giga_bit_operations": sum(cost["bops"] for cost in costs),
+        "predicted_loss": chosen.loss,
+        "measured_loss": measured,
+    }
