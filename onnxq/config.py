@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from onnxq.errors import OnnxqError
 
 
 class PreprocessingSettings(BaseModel):
-    """How image files become the model's input (``preprocess:`` in the YAML file)."""
+    """How image and text files become the model's input (``preprocess:`` in the YAML file)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,6 +23,8 @@ class PreprocessingSettings(BaseModel):
     scale: float = Field(default=255.0, gt=0)
     channels: Literal["rgb", "bgr"] = "rgb"
     resize: Literal["crop", "squash"] = "crop"
+    tokenizer: str | None = None
+    sequence_length: int = Field(default=256, ge=2)
 
 
 class Settings(BaseModel):
@@ -62,6 +65,17 @@ def make_settings(entries: Mapping[str, Any]) -> Settings:
             f"expected another value for {where}: {first['msg'].lower()}, found {first.get('input')!r}",
             hint=f"settings are {', '.join(Settings.model_fields)}",
         ) from error
+
+
+def with_text(
+    entries: Mapping[str, Any], tokenizer: str | os.PathLike[str] | None, sequence_length: int | None
+) -> dict[str, Any]:
+    """Settings with the options for text files put where ``preprocess:`` has them."""
+    given = {"tokenizer": None if tokenizer is None else str(tokenizer), "sequence_length": sequence_length}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    if not chosen:
+        return dict(entries)
+    return {**entries, "preprocess": {**(entries.get("preprocess") or {}), **chosen}}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -92,11 +92,20 @@ def open_source(
             hint=f"write it with np.savez('data.npz', **{{{specs[0].name!r}: array}})",
         )
     if path.suffix == ".txt":
-        raise OnnxqError(
-            f"expected arrays or images, found a text file: {path}",
-            hint="tokenize it and write an .npz keyed by the model's input names",
-        )
+        return _open_text(path, specs, preprocessing or Preprocessing())
     return Npz(path, specs)
+
+
+def _open_text(path: Path, specs: Sequence[InputSpec], preprocessing: Preprocessing) -> Source:
+    from onnxq.calibration.text import Text
+    from onnxq.calibration.tokenizers import open_tokenizer
+
+    if preprocessing.tokenizer is None:
+        raise OnnxqError(
+            f"expected a tokenizer for the text file {path}, found none",
+            hint="give --tokenizer tokenizer.json, or write an .npz of tokens keyed by the model's input names",
+        )
+    return Text(path, open_tokenizer(preprocessing.tokenizer), specs, preprocessing.sequence_length)
 
 
 def _open_folder(path: Path, specs: Sequence[InputSpec], preprocessing: Preprocessing | None) -> Source:
@@ -259,7 +268,7 @@ class Iterables:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How image files become the model's input.
+    """How image and text files become the model's input.
 
     Attributes:
         mean: Subtracted per channel after ``scale``.
@@ -267,6 +276,8 @@ class Preprocessing:
         scale: Pixel values 0..255 are divided by it first.
         channels: ``rgb`` or ``bgr``.
         resize: ``crop`` (shorter side to size/0.875, then a centre crop) or ``squash``.
+        tokenizer: The file of the tokenizer, for text.
+        sequence_length: Tokens in a sample, where the model does not fix it.
     """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -274,6 +285,8 @@ class Preprocessing:
     scale: float = 255.0
     channels: str = "rgb"
     resize: str = "crop"
+    tokenizer: str | None = None
+    sequence_length: int = 256
 
 
 class Images:

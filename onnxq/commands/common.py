@@ -26,7 +26,8 @@ DataPath = Annotated[
     typer.Option(
         "--data",
         metavar="PATH",
-        help="An .npz keyed by input name (rows along the first axis), a folder of such files, or a folder of images. "
+        help="An .npz keyed by input name (rows along the first axis), a folder of such files, a folder of images, "
+        "or a .txt file with --tokenizer. "
         "100 to 500 samples of what the model will see are plenty.",
         show_default=False,
     ),
@@ -53,6 +54,17 @@ Conditions = Annotated[
         "NAME.unconditional is one row for guidance.",
         show_default=False,
     ),
+]
+
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="For text files as --data: a tokenizer.json, or a .bin of llama2.c.", show_default=False
+    ),
+]
+SequenceLength = Annotated[
+    int | None,
+    typer.Option(help="For text files: tokens in a sample, where the model does not fix it.", show_default="256"),
 ]
 
 

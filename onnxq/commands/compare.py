@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from onnxq.commands.common import JsonPath, Quiet, check_destinations, progress, show, write_json, write_report
+from onnxq.commands.common import (
+    JsonPath,
+    Quiet,
+    SequenceLength,
+    Tokenizer,
+    check_destinations,
+    progress,
+    show,
+    write_json,
+    write_report,
+)
 
 
 def compare(
@@ -26,6 +36,8 @@ def compare(
     latency: Annotated[bool, typer.Option(help="Time both models, batch 1, interleaved.")] = True,
     threads: Annotated[int, typer.Option(help="Threads of onnxruntime while timing.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    tokenizer: Tokenizer = None,
+    sequence_length: SequenceLength = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Settings as YAML, for `preprocess` of image folders; as for quantize."),
@@ -43,9 +55,9 @@ def compare(
     """
     from onnxq import comparison
     from onnxq.calibration.data import Preprocessing
-    from onnxq.config import make_settings, read_yaml
+    from onnxq.config import make_settings, read_yaml, with_text
 
-    settings = make_settings(read_yaml(config) if config else {})
+    settings = make_settings(with_text(read_yaml(config) if config else {}, tokenizer, sequence_length))
     check_destinations(None, None, json_path, report)
     shown = progress(quiet)
     with shown.stage("compare", "Comparing"):

@@ -15,7 +15,9 @@ from onnxq.commands.common import (
     ModelPath,
     Quiet,
     Scheduler,
+    SequenceLength,
     Steps,
+    Tokenizer,
     check_destinations,
     progress,
     show,
@@ -85,6 +87,8 @@ def quantize(
     steps: Steps = None,
     guidance: Guidance = None,
     conditions: Conditions = None,
+    tokenizer: Tokenizer = None,
+    sequence_length: SequenceLength = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Settings as YAML, under the names of these options; options win."),
@@ -103,7 +107,7 @@ def quantize(
     Example: `onnxq quantize model.onnx --data calibration.npz --target cpu -o model.int8.onnx`
     """
     from onnxq import pipeline
-    from onnxq.config import make_settings, parse_assignments, read_yaml
+    from onnxq.config import make_settings, parse_assignments, read_yaml, with_text
 
     given = {
         "target": target,
@@ -124,7 +128,7 @@ def quantize(
     }
     entries = read_yaml(config) if config else {}
     entries |= {key: value for key, value in given.items() if value is not None}
-    settings = make_settings(entries)
+    settings = make_settings(with_text(entries, tokenizer, sequence_length))
     destination = output or model.with_name(f"{model.stem}.{_suffix(settings)}.onnx")
     check_destinations(model, destination, json_path, report)
     result = pipeline.quantize(model, data, output=destination, settings=settings, progress=progress(quiet))

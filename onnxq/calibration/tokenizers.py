@@ -1,0 +1,124 @@
+"""Tokenizers that the user names: Hugging Face's ``tokenizer.json``, and the vocabulary files of llama2.c."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from onnxq.errors import OnnxqError
+
+UNKNOWN, BEGIN, FIRST_BYTE = 0, 1, 3
+
+
+class Tokenizer(Protocol):
+    """Text to tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a document, with the mark of its beginning where the vocabulary has one."""
+
+
+def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Read a tokenizer from its file.
+
+    Raises:
+        OnnxqError: there is no such file, it is of no known kind, or the package that reads it is missing.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise OnnxqError(f"expected a tokenizer at {file}, found nothing", hint="check --tokenizer")
+    if file.suffix == ".json":
+        return _hugging_face(file)
+    if file.suffix == ".bin":
+        return read_llama2c(file)
+    raise OnnxqError(
+        f"expected a tokenizer.json or a .bin of llama2.c, found {file.name}",
+        hint="for another tokenizer, write the tokens to an .npz keyed by the model's input names",
+    )
+
+
+def _hugging_face(file: Path) -> Tokenizer:
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise OnnxqError(
+            "expected the package tokenizers to read a tokenizer.json, found it not installed",
+            hint="pip install 'onnxq[text]'",
+        ) from error
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise OnnxqError(
+            f"expected a tokenizer.json in {file}, found something else ({' '.join(str(error).split())[:120]})",
+            hint="it is the file that Hugging Face's tokenizers save",
+        ) from error
+
+    class HuggingFace:
+        def encode(self, text: str) -> list[int]:
+            return list(inner.encode(text).ids)
+
+    return HuggingFace()
+
+
+def read_llama2c(file: Path) -> BytePairs:
+    """The vocabulary file of llama2.c: the longest piece's length, then a score and the bytes of each piece."""
+    data = file.read_bytes()
+    pieces: list[bytes] = []
+    scores: list[float] = []
+    offset = 4
+    while offset + 8 <= len(data):
+        score, length = struct.unpack_from("<fi", data, offset)
+        offset += 8
+        if not 0 <= length <= len(data) - offset:
+            break
+        pieces.append(data[offset : offset + length])
+        scores.append(score)
+        offset += length
+    if offset != len(data) or len(pieces) <= FIRST_BYTE:
+        raise OnnxqError(
+            f"expected a vocabulary of llama2.c in {file}, found something else", hint="its export writes tokenizer.bin"
+        )
+    return BytePairs(tuple(pieces), tuple(scores))
+
+
+@dataclass(frozen=True)
+class BytePairs:
+    """Byte pairs merged by score, best first, as SentencePiece does it.
+
+    Attributes:
+        pieces: The bytes of each token; from the fourth on, 256 of them stand for single bytes.
+        scores: The higher, the earlier two neighbours merge into the piece.
+    """
+
+    pieces: tuple[bytes, ...]
+    scores: tuple[float, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of the text; characters that are no piece become bytes. A line is merged at a time."""
+        index = {piece: token for token, piece in reversed(list(enumerate(self.pieces)))}
+        tokens = [BEGIN]
+        for number, line in enumerate(text.splitlines(keepends=True)):
+            tokens += self._merged(self._characters((" " if number == 0 else "") + line, index), index)
+        return tokens
+
+    def _characters(self, text: str, index: dict[bytes, int]) -> list[int]:
+        tokens: list[int] = []
+        for character in text:
+            encoded = character.encode()
+            known = index.get(encoded)
+            tokens += [known] if known is not None else [FIRST_BYTE + byte for byte in encoded]
+        return tokens
+
+    def _merged(self, tokens: list[int], index: dict[bytes, int]) -> list[int]:
+        while True:
+            best, where, merged = float("-inf"), -1, -1
+            for position, (left, right) in enumerate(itertools.pairwise(tokens)):
+                found = index.get(self.pieces[left] + self.pieces[right])
+                if found is not None and self.scores[found] > best:
+                    best, where, merged = self.scores[found], position, found
+            if where < 0:
+                return tokens
+            tokens[where : where + 2] = [merged]

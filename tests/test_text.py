@@ -1,0 +1,116 @@
+"""Text files as calibration data: tokenizers, sequences, perplexity, and what is said when something is missing."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import DATA
+from typer.testing import CliRunner
+
+import onnxq
+from onnxq.calibration.data import InputSpec, Preprocessing, open_source
+from onnxq.calibration.tokenizers import open_tokenizer, read_llama2c
+from onnxq.cli import app
+from onnxq.errors import OnnxqError
+
+INT64 = np.dtype(np.int64)
+DECODER = [
+    InputSpec("input_ids", INT64, (None, None)),
+    InputSpec("attention_mask", INT64, (None, None)),
+    InputSpec("position_ids", INT64, (None, None)),
+]
+
+
+@pytest.fixture
+def vocabulary(tmp_path: Path) -> Path:
+    """A vocabulary of llama2.c: specials, all bytes, then a few letters and merges."""
+    pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256))]
+    merges = [b" ", b"a", b"b", b"c", b"ab", b"bc", b" a"]
+    scores = [0.0] * len(pieces) + [-9, -9, -9, -9, -1, -2, -3]
+    data = struct.pack("<i", 8) + b"".join(
+        struct.pack("<fi", score, len(piece)) + piece for piece, score in zip(pieces + merges, scores, strict=True)
+    )
+    path = tmp_path / "tokenizer.bin"
+    path.write_bytes(data)
+    return path
+
+
+def test_pairs_merge_best_score_first_and_unknown_characters_become_bytes(vocabulary: Path) -> None:
+    tokenizer = read_llama2c(vocabulary)
+    names = [tokenizer.pieces[token] for token in tokenizer.encode("abc")]
+    assert names == [b"\n<s>\n", b" ", b"ab", b"c"]  # ab before bc and before ' a'
+    assert tokenizer.encode("é")[2:] == [3 + byte for byte in "é".encode()]
+
+
+def test_text_becomes_sequences_with_masks_and_positions(vocabulary: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("cccc cccc cc")
+    source = open_source(text, DECODER, Preprocessing(tokenizer=str(vocabulary), sequence_length=5))
+    rows = list(source)
+    assert len(rows) == len(source) == 2  # 14 tokens: two sequences, the rest is dropped
+    np.testing.assert_array_equal(rows[1]["position_ids"], np.arange(5))
+    np.testing.assert_array_equal(rows[1]["attention_mask"], np.ones(5))
+    assert rows[0]["input_ids"][0] == 1 and rows[0]["input_ids"].dtype == INT64
+
+
+def test_a_tokenizer_json_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    model = {"type": "WordLevel", "vocab": {"[UNK]": 0, "once": 1, "upon": 2}, "unk_token": "[UNK]"}
+    path.write_text(
+        json.dumps({"version": "1.0", "model": model, "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": []})
+    )
+    assert open_tokenizer(path).encode("once upon once never") == [1, 2, 1, 0]
+    path.write_text("{}")
+    with pytest.raises(OnnxqError, match=r"tokenizer\.json"):
+        open_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "tokenizer", "specs", "message"),
+    [
+        ("abc", None, DECODER, "expected a tokenizer"),
+        ("abc", "missing.json", DECODER, "found nothing"),
+        ("abc", "tokenizer.bin", DECODER, "at least 256 tokens"),
+        ("abc", "broken.bin", DECODER, "vocabulary of llama2.c"),
+        ("abc", "text.txt", DECODER, r"\.bin of llama2\.c"),
+        ("abc", "tokenizer.bin", [InputSpec("cache", INT64, (None, 2, 3))], "found input 'cache'"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    vocabulary: Path, tmp_path: Path, content: str, tokenizer: str | None, specs: list[InputSpec], message: str
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(content)
+    (tmp_path / "broken.bin").write_bytes(vocabulary.read_bytes()[:-3])
+    named = None if tokenizer is None else str(tmp_path / tokenizer)
+    with pytest.raises(OnnxqError, match=message):
+        open_source(text, specs, Preprocessing(tokenizer=named))
+
+
+def test_a_decoder_from_text_to_perplexity(shared_data: Path, tmp_path: Path) -> None:
+    """GPTQ on int4 blocks stays closer to float's perplexity than the nearest rounding, and the table survives."""
+    language = DATA / "language"
+    text = tmp_path / "text.txt"
+    text.write_text((language / "tinystories_train_head.txt").read_text()[:12000])
+    options = ["--tokenizer", str(language / "tok512.bin"), "--sequence-length", "64", "-q"]
+    perplexity = {}
+    for recipe in ("int4-weights", "gptq"):
+        output, numbers = tmp_path / f"{recipe}.onnx", tmp_path / "numbers.json"
+        arguments = [str(language / "stories260k.onnx"), "--data", str(text), "--recipe", recipe, *options]
+        done = CliRunner().invoke(app, ["quantize", *arguments, "--weights", "int4:32", "-n", "12", "-o", str(output)])
+        assert done.exit_code == 0, done.output
+        unseen = ["--data", str(language / "tinystories_sample.txt"), *options, "--no-latency", "--no-layers"]
+        models = [str(language / "stories260k.onnx"), str(output)]
+        done = CliRunner().invoke(app, ["compare", *models, *unseen, "--json", str(numbers)])
+        assert done.exit_code == 0, done.output
+        found = json.loads(numbers.read_text())
+        perplexity["float"], perplexity[recipe] = found["perplexity_float"], found["perplexity_quantized"]
+        quantized = onnxq.load(output).graph.initializers.values()
+        assert any(value.dtype == ir.DataType.INT4 for value in quantized)
+    assert perplexity["float"] < perplexity["gptq"] < perplexity["int4-weights"] < 1.3 * perplexity["float"]
