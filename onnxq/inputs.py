@@ -25,6 +25,7 @@ def calibration_inputs(
     data: str | os.PathLike[str] | Iterable[Mapping[str, Array]] | None,
     settings: Settings,
     progress: Progress,
+    recipe: object = None,
 ) -> tuple[Source, list[str]]:
     """The samples to calibrate on, and what the user should know about them.
 
@@ -34,6 +35,7 @@ def calibration_inputs(
         data: What the user gave, or ``None``.
         settings: Preprocessing, number of samples, seed, schedule.
         progress: Where to say what is being done.
+        recipe: The recipe, which may say which steps of a denoiser's trajectories it wants.
 
     Raises:
         OnnxqError: the data is not what the model needs, or the model has inputs that nothing can be made up for.
@@ -42,7 +44,7 @@ def calibration_inputs(
     if data is None and (settings.scheduler or models.kind_of(model) is models.Kind.DENOISER):
         from onnxq.diffusion.source import own_trajectories
 
-        return own_trajectories(model, path, settings, progress), []
+        return own_trajectories(model, path, settings, progress, recipe), []
     if data is None:
         return Noise(specs, count=settings.samples or 32, seed=settings.seed), [
             "calibrated on random inputs, because no --data was given: ranges are guesses"

@@ -91,7 +91,7 @@ def quantize(
     recipe = build_knobs(entry.load(), {**entry.knobs, **settings.knobs}, settings.recipe)
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
-    source, warnings = calibration_inputs(loaded, path, data, settings, progress)
+    source, warnings = calibration_inputs(loaded, path, data, settings, progress, recipe)
     with progress.stage("load", "Loading"):
         job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings)
         job.checkpoint = None if output is None else checkpoint_folder(Path(output))

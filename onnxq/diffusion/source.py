@@ -38,15 +38,22 @@ def open_sampler(model: ir.Model, path: Path, settings: Settings) -> tuple[Sampl
     return sampler, line
 
 
-def own_trajectories(model: ir.Model, path: Path, settings: Settings, progress: Progress) -> Trajectories:
-    """What ``onnxq quantize`` calibrates a denoiser on when no data is given."""
+def own_trajectories(
+    model: ir.Model, path: Path, settings: Settings, progress: Progress, recipe: object = None
+) -> Trajectories:
+    """What ``onnxq quantize`` calibrates a denoiser on when no data is given.
+
+    A recipe may have its own idea of it, in knobs called ``selection``, ``trajectories`` and ``kept_steps``.
+    """
     sampler, origin = open_sampler(model, path, settings)
     steps = len(sampler.schedule.timesteps)
-    with progress.stage("trajectories", "Sampling trajectories", TRAJECTORIES * steps, "steps") as advance:
+    count: int = getattr(recipe, "trajectories", TRAJECTORIES)
+    kept: int = getattr(recipe, "kept_steps", 0)
+    wanted = settings.samples or (count * kept if kept else INPUTS)
+    policy: str = getattr(recipe, "selection", "uniform")
+    with progress.stage("trajectories", "Sampling trajectories", count * steps, "steps") as advance:
         session = Session(path, device=settings.device)
-        source = Trajectories(
-            sampler, session, count=settings.samples or INPUTS, trajectories=TRAJECTORIES, advance=advance
-        )
+        source = Trajectories(sampler, session, count=wanted, trajectories=count, policy=policy, advance=advance)
     guidance = f", guidance {settings.guidance:g}" if settings.guidance != 1 else ""
-    source.description = f"from {TRAJECTORIES} trajectories of {steps} steps{guidance} ({origin})"
+    source.description = f"from {count} trajectories of {steps} steps{guidance} ({origin})"
     return source

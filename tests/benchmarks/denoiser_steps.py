@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no floor for steps": {"knobs": FLOORLESS},
     "weights alone": {"activations": "float", "knobs": FLOORLESS},
-    "activations alone": {"weights": "float", "knobs": FLOORLESS},
+    "activations alone": {"weights": "float", "activations": "8 bits", "knobs": FLOORLESS},
     "first, last in float": {"first_last": "float", "knobs": FLOORLESS},
     "widest ranges": {"knobs": FLOORLESS | {"observer": "minmax"}},
     "noise as data": {"knobs": FLOORLESS, "noise": True},
@@ -60,6 +60,8 @@ def judge(arguments: argparse.Namespace, name: str, target: str, variant: str) -
     scheduler = arguments.folder / f"{name}.scheduler.json"
     common = {"steps": arguments.steps} | ({"scheduler": str(scheduler)} if scheduler.is_file() else {})
     options = {key: value for key, value in VARIANTS[variant].items() if key != "noise"}
+    if options.get("activations") == "8 bits":
+        options["activations"] = {"tensorrt": "int8", "cpu": "uint8"}[target]
     sampler, _ = open_sampler(models.load(path), path, make_settings(common | {"seed": 1000}))
     data = None
     if VARIANTS[variant].get("noise"):

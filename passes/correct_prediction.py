@@ -1,0 +1,81 @@
+"""Correct a denoiser's prediction by a factor and an offset that depend on the timestep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+Array = np.ndarray[Any, Any]
+
+
+class CorrectPrediction(InPlacePass):
+    """Append an affine tail whose coefficients are looked up by the nearest timestep.
+
+    Before::
+
+        … ─► prediction
+
+    After::
+
+        timestep ─► nearest of a table ─► Gather(factors), Gather(offsets)
+        … ─► Mul(factor) ─► Add(offset[channel]) ─► prediction
+
+    The tail is float and costs nothing beside the network. It works for integer and float timesteps, one for each
+    sample or one for all. Does nothing where no coefficient differs from 1 and 0, so that a second run changes nothing
+    only if it is given the same: it is meant to run once, as the last pass.
+
+    Args:
+        output: The name of the prediction, which it keeps.
+        timestep: The name of the input that holds the timestep.
+        timesteps: The timesteps of the sampler [steps].
+        factors: [steps].
+        offsets: [steps, channels].
+    """
+
+    def __init__(self, output: str, timestep: str, timesteps: Array, factors: Array, offsets: Array) -> None:
+        super().__init__()
+        self.output, self.timestep = output, timestep
+        self.timesteps, self.factors, self.offsets = timesteps, factors, offsets
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Append the tail."""
+        if np.all(self.factors == 1) and np.all(self.offsets == 0):
+            return PassResult(model, False)
+        graph = model.graph
+        index = next(number for number, value in enumerate(graph.outputs) if value.name == self.output)
+        value = graph.outputs[index]
+        dtype = value.dtype or ir.DataType.FLOAT
+        value.name = f"{self.output}_uncorrected"
+        dimensions = len(value.shape or ())
+        steps, channels = self.offsets.shape
+        ones = [1] * (dimensions - 2)
+        tables = {
+            "timesteps": self.timesteps.astype(np.float32).reshape(1, -1),
+            "factors": self.factors.astype(dtype.numpy()).reshape(steps, 1, *ones),
+            "offsets": self.offsets.astype(dtype.numpy()).reshape(steps, channels, *ones),
+            "column": np.asarray([-1, 1], np.int64),
+        }
+        known = {}
+        for name, array in tables.items():
+            initializer = ir.Value(name=f"correction_{name}", shape=ir.Shape(array.shape))
+            initializer.const_value = ir.tensor(array, name=initializer.name)
+            initializer.type = ir.TensorType(initializer.const_value.dtype)
+            graph.register_initializer(initializer)
+            known[name] = initializer
+        tape = ir.tape.Tape()
+        time = next(item for item in graph.inputs if item.name == self.timestep)
+        column = tape.op("Reshape", [tape.op("Cast", [time], {"to": ir.DataType.FLOAT}), known["column"]])
+        distance = tape.op("Abs", [tape.op("Sub", [column, known["timesteps"]])])
+        nearest = tape.op("ArgMin", [distance], {"axis": 1, "keepdims": 0})
+        scaled = tape.op("Mul", [value, tape.op("Gather", [known["factors"], nearest])])
+        corrected = tape.op("Add", [scaled, tape.op("Gather", [known["offsets"], nearest])])
+        for position, node in enumerate(tape.nodes):
+            node.name = f"correction_{node.op_type}_{position}"
+            node.outputs[0].name = f"correction_{position}"
+        corrected.name, corrected.type, corrected.shape = self.output, value.type, value.shape
+        graph.extend(tape.nodes)
+        graph.outputs[index] = corrected
+        return PassResult(model, True)
