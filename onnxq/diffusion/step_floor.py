@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxq import model as models
 from onnxq.calibration import calibrate
 from onnxq.calibration.data import STEP_KEY
 from onnxq.calibration.observers import Observer, Statistics
@@ -36,6 +37,7 @@ from onnxq.targets.placement import schemes_of
 ROWS = 96  # samples that candidates are judged on
 RANKING_STEPS = 4  # the worst steps, in which single layers are judged
 RANKING_ROWS = 16
+LARGE_BYTES = 64 << 20  # of weights; above, a quarter of the rows has to do, or judging would outlast sampling
 GROWTH = 1.5  # of the number of float layers, until the floor holds
 
 
@@ -59,7 +61,7 @@ def hold_floor(job: Job, observer: Observer, search: Search | None, floor_db: fl
 
     Layers are ranked by the error that each makes alone in the worst steps; of that ranking the shortest beginning
     that suffices stays float. Everything is measured on calibration samples, on the graph that the target will run.
-    With a floor of 0 steps are judged and nothing changes.
+    With a floor of 0 steps are judged and nothing changes; at most half of the layers stay float for it.
 
     Returns:
         What was found, or ``None`` where samples carry no steps.
@@ -74,6 +76,10 @@ def hold_floor(job: Job, observer: Observer, search: Search | None, floor_db: fl
             search_.rank(worst)
             count = search_.shortest(floor_db)
             after = search_.judge(count)
+            if after.worst_db < floor_db:
+                job.warnings.append(
+                    f"a sampler step keeps only {after.worst_db:.1f} dB although {count} layers stay float for it"
+                )
             for name in search_.ranking[:count]:
                 job.exceptions[name] = search_.float_scheme
                 job.reasons[name] = f"in float every sampler step keeps {floor_db:g} dB"
@@ -82,7 +88,7 @@ def hold_floor(job: Job, observer: Observer, search: Search | None, floor_db: fl
 
 
 def _growing(total: int) -> list[int]:
-    counts = [1]
+    counts = [min(1, total)]
     while counts[-1] < total:
         counts.append(min(total, max(counts[-1] + 1, round(counts[-1] * GROWTH))))
     return counts
@@ -101,7 +107,8 @@ class _Search:
         self.statistics: dict[str, Statistics] = {}
         self._record(_roots(placement) | set(activations_of(job.model.graph, self.layers)))
         self._float = Session(job.model, device=job.settings.device)
-        self.samples: list[Judged] = judged_samples(self._float, job.source, job.specs, ROWS)
+        self._part = 4 if models.initializer_bytes(job.model) > LARGE_BYTES else 1
+        self.samples: list[Judged] = judged_samples(self._float, job.source, job.specs, ROWS // self._part)
         self._judged: dict[int, ErrorPower] = {}
 
     def rank(self, steps: list[int]) -> None:
@@ -115,13 +122,13 @@ class _Search:
             search=self.search,
             device=self.job.settings.device,
         )
-        samples = judged_samples(self._float, self.job.source, self.job.specs, RANKING_ROWS, steps)
+        samples = judged_samples(self._float, self.job.source, self.job.specs, RANKING_ROWS // self._part, steps)
         errors = board.isolated(samples)
         self.ranking = sorted(errors, key=lambda name: (errors[name].worst_db, name))
 
     def shortest(self, floor_db: float) -> int:
-        """How many of the first layers have to be float, if fewer never help more; all if that is not enough."""
-        low, high = 0, len(self.ranking)
+        """How many of the first layers have to be float, if fewer never help more; half if that is not enough."""
+        low, high = 0, len(self.ranking) // 2
         for count in _growing(high):
             if self.judge(count).worst_db >= floor_db:
                 high = count
