@@ -54,10 +54,11 @@ def _insert(graph: ir.Graph, site: Site) -> None:
     scale, zero_point = _parameters(graph, site, root)
     tape = ir.tape.Tape()
     source = value
+    suffix = _free_suffix(graph, f"{value.name}_quantized")
     if not site.spec.format.fills_container and not value.is_initializer():
         # An odd width is 8-bit Q/DQ whose input never leaves the narrower range (weights are clipped when lowered).
         source = tape.op("Clip", [value, *_clip_bounds(graph, site, root)])
-        source.name, source.type, source.shape = f"{value.name}_clipped", value.type, value.shape
+        source.name, source.type, source.shape = f"{value.name}_clipped{suffix}", value.type, value.shape
     attributes: dict[str, int] = {}
     if site.axis is not None and site.spec.granularity != "tensor":
         attributes["axis"] = site.axis
@@ -65,7 +66,6 @@ def _insert(graph: ir.Graph, site: Site) -> None:
             attributes["block_size"] = site.spec.block_size or 0
     quantized = tape.op("QuantizeLinear", [source, scale, zero_point], attributes)
     dequantized = tape.op("DequantizeLinear", [quantized, scale, zero_point], attributes)
-    suffix = _free_suffix(graph, f"{value.name}_quantized")
     quantized.name, dequantized.name = f"{value.name}_quantized{suffix}", f"{value.name}_dequantized{suffix}"
     quantized.type, dequantized.type = ir.TensorType(site.spec.format.storage), value.type
     quantized.shape = dequantized.shape = value.shape

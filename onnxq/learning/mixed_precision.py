@@ -110,7 +110,7 @@ def allocate(layers: Sequence[Sequence[Choice]], budgets: Mapping[str, float]) -
         if least > most * (1 + 1e-9):
             raise OnnxqError(
                 f"expected a {name} budget of at least {least:.4g}, found {most:.4g}",
-                hint="raise it, or allow narrower widths, for example --set weights=2,3,4,8",
+                hint="raise it, or allow narrower widths, for example --set weight_bits=2,3,4,8",
             )
     flat = [choice for choices in layers for choice in choices]
     owner = np.repeat(np.arange(len(layers)), [len(choices) for choices in layers])
@@ -130,7 +130,7 @@ def allocate(layers: Sequence[Sequence[Choice]], budgets: Mapping[str, float]) -
     if solved.x is None:
         raise OnnxqError(
             f"expected an allocation within {', '.join(budgets)}, found none: {solved.message}",
-            hint="raise a budget, or allow narrower widths, for example --set weights=2,3,4,8",
+            hint="raise a budget, or allow narrower widths, for example --set weight_bits=2,3,4,8",
         )
     taken = np.flatnonzero(solved.x > 0.5)
     first = next(iter(budgets), "")

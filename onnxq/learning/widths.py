@@ -182,12 +182,13 @@ def _sizes(job: Job, names: Sequence[str]) -> dict[str, int]:
     return {name: value.size // rows for name, value in zip(wanted, session.run(feed, wanted), strict=True)}
 
 
-def probe_of(job: Job, widths: Widths, observer: Any, search: Any, samples: int) -> Probe:
+def probe_of(job: Job, widths: Widths, loss: str, observer: Any, search: Any, samples: int) -> Probe:
     """What sensitivities are measured with: samples with the float model's outputs, statistics where they are needed.
 
     Args:
         job: After ``prepare``.
         widths: The layers and widths.
+        loss: ``auto``, ``kl`` or ``mse``.
         observer: How a range follows from the statistics of an activation.
         search: How a range follows from weights.
         samples: How many samples to measure on, at most.
@@ -209,7 +210,7 @@ def probe_of(job: Job, widths: Widths, observer: Any, search: Any, samples: int)
     return Probe(
         job.model,
         judged,
-        compared(job.model),
+        compared(job.model, loss),
         session.own_output_names,
         statistics,
         job.specs,

@@ -53,6 +53,7 @@ class Mixed:
         solver: ``ilp``, or ``pareto`` (one budget at a time).
         rounding: ``nearest``, ``adaround``, ``brecq`` or ``qdrop``.
         iterations: Of a rounding that learns; 0: what ``--budget`` says.
+        loss: What a sensitivity is: ``kl``, ``mse``, or ``auto``, KL where outputs are logits.
         sensitivity_samples: How many samples sensitivities are measured on.
         observer: How a range follows from the statistics of an activation.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
@@ -66,6 +67,7 @@ class Mixed:
     solver: str = "ilp"
     rounding: str = "nearest"
     iterations: int = 0
+    loss: str = "auto"
     sensitivity_samples: int = 32
     observer: str = "mse"
     weight_ranges: str = "mse"
@@ -76,7 +78,7 @@ class Mixed:
         observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.prepare()
         widths = Widths(job, widths_of(self.weight_bits), widths_of(self.activation_bits))
-        probe = probe_of(job, widths, observer, search, self.sensitivity_samples)
+        probe = probe_of(job, widths, self.loss, observer, search, self.sensitivity_samples)
         choices = self._choices(job, probe, widths)
         chosen = self._solve(choices, widths)
         for group, label in zip(widths.groups, chosen.labels, strict=True):
