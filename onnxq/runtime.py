@@ -123,8 +123,8 @@ class Session:
 def serialize(model: ir.Model, taps: Sequence[str] = ()) -> tuple[bytes, dict[str, Array]]:
     """The model as bytes, with ``taps`` as further outputs, and the large initializers left out of them.
 
-    Models below 1 GiB keep everything in the bytes. Larger ones reference their large initializers as external
-    data that the caller hands to onnxruntime as (memory-mapped) arrays, so nothing is copied.
+    Models below 1 GiB keep everything in the bytes but what lies outside their file. Larger ones reference their large
+    initializers as external data that the caller hands to onnxruntime as (memory-mapped) arrays, so nothing is copied.
     """
     from onnxq.graph import values as named_values
 
@@ -138,21 +138,22 @@ def serialize(model: ir.Model, taps: Sequence[str] = ()) -> tuple[bytes, dict[st
     kept: dict[str, ir.TensorProtocol] = {}
     try:
         tensors = {name: value.const_value for name, value in graph.initializers.items()}
-        if sum(tensor.nbytes for tensor in tensors.values() if tensor is not None) > IN_MEMORY_LIMIT_BYTES:
-            for name, tensor in tensors.items():
-                if tensor is None or tensor.nbytes < LARGE_TENSOR_BYTES:
-                    continue
+        too_large = sum(item.nbytes for item in tensors.values() if item is not None) > IN_MEMORY_LIMIT_BYTES
+        for name, tensor in tensors.items():
+            # A path to external data means nothing beside bytes, so that such tensors come along in any case.
+            is_external = isinstance(tensor, ir.ExternalTensor)
+            if tensor is None or not (is_external or (too_large and tensor.nbytes >= LARGE_TENSOR_BYTES)):
+                continue
+            kept[name] = tensor
+            if tensor.nbytes < LARGE_TENSOR_BYTES:
+                inner: ir.TensorProtocol = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+            else:
                 large[name] = tensor.numpy()
-                kept[name] = tensor
-                graph.initializers[name].const_value = ir.ExternalTensor(
-                    "in-memory",
-                    0,
-                    tensor.nbytes,
-                    tensor.dtype,
-                    shape=ir.Shape(large[name].shape),
-                    name=name,
-                    base_dir="",
+                shape = ir.Shape(large[name].shape)
+                inner = ir.ExternalTensor(
+                    "in-memory", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=""
                 )
+            graph.initializers[name].const_value = inner
         data = ir.to_proto(model).SerializeToString()
     finally:
         for name, tensor in kept.items():

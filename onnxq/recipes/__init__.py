@@ -66,6 +66,7 @@ RECIPES: dict[str, Entry] = {
     "ptq4dm": Entry("ptq4dm", "Ptq4dm", "denoisers: static scales from steps drawn along the sampler"),
     "q-diffusion": Entry("q_diffusion", "QDiffusion", "denoisers: blocks learned on inputs from all steps"),
     "ptqd": Entry("ptqd", "Ptqd", "denoisers: the error of each step measured and taken back, over another recipe"),
+    "zeroquant": Entry("zeroquant", "ZeroQuant", "transformers: activations token by token, layers distilled"),
 }
 
 DEFAULT = "int8"
