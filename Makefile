@@ -15,6 +15,9 @@ demo: $(READY)
 	$(VENV)/bin/onnxq quantize models/fashion_resnet.onnx --data models/fashion_calibration.npz \
 	  --target cpu -o demo/fashion_resnet.int8.onnx --report demo/fashion_resnet.report.html
 	$(VENV)/bin/onnxq compare models/fashion_resnet.onnx demo/fashion_resnet.int8.onnx --data models/fashion_test.npz
+	$(VENV)/bin/onnxq quantize models/fashion_unet_guided.onnx --steps 20 -n 64 -o demo/fashion_unet.int8.onnx
+	$(VENV)/bin/onnxq sample demo/fashion_unet.int8.onnx --against models/fashion_unet_guided.onnx \
+	  --steps 20 -n 8 -o demo/fashion_unet.png
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
