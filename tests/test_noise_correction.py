@@ -1,0 +1,165 @@
+"""PTQD: statistics of a denoiser's error, the corrections that follow, and their three forms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import MODELS
+from test_trajectory import CLOCK
+
+import onnxq
+from onnxq import OnnxqError
+from onnxq import model as models
+from onnxq.config import make_settings
+from onnxq.diffusion.noise_correction import Correction, OutputError, fit, fit_held_out, sampler_tables
+from onnxq.diffusion.source import open_sampler
+from onnxq.passes.correct_prediction import CorrectPrediction
+from onnxq.runtime import Session
+
+UNET = MODELS / "fashion_unet_guided.onnx"
+MEANS = np.array([0.05, -0.04, 0.06])
+
+
+def pairs(count: int, slope: float, means: np.ndarray, deviation: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    exact = generator.standard_normal((count, 3, 8, 8))
+    noise = deviation * generator.standard_normal(exact.shape)
+    return exact, (1 + slope) * exact + means.reshape(1, 3, 1, 1) + noise
+
+
+def measured(exact: np.ndarray, found: np.ndarray) -> OutputError:
+    error = OutputError()
+    for part in range(0, len(exact), 100):
+        other = OutputError()
+        other.update(exact[part : part + 100], found[part : part + 100])
+        error.merge(other)
+    return error
+
+
+def test_slope_means_and_deviation_are_found_again() -> None:
+    correction = fit(measured(*pairs(512, 0.3, MEANS, 0.3, seed=0)))
+    assert correction.slope == pytest.approx(0.3, abs=0.005) and correction.deviation == pytest.approx(0.3, abs=0.005)
+    np.testing.assert_allclose(correction.mean, MEANS, atol=0.006)
+    exact, found = pairs(512, 0.3, MEANS, 0.3, seed=1)
+    rest = correction(found) - exact
+    assert abs(np.corrcoef(rest.ravel(), exact.ravel())[0, 1]) < 0.01
+    standard_error = rest.std() / np.sqrt(rest[:, 0].size)
+    assert (np.abs(rest.mean(axis=(0, 2, 3))) < 5 * standard_error).all()  # of the fit and of this sample
+    assert np.mean(rest**2) < 0.31 * np.mean((found - exact) ** 2)
+
+
+def test_what_the_sums_say_is_what_the_samples_say() -> None:
+    exact, found = pairs(64, 0.2, MEANS, 0.1, seed=2)
+    error, correction = measured(exact, found), Correction(0.15, MEANS * 0.9, 0.1)
+    assert error.mean_square() == pytest.approx(np.mean((found - exact) ** 2), rel=1e-10)
+    assert error.mean_square(correction) == pytest.approx(np.mean((correction(found) - exact) ** 2), rel=1e-8)
+
+
+def test_noise_alone_is_left_alone() -> None:
+    """A slope that explains less than 5 % of the error, and means within two standard errors, count as 0."""
+    worse = []
+    for seed in range(20):
+        halves = [measured(*pairs(8, 0.02, np.zeros(3), 0.3, seed=2 * seed + half)) for half in (0, 1)]
+        correction = fit_held_out(*halves)
+        assert correction.slope == 0
+        exact, found = pairs(64, 0.02, np.zeros(3), 0.3, seed=1000 + seed)
+        worse.append(np.mean((correction(found) - exact) ** 2) / np.mean((found - exact) ** 2))
+    assert max(worse) < 1.01
+
+
+def test_negative_slopes_are_an_option() -> None:
+    error = measured(*pairs(256, -0.1, np.zeros(3), 0.01, seed=0))
+    assert fit(error).slope == 0
+    correction = fit(error, clip_slope=False)
+    assert correction.slope == pytest.approx(-0.1, abs=0.01)
+    assert error.mean_square(correction) < 0.05 * error.mean_square()
+
+
+def test_equal_networks_need_no_correction() -> None:
+    exact, _ = pairs(16, 0.0, np.zeros(3), 0.0, seed=0)
+    correction = fit(measured(exact, exact))
+    assert correction.slope == 0 and not correction.mean.any() and correction.deviation == 0
+    alphas = [0.1, 0.5, 0.9, 1.0]
+    corrected = sampler_tables(alphas, dict.fromkeys(range(3), correction), 3, eta=1.0)
+    plain = sampler_tables(alphas, {}, 3, eta=1.0)
+    for name in ("sample", "prediction", "constant", "noise"):
+        assert np.array_equal(getattr(corrected, name), getattr(plain, name))
+    model = ir.from_onnx_text(CLOCK)
+    tail = CorrectPrediction("v", "t", np.arange(3.0), np.ones(3), np.zeros((3, 1)))
+    assert not tail(model).modified and len(model.graph) == 3
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_tail_tables_and_formula_agree(eta: float) -> None:
+    model = ir.from_onnx_text(CLOCK)
+    plain = Session(model)
+    times, alphas = np.array([0.9, 0.5, 0.1]), np.array([0.05, 0.4, 0.95, 1.0])
+    corrections = {step: Correction(0.1 * step, np.array([0.02 - 0.03 * step]), 0.0) for step in range(3)}
+    found = [corrections[step] for step in range(3)]
+    CorrectPrediction(
+        "v", "t", times, np.array([item.factor for item in found]), np.stack([item.offset for item in found])
+    )(model)
+    assert [value.name for value in model.graph.outputs] == ["v"]
+    corrected = Session(model)
+    generator = np.random.default_rng(0)
+    tables, neutral = sampler_tables(alphas, corrections, 1, eta=eta), sampler_tables(alphas, {}, 1, eta=eta)
+    for step, time in enumerate(times):
+        x, noise = (generator.standard_normal((2, 1, 4, 4)).astype(np.float32) for _ in range(2))
+        feed = {"x": x, "t": np.full(2, time + 0.01, np.float32)}  # the nearest entry is taken
+        raw, tail = plain.run(feed)[0], corrected.run(feed)[0]
+        np.testing.assert_allclose(tail, corrections[step](raw), rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            tables.advance(x, raw, step, noise), neutral.advance(x, tail, step, noise), rtol=1e-6, atol=1e-6
+        )
+
+
+def test_the_samplers_noise_shrinks_by_that_of_quantization() -> None:
+    """With eps^ = eps + N(0, q²), x' keeps the variance that the sampler means it to have."""
+    alphas, deviation, eta = [0.3, 0.6, 1.0], 0.2, 1.0
+    corrections = {0: Correction(0.0, np.zeros(1), deviation)}
+    tables, plain = sampler_tables(alphas, corrections, 1, eta=eta), sampler_tables(alphas, {}, 1, eta=eta)
+    generator = np.random.default_rng(0)
+    error, noise = (generator.standard_normal((1, 1, 1000, 1000)) for _ in range(2))
+    zero = np.zeros_like(noise)
+    moved = tables.advance(zero, deviation * error, 0, noise)
+    assert np.var(moved) == pytest.approx(plain.noise[0] ** 2, rel=0.01)
+    assert np.var(plain.advance(zero, deviation * error, 0, noise)) > 1.01 * plain.noise[0] ** 2
+    huge = sampler_tables(alphas, {0: Correction(0.0, np.zeros(1), 1e3)}, 1, eta=eta)
+    assert huge.noise[0] == 0
+    still = sampler_tables(alphas, corrections, 1, eta=0.0)
+    assert not still.noise.any() and np.array_equal(still.prediction, sampler_tables(alphas, {}, 1).prediction)
+
+
+def test_other_trajectories_profit_too(tmp_path: Path) -> None:
+    """The shipped denoiser with 3-bit weights: no step gets worse on trajectories that were not measured."""
+    options = {"steps": 4, "weights": "int3", "activations": "int8", "samples": 48}
+    base = onnxq.quantize(UNET, recipe="ptq4dm", knobs={"selection": "uniform", "trajectories": 12}, **options)
+    data = tmp_path / "data.npz"
+    from onnxq.diffusion.trajectory import record
+
+    sampler, _ = open_sampler(models.load(UNET), UNET, make_settings({"steps": 4}))
+    exact = Session(UNET)
+    record(sampler, exact, np.ones((12, 4), bool), data)
+    result = onnxq.quantize(UNET, data, recipe="ptqd", knobs={"base": "ptq4dm"}, **options)
+    table = json.loads(models.get_metadata(result.model)["noise_correction"])
+    assert [entry["step"] for entry in table] == [0, 1, 2, 3] and table[0]["timestep"] > table[3]["timestep"]
+    assert any(entry["slope"] > 0 or any(entry["mean"]) for entry in table)
+    other, _ = open_sampler(models.load(UNET), UNET, make_settings({"steps": 4, "seed": 9}))
+    plain, corrected = Session(base.model, optimize=False), Session(result.model, optimize=False)
+    ratios = []
+    for visit in other.run(exact, range(12)):
+        errors = [
+            np.mean((other.denoiser.predict(session, visit.feed) - visit.raw) ** 2) for session in (plain, corrected)
+        ]
+        ratios.append(errors[1] / errors[0])
+    assert max(ratios) < 1.01 and min(ratios) < 0.97
+
+
+def test_samples_without_steps_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.zeros((4, 1, 28, 28), np.float32), t=np.arange(4), y=np.arange(4))
+    with pytest.raises(OnnxqError, match="sampler step"):
+        onnxq.quantize(UNET, tmp_path / "data.npz", recipe="ptqd")
