@@ -262,6 +262,13 @@ def test_profiles():
     assert profiles["t"].usual == (2,)
 
 
+def test_dimensions_of_one_name_have_one_size() -> None:
+    inputs, symbols = {"x": (-1, 3, -1), "t": (-1,), "y": (-1, -1)}, {"x": ["n", "", "s"], "t": ["n"], "y": ["m", "s"]}
+    profiles = shapes.resolve(inputs, {"x": ((1, 3, 8), (4, 3, 8), (6, 3, 16))}, symbols)
+    assert (profiles["t"].minimum, profiles["t"].usual, profiles["t"].maximum) == ((1,), (4,), (6,))
+    assert (profiles["y"].minimum, profiles["y"].usual, profiles["y"].maximum) == ((1, 8), (8, 8), (32, 16))
+
+
 @pytest.mark.parametrize("given", [{"y": ((1,),) * 3}, {"x": ((1,),) * 3}, {"x": ((2, 3), (1, 3), (4, 3))}])
 def test_shapes_that_do_not_fit(given):
     with pytest.raises(OnnxqError):

@@ -63,15 +63,19 @@ def parse_shapes(texts: str | Sequence[str]) -> dict[str, tuple[Shape, Shape, Sh
 
 
 def resolve(
-    inputs: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[Sequence[int]]] | None = None
+    inputs: Mapping[str, Sequence[int]],
+    given: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    symbols: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Profile]:
     """The profile of every dynamic input.
 
-    An open first dimension with nothing given is a batch of 1 to 32, optimised for 8.
+    Dimensions of one name have one size: what is given for one input holds for the others. An open first dimension
+    with nothing given is a batch of 1 to 32, optimised for 8.
 
     Args:
         inputs: Shapes of the graph's inputs, ``-1`` where a dimension is open.
         given: What the user gave: ``{input: (minimum, usual, maximum)}``.
+        symbols: The names of the dimensions of each input, empty where they have none.
 
     Raises:
         OnnxqError: a name is not an input, a shape does not fit it, or other dimensions than the first are open.
@@ -84,24 +88,45 @@ def resolve(
             hint=f"the inputs are: {', '.join(inputs)}",
         )
     profiles = {}
+    checked = {name: _checked(name, inputs[name], shapes) for name, shapes in given.items()}
+    sizes = _sizes_by_symbol(checked, inputs, symbols or {})
     for name, dimensions in inputs.items():
-        if name in given:
-            profile = _checked(name, dimensions, given[name])
+        if name in checked:
+            profile = checked[name]
         elif -1 in dimensions:
-            profile = _batch(name, dimensions)
+            profile = _inferred(name, dimensions, (symbols or {}).get(name, ()), sizes)
         if -1 in dimensions:  # a shape that fits a static input is right, and says nothing new
             profiles[name] = profile
     return profiles
 
 
-def _batch(name: str, dimensions: Sequence[int]) -> Profile:
-    if -1 in dimensions[1:]:
+def _sizes_by_symbol(
+    checked: Mapping[str, Profile], inputs: Mapping[str, Sequence[int]], symbols: Mapping[str, Sequence[str]]
+) -> dict[str, Shape]:
+    """Smallest, usual and largest size of each named dimension that the user gave."""
+    found: dict[str, Shape] = {}
+    for name, profile in checked.items():
+        for axis, (symbol, size) in enumerate(zip(symbols.get(name, ()), inputs[name], strict=False)):
+            if symbol and size == -1:
+                found[symbol] = (profile.minimum[axis], profile.usual[axis], profile.maximum[axis])
+    return found
+
+
+def _inferred(name: str, dimensions: Sequence[int], symbols: Sequence[str], sizes: Mapping[str, Shape]) -> Profile:
+    """The profile of an input that the user gave no shapes for."""
+    known = [sizes.get(symbol) for symbol in symbols] or [None] * len(dimensions)
+    batch = (BATCH_MINIMUM, BATCH_USUAL, BATCH_MAXIMUM)
+    open_sizes = [item or (batch if axis == 0 else None) for axis, item in enumerate(known)]
+    if any(size == -1 and item is None for size, item in zip(dimensions, open_sizes, strict=True)):
         raise OnnxqError(
             f"expected the sizes of the dynamic input {name!r} of shape {_spell(dimensions, '?')}, found none",
             hint=f"give smallest, usual and largest, for example --shapes {_example(name, dimensions)}",
         )
-    rest = tuple(dimensions[1:])
-    return Profile((BATCH_MINIMUM, *rest), (BATCH_USUAL, *rest), (BATCH_MAXIMUM, *rest))
+    shapes = [
+        tuple(item[which] if size == -1 and item else size for size, item in zip(dimensions, open_sizes, strict=True))
+        for which in range(3)
+    ]
+    return Profile(*shapes)
 
 
 def _checked(name: str, dimensions: Sequence[int], shapes: Sequence[Sequence[int]]) -> Profile:

@@ -50,11 +50,18 @@ def compile_model(request: dict[str, Any], engine_path: Path) -> dict[str, Any]:
     runtime.aim(config)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the proof needs the types of every layer
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    profiles = resolve({tensor.name: tuple(tensor.shape) for tensor in inputs}, request["shapes"])
+    profiles = resolve(
+        {tensor.name: tuple(tensor.shape) for tensor in inputs},
+        request["shapes"],
+        {
+            tensor.name: [tensor.get_dimension_name(axis) or "" for axis in range(len(tensor.shape))]
+            for tensor in inputs
+        },
+    )
     if profiles:
         profile = builder.create_optimization_profile()
-        for name, shapes in profiles.items():
-            profile.set_shape(name, shapes.minimum, shapes.usual, shapes.maximum)
+        for name, found in profiles.items():
+            profile.set_shape(name, found.minimum, found.usual, found.maximum)
         config.add_optimization_profile(profile)
 
     engine = builder.build_serialized_network(network, config)
