@@ -45,6 +45,14 @@ def calibration_inputs(
         from onnxq.diffusion.source import own_trajectories
 
         return own_trajectories(model, path, settings, progress, recipe), []
+    if data is None and models.kind_of(model) is models.Kind.LANGUAGE:
+        from onnxq.calibration.generated_text import GeneratedText
+
+        with progress.stage("generate", "Writing text"):
+            written = GeneratedText(model, specs, count=settings.samples or 32, seed=settings.seed)
+        return written, [
+            f"calibrated on {len(written)} sequences of {written.length} tokens that the model wrote itself"
+        ]
     if data is None:
         return Noise(specs, count=settings.samples or 32, seed=settings.seed), [
             "calibrated on random inputs, because no --data was given: ranges are guesses"

@@ -38,12 +38,14 @@ class TabulateWeights(InPlacePass):
     Args:
         tables: The table of each weight and the scale of its rows, by the weight's name.
         storage: ``table`` or ``int8``.
+        packed: Whether two codes of a narrow table share a byte; not every runtime reads such constants.
     """
 
-    def __init__(self, tables: Mapping[str, tuple[Table, Array]], storage: str) -> None:
+    def __init__(self, tables: Mapping[str, tuple[Table, Array]], storage: str, *, packed: bool = True) -> None:
         super().__init__()
         self.tables = dict(tables)
         self.storage = storage
+        self.packed = packed
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the weights that have a table."""
@@ -54,7 +56,7 @@ class TabulateWeights(InPlacePass):
                 continue
             table, scale = self.tables[weight.name]
             if self.storage == "table":
-                _store(model.graph, node, table, scale)
+                _store(model.graph, node, table, scale, self.packed)
             else:
                 _round(model.graph, node, table, scale)
             modified = True
@@ -83,13 +85,13 @@ def _unrolled(rows: Array, shape: tuple[int, ...], axis: int) -> Array:
     return np.ascontiguousarray(np.moveaxis(rows.reshape(shape[axis], *rest), 0, axis))
 
 
-def _store(graph: ir.Graph, node: ir.Node, table: Table, scale: Array) -> None:
+def _store(graph: ir.Graph, node: ir.Node, table: Table, scale: Array, packed: bool) -> None:
     weight, output = node.inputs[0], graphs.consumers(node.outputs[0])[0][0].outputs[0]
     assert weight is not None
     dtype = weight.dtype or ir.DataType.FLOAT
     rows, shape, axis = _layout(node)
     codes = _unrolled(table.codes(rows, scale), shape, axis)
-    container = ir.DataType.UINT4 if len(table.levels) <= 16 else ir.DataType.UINT8
+    container = ir.DataType.UINT4 if packed and len(table.levels) <= 16 else ir.DataType.UINT8
     spread = scale.reshape([-1 if index == axis else 1 for index in range(len(shape))] if axis >= 0 else ())
     stored = new_initializer(graph, f"{weight.name}_codes", codes.astype(container.numpy()), container)
     levels = new_initializer(graph, f"{weight.name}_levels", table.levels.astype(dtype.numpy()), dtype)

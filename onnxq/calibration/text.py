@@ -32,7 +32,7 @@ class Text:
     def __init__(self, path: Path, tokenizer: Tokenizer, specs: Sequence[InputSpec], length: int) -> None:
         self.specs = list(specs)
         for spec in specs:
-            if spec.dtype.kind not in "iu" or len(spec.shape) != 2 or _role(spec) is None:
+            if spec.dtype.kind not in "iu" or len(spec.shape) != 2 or role_of(spec) is None:
                 raise OnnxqError(
                     f"expected a model that reads tokens, masks and positions [batch, sequence], found input "
                     f"{spec.name!r} {spec.dtype} of shape {list(spec.shape)}",
@@ -58,10 +58,11 @@ class Text:
     def __iter__(self) -> Iterator[Sample]:
         for row in self._rows:
             values = {"tokens": row, "mask": np.ones_like(row), "positions": np.arange(self.length)}
-            yield {spec.name: values[_role(spec) or ""].astype(spec.dtype) for spec in self.specs}
+            yield {spec.name: values[role_of(spec) or ""].astype(spec.dtype) for spec in self.specs}
 
 
-def _role(spec: InputSpec) -> str | None:
+def role_of(spec: InputSpec) -> str | None:
+    """What of text an input takes: ``tokens``, ``mask`` or ``positions``; ``None``: something else."""
     for role, endings in (("mask", MASKS), ("positions", POSITIONS), ("tokens", TOKENS)):
         if spec.name.lower().endswith(endings):
             return role

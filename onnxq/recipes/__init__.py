@@ -67,6 +67,13 @@ RECIPES: dict[str, Entry] = {
     "q-diffusion": Entry("q_diffusion", "QDiffusion", "denoisers: blocks learned on inputs from all steps"),
     "ptqd": Entry("ptqd", "Ptqd", "denoisers: the error of each step measured and taken back, over another recipe"),
     "zeroquant": Entry("zeroquant", "ZeroQuant", "transformers: activations token by token, layers distilled"),
+    "norm-tweaking": Entry(
+        "norm_tweaking",
+        "NormTweaking",
+        "int4 weights in blocks, norms adjusted to them",
+        "int4:128",
+        "float",
+    ),
 }
 
 DEFAULT = "int8"

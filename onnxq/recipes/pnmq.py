@@ -81,7 +81,7 @@ class Pnmq:
         job.insert()
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observer)
         tables = {name: (found.table, found.scale) for name, by_width in fits.items() for found in by_width.values()}
-        TabulateWeights(tables, storage)(job.model)
+        TabulateWeights(tables, storage, packed=job.target.packs_codes)(job.model)
         job.lower()
 
     def _fits(self, job: Job, weights: list[FloatWeight]) -> dict[str, dict[int, Fit]]:

@@ -67,7 +67,7 @@ class PowerQuant:
             tables[weight.name] = (table, widest_scale(weight.rows(), weight.bits))
         job.insert()
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observer)
-        TabulateWeights(tables, storage)(job.model)
+        TabulateWeights(tables, storage, packed=job.target.packs_codes)(job.model)
         if self.power_activations:
             PowerActivations(min(exponents.values()))(job.model)
         job.lower()

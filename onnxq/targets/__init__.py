@@ -20,6 +20,7 @@ class Target(Protocol):
     """Placement, legality, lowering and lint of one runtime."""
 
     name: str
+    packs_codes: bool  # whether it reads 4-bit constants that are no operand of DequantizeLinear
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:
         """The scheme for the formats asked for (the target's own defaults where ``None``), or an error."""

@@ -48,6 +48,7 @@ class Cpu:
     """The CPU execution provider of onnxruntime."""
 
     name = "cpu"
+    packs_codes = True
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:
         """uint8 activations (asymmetric) and int8 weights per channel by default.

@@ -28,6 +28,7 @@ class TensorRT:
     """Explicit quantization as TensorRT 10, 11 and RTX compile it."""
 
     name = "tensorrt"
+    packs_codes = False
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:
         """INT8 by default; FP8 activations ask for FP8 weights and the other way round.

@@ -1,0 +1,95 @@
+"""Text that a language model writes itself, for calibrating it where there is no data.
+
+Source: Z. Liu et al., LLM-QAT, 2023 (arXiv 2305.17888), section 3.1: a random first token, the most likely ones after
+it, then samples from what the model predicts. Sequences are written without a cache of keys and values, so that the
+time grows with the square of their length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq.calibration.data import InputSpec, Sample
+from onnxq.calibration.text import role_of
+from onnxq.errors import OnnxqError
+from onnxq.runtime import Session
+
+Array = np.ndarray[Any, Any]
+
+GREEDY_TOKENS = 4  # after the first; the rest is sampled
+LENGTH = 64
+BATCH = 16
+
+
+class GeneratedText:
+    """Sequences of tokens that the model continues from a random first token.
+
+    Args:
+        model: The float model: tokens (and masks and positions) [batch, sequence] to logits.
+        specs: Its inputs.
+        count: How many sequences.
+        seed: The same seed gives the same tokens.
+        length: Tokens in a sequence, where the model does not fix it.
+
+    Raises:
+        OnnxqError: the model reads something else, or gives no logits for each token.
+    """
+
+    def __init__(
+        self, model: ir.Model, specs: Sequence[InputSpec], *, count: int, seed: int, length: int = LENGTH
+    ) -> None:
+        self.specs = list(specs)
+        if not all(spec.dtype.kind in "iu" and len(spec.shape) == 2 and role_of(spec) for spec in specs):
+            raise OnnxqError(
+                "expected calibration data for a model that reads more than tokens, masks and positions, found no "
+                "--data",
+                hint="give --data FILE.npz keyed by input name",
+            )
+        self.fixed = next((size for spec in specs if (size := spec.shape[1]) is not None), None)
+        self.batch = next((spec.batch for spec in specs if spec.batch is not None), None) or BATCH
+        self.length = self.fixed or length
+        self.count, self.seed = count, seed
+        self._session = Session(model)
+        parts = [self._write(start) for start in range(0, count, self.batch)]
+        self._rows = np.concatenate(parts)[:count]
+        del self._session
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Sample]:
+        for row in self._rows:
+            yield {name: value[0] for name, value in self._feed(row[None]).items()}
+
+    def _write(self, start: int) -> Array:
+        generator = np.random.default_rng((self.seed, start))
+        tokens = np.zeros((self.batch, self.length), np.int64)
+        vocabulary = self._logits(tokens[:, :1], 0).shape[-1]
+        tokens[:, 0] = generator.integers(0, vocabulary, self.batch)
+        for position in range(1, self.length):
+            logits = self._logits(tokens[:, :position], position - 1).astype(np.float64)
+            if position > GREEDY_TOKENS:  # the largest of logits with Gumbel noise is a sample of their softmax
+                logits = logits + generator.gumbel(size=logits.shape)
+            tokens[:, position] = logits.argmax(axis=-1)
+        return tokens
+
+    def _logits(self, tokens: Array, position: int) -> Array:
+        """Scores of the token after a position."""
+        if self.fixed is not None:
+            tokens = np.pad(tokens, ((0, 0), (0, self.fixed - tokens.shape[1])))
+        found = self._session.run(self._feed(tokens), self._session.output_names[:1])[0]
+        if found.ndim != 3 or found.shape[:2] != tokens.shape:
+            raise OnnxqError(
+                f"expected logits [batch, sequence, vocabulary] of a language model, found shape {list(found.shape)}",
+                hint="give --data; text is written only by decoders",
+            )
+        return np.asarray(found[:, position])
+
+    def _feed(self, tokens: Array) -> dict[str, Array]:
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        values = {"tokens": tokens, "mask": np.ones_like(tokens), "positions": positions}
+        return {spec.name: values[role_of(spec) or ""].astype(spec.dtype) for spec in self.specs}
