@@ -18,11 +18,52 @@ from onnxq.errors import OnnxqError
 Array = np.ndarray[Any, Any]
 
 
+class _Stored:
+    """An array in a file. It is not mapped: pages of a mapped file count as memory of the process."""
+
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.path, self.shape, self.dtype = path, shape, dtype
+        self.row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        self.file = os.open(path, os.O_RDWR)
+
+    def __getitem__(self, index: Array | slice) -> Array:
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(self.shape[0])
+            return self._read(start, stop - start)
+        return np.concatenate([self._read(int(row), 1) for row in index])
+
+    def __setitem__(self, index: slice, rows: Array) -> None:
+        start, _, _ = index.indices(self.shape[0])
+        data = np.ascontiguousarray(rows, self.dtype).reshape(-1).view(np.uint8).data
+        offset = start * self.row_bytes
+        while data:
+            written = os.pwrite(self.file, data, offset)
+            data, offset = data[written:], offset + written
+
+    def close(self) -> None:
+        """Give the space back."""
+        os.close(self.file)
+        os.unlink(self.path)
+
+    def _read(self, start: int, count: int) -> Array:
+        array = np.empty((count, *self.shape[1:]), self.dtype)
+        view, offset = array.reshape(-1).view(np.uint8).data, start * self.row_bytes
+        while view:
+            read = os.preadv(self.file, [view], offset)
+            if not read:
+                raise OnnxqError(
+                    f"expected activations in {self.path}, found the file cut short",
+                    hint="leave the folder for temporary files alone while a recipe learns",
+                )
+            view, offset = view[read:], offset + read
+        return array
+
+
 class ActivationCache:
     """Arrays by name, one row for each sample.
 
     Args:
-        memory_bytes: How much may lie in memory; what is more lies in files that are mapped, and read row by row.
+        memory_bytes: How much may lie in memory; what is more lies in files that are read row by row.
         folder: Where the files go; ``None``: the system's folder for temporary files.
     """
 
@@ -31,7 +72,7 @@ class ActivationCache:
         self.used_bytes = 0
         self._parent = folder
         self._folder: str | None = None
-        self._arrays: dict[str, Array] = {}
+        self._arrays: dict[str, Array | _Stored] = {}
         self._counter = 0
 
     def __enter__(self) -> ActivationCache:
@@ -40,27 +81,26 @@ class ActivationCache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._arrays.clear()
+        for name in list(self._arrays):
+            self.free(name)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
 
-    def allocate(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Room for an array; the caller fills it.
+    def allocate(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        """Make room for an array, which :meth:`write` fills.
 
         Raises:
             OnnxqError: the disk is full.
         """
         size = max(1, math.prod(shape)) * dtype.itemsize
         if self.used_bytes + size <= self.memory_bytes:
-            array = np.empty(shape, dtype)
+            self._arrays[name] = np.empty(shape, dtype)
             self.used_bytes += size
         else:
-            array = self._mapped(shape, dtype, size)
-        self._arrays[name] = array
-        return array
+            self._arrays[name] = self._in_file(shape, dtype, size)
 
     def alias(self, name: str, existing: str) -> None:
         """Another name for an array that is there."""
@@ -79,12 +119,12 @@ class ActivationCache:
         array = self._arrays.pop(name)
         if any(other is array for other in self._arrays.values()):
             return
-        if isinstance(array, np.memmap):
-            os.unlink(str(array.filename))
+        if isinstance(array, _Stored):
+            array.close()
         else:
             self.used_bytes -= max(1, array.size) * array.itemsize
 
-    def _mapped(self, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> Array:
+    def _in_file(self, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> _Stored:
         if self._folder is None:
             self._folder = tempfile.mkdtemp(prefix="onnxq-activations-", dir=self._parent)
         self._counter += 1
@@ -97,4 +137,4 @@ class ActivationCache:
                 f"expected {size / 1e6:.0f} MB for activations in {self._folder}, found: {error.strerror}",
                 hint="free some space, point TMPDIR elsewhere, or use fewer --samples",
             ) from error
-        return np.memmap(path, dtype, "r+", shape=shape)
+        return _Stored(path, shape, dtype)
