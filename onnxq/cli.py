@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from onnxq.commands import analyze, build, compare, doctor, lint, quantize, recipes, sample, strip, trajectories, view
+from onnxq.commands import (
+    analyze,
+    build,
+    compare,
+    doctor,
+    export,
+    lint,
+    quantize,
+    recipes,
+    sample,
+    strip,
+    trajectories,
+    view,
+)
 from onnxq.commands.common import BAD_INPUT, CHECK_FAILED, INTERRUPTED
 
 app = typer.Typer(
@@ -22,7 +35,7 @@ app = typer.Typer(
 
 for command in (
     quantize.quantize, compare.compare, analyze.analyze, lint.lint, build.build, strip.strip, recipes.recipes,
-    trajectories.trajectories, sample.sample, view.view, doctor.doctor,
+    export.export, trajectories.trajectories, sample.sample, view.view, doctor.doctor,
 ):  # fmt: skip
     app.command()(command)
 

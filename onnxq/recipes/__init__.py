@@ -74,6 +74,7 @@ RECIPES: dict[str, Entry] = {
         "int4:128",
         "float",
     ),
+    "multiquant": Entry("multiquant", "MultiQuant", "an int8 model from which every width is exported", "int8"),
 }
 
 DEFAULT = "int8"
