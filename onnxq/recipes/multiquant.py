@@ -21,7 +21,7 @@ class MultiQuant:
     The file is that of int8 and seven numbers for each channel. As it stands it runs at 8 bits.
 
     Source: K. Xu, Q. Feng, X. Zhang, D. Wang, MultiQuant: Training Once for Multi-bit Quantization of Neural Networks,
-    IJCAI 2022.
+    IJCAI 2022 (doi 10.24963/ijcai.2022/504).
 
     Departures:
         - Nothing is trained: the paper trains all widths together, lowest, random and highest in each step. At 3 and

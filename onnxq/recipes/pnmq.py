@@ -32,7 +32,7 @@ class Pnmq:
     It compresses the file: kernels are float, or int8 with ``storage="int8"`` (see the recipe ``powerquant``).
 
     Source: V. Chikin, M. Antiukh, Data-Free Network Compression via Parametric Non-Uniform Mixed Precision
-    Quantization, CVPR 2022. The paper's text was not at hand; grid and sweep follow descriptions of it.
+    Quantization, CVPR 2022, pp. 450–459. The paper's text was not at hand; grid and sweep follow descriptions of it.
 
     Departures:
         - Scales per channel; the paper's are per tensor (``--weights int4:tensor``).
