@@ -53,6 +53,16 @@ def test_real_images_are_near_their_reference() -> None:
     assert near < 6 and frechet_distance(noisy.moments, network.reference) > 3 * near
 
 
+def test_a_reference_of_bytes_is_one_of_images(tmp_path: Path) -> None:
+    with np.load(MODELS / "fashion_test.npz") as archive:
+        images = archive["x"].astype(np.float32)[:100]
+    codes = ((images[:, 0] + 1) * 127.5).round().astype(np.uint8)
+    np.savez(tmp_path / "bytes.npz", images=codes)
+    np.savez(tmp_path / "floats.npz", images=codes[:, None] / np.float32(127.5) - 1)
+    one, other = (FeatureNetwork(FEATURES[1], tmp_path / f"{name}.npz").reference for name in ("bytes", "floats"))
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-5, atol=1e-6)
+
+
 def test_a_model_against_itself_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("-n", 5, "--steps", 3, "--seed", 2, "-q", *FEATURES)
     code, _ = run(capsys, "sample", UNET, "--against", UNET, "-o", tmp_path / "grid.png", "--json",

@@ -61,9 +61,9 @@ class FeatureNetwork:
     """Images to feature vectors, by any ONNX model: its output ``features``, or else its first.
 
     Args:
-        path: The network; its one input takes images.
+        path: The network; its one input takes images [batch, channels, height, width] in [-1, 1].
         reference: An ``.npz`` with ``mean`` and ``covariance`` of real images' features, or with images (under the
-            network's input name or ``images``) to compute them from.
+            network's input name or ``images``) to compute them from: floats in [-1, 1], or bytes.
 
     Raises:
         OnnxqError: the network has several inputs, or the reference holds neither.
@@ -94,7 +94,7 @@ class FeatureNetwork:
         elif images is not None:
             statistics = Features()
             for start in range(0, len(images), 64):
-                statistics.update(self(images[start : start + 64].astype(np.float32)))
+                statistics.update(self(_as_floats(images[start : start + 64])))
             self.reference = statistics.moments
         else:
             raise OnnxqError(
@@ -105,6 +105,13 @@ class FeatureNetwork:
     def __call__(self, images: Array) -> Array:
         """Features [samples, …] of images."""
         return self.session.run({self.session.input_names[0]: images}, [self.output])[0]
+
+
+def _as_floats(images: Array) -> Array:
+    """Bytes become numbers in [-1, 1]; pictures without a channel axis get one."""
+    if images.dtype == np.uint8:
+        images = images / np.float32(127.5) - 1
+    return (images[:, None] if images.ndim == 3 else images).astype(np.float32)
 
 
 @dataclass
@@ -156,7 +163,8 @@ def sample(
             kept = max(0, shown - start)
             images[kind].append(result[:kept])
             if features is not None:
-                statistics[kind].update(features(result))
+                low, high = sampler.schedule.data_range
+                statistics[kind].update(features(np.clip((result - low) / (high - low) * 2 - 1, -1, 1)))
         if "float" in paths:
             for ratio, wanted, found in zip(path_error, paths["float"], paths["quantized"], strict=True):
                 ratio.update(wanted, found)
