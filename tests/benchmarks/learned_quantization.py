@@ -3,6 +3,9 @@
     python tests/benchmarks/learned_quantization.py --data ../shared/data --models resnet20_cifar10 \
         --formats int4/int8,int4/int4 --recipes nearest,adaround,brecq,qdrop --iterations 200,1000 --out learned.json
 
+`lsq` and `lsq-blocks` (layer-by-layer distillation) take the same number as their steps. The last table is accuracy
+against seconds, quickest first; a row that costs more than one before it and gives no more is marked with a dash.
+
 Every recipe learns from the same calibration images and is judged on images that none has seen. `nearest` is the
 recipe int8 with the same ranges (least error for weights and activations) and without bias correction.
 """
@@ -24,6 +27,33 @@ import onnxq
 NEAREST = {"weight_ranges": "mse", "observer": "mse", "bias_correction": False}
 
 
+# Names that stand for a recipe with knobs of its own, and the knob that the number of iterations goes to.
+RECIPES = {"nearest": ("int8", NEAREST), "lsq": ("lsq", {}), "lsq-blocks": ("lsq", {"distil": "blocks"})}
+
+
+def knobs_of(recipe: str, iterations: int) -> tuple[str, dict[str, Any]]:
+    """The recipe of that name, and its knobs."""
+    name, knobs = RECIPES.get(recipe, (recipe, {}))
+    if recipe == "nearest":
+        return name, knobs
+    return name, knobs | {"steps" if name == "lsq" else "iterations": iterations}
+
+
+def against_seconds(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of accuracy against seconds for each model and formats."""
+    lines = []
+    for model, formats in dict.fromkeys((row["model"], row["formats"]) for row in rows):
+        lines.append(f"\n{model} {formats}: seconds, top-1 %, SQNR dB")
+        best = -1.0
+        chosen = [row for row in rows if (row["model"], row["formats"]) == (model, formats)]
+        for row in sorted(chosen, key=lambda row: float(row["seconds"])):
+            mark = " " if row["top1"] > best else "-"
+            best = max(best, row["top1"])
+            name = f"{row['recipe']} {row['iterations']}"
+            lines.append(f"{mark} {name:20}{row['seconds']:7.0f}{100 * row['top1']:8.2f}{row['sqnr_db']:7.1f}")
+    return lines
+
+
 def prepared(data: Path, name: str, part: str, count: int, folder: Path) -> Path:
     """The inputs of a model, written by the script that lies beside the data."""
     path = folder / f"{name}.{part}.npz"
@@ -33,7 +63,8 @@ def prepared(data: Path, name: str, part: str, count: int, folder: Path) -> Path
     return path
 
 
-def measure(model: Path, inputs: Path, test: Path, recipe: str, formats: str, knobs: dict[str, Any]) -> dict[str, Any]:
+def measure(model: Path, inputs: Path, test: Path, recipe: str, formats: str, iterations: int) -> dict[str, Any]:
+    name, knobs = knobs_of(recipe, iterations)
     weights, activations = formats.split("/")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "quantized.onnx"
@@ -41,7 +72,7 @@ def measure(model: Path, inputs: Path, test: Path, recipe: str, formats: str, kn
             model,
             inputs,
             output=output,
-            recipe="int8" if recipe == "nearest" else recipe,
+            recipe=name,
             knobs=knobs,
             weights=weights,
             activations=activations,
@@ -51,7 +82,7 @@ def measure(model: Path, inputs: Path, test: Path, recipe: str, formats: str, kn
         "model": model.stem,
         "recipe": recipe,
         "formats": formats,
-        "iterations": knobs.get("iterations", 0),
+        "iterations": iterations,
         "top1_float": compared["top1_float"],
         "top1": compared["top1_quantized"],
         "agreement": compared["agreement"],
@@ -85,8 +116,7 @@ def main() -> None:
             for formats in options.formats.split(","):
                 for recipe in options.recipes.split(","):
                     for iterations in ["0"] if recipe == "nearest" else options.iterations.split(","):
-                        knobs = NEAREST if recipe == "nearest" else {"iterations": int(iterations)}
-                        row = measure(model, inputs, test, recipe, formats, knobs)
+                        row = measure(model, inputs, test, recipe, formats, int(iterations))
                         rows.append(row)
                         print(
                             f"{name} {formats} {recipe} {iterations}: {100 * row['top1']:.2f} % of "
@@ -96,6 +126,7 @@ def main() -> None:
                         )
                         if options.out:
                             options.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print("\n".join(against_seconds(rows)))
 
 
 if __name__ == "__main__":
