@@ -1,4 +1,4 @@
-"""Q-Diffusion: inputs from all steps, shortcuts split, rounding and then activation steps learned block by block."""
+"""Q-Diffusion: inputs from all steps; rounding, then the steps of activations, learned block by block."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class QDiffusion:
     Models, ICCV 2023 (arXiv 2302.04304), section 3.
 
     Departures:
+        - Shortcuts are not split here (section 3.2): both halves of a Concat share one scale.
         - Weights are symmetric, as TensorRT needs them; the authors' have zero points.
         - Blocks are learned in the order in which they run; the authors' code takes a DDIM's upper half backwards.
         - While rounding is learned, the prefix of a block has quantized activations too.
