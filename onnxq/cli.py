@@ -19,6 +19,7 @@ from onnxq.commands import (
     recipes,
     sample,
     strip,
+    synthesize,
     trajectories,
     view,
 )
@@ -35,7 +36,7 @@ app = typer.Typer(
 
 for command in (
     quantize.quantize, compare.compare, analyze.analyze, lint.lint, build.build, strip.strip, recipes.recipes,
-    export.export, trajectories.trajectories, sample.sample, view.view, doctor.doctor,
+    export.export, synthesize.synthesize, trajectories.trajectories, sample.sample, view.view, doctor.doctor,
 ):  # fmt: skip
     app.command()(command)
 

@@ -44,6 +44,7 @@ class Settings(BaseModel):
     steps: int | None = Field(default=None, ge=1)
     guidance: float = Field(default=1.0, allow_inf_nan=False)
     conditions: str | None = None
+    synthesis: Literal["auto", "noise", "pixels", "zeroq", "dsg", "genie"] = "auto"
     budget: Literal["quick", "default", "paper"] = "default"
     device: Literal["cpu", "cuda"] = "cpu"
     knobs: dict[str, Any] = Field(default_factory=dict)

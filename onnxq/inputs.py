@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,15 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import model as models
-from onnxq.calibration.data import Preprocessing, Source, input_specs, open_source
+from onnxq.calibration.data import InputSpec, Preprocessing, Source, input_specs, open_source
 from onnxq.calibration.noise import Noise
 from onnxq.config import Settings
 from onnxq.progress import Progress
 
 Array = np.ndarray[Any, Any]
+
+DEFAULT_METHOD = "pixels"  # of those there are, the nearest to real data for its time, by SQNR
+SMALL_ELEMENTS = 3 * 96 * 96
 
 
 def calibration_inputs(
@@ -54,8 +57,44 @@ def calibration_inputs(
             f"calibrated on {len(written)} sequences of {written.length} tokens that the model wrote itself"
         ]
     if data is None:
-        return Noise(specs, count=settings.samples or 32, seed=settings.seed), [
-            "calibrated on random inputs, because no --data was given: ranges are guesses"
-        ]
+        return _made_up(model, specs, settings, progress)
     preprocess = settings.preprocess.model_dump()
     return open_source(data, specs, Preprocessing(**preprocess)), []
+
+
+def _made_up(
+    model: ir.Model, specs: Sequence[InputSpec], settings: Settings, progress: Progress
+) -> tuple[Source, list[str]]:
+    """Inputs made from the statistics of BatchNormalization, or else random ones."""
+    has_statistics = any(node.op_type == "BatchNormalization" for node in model.graph)
+    if settings.synthesis != "noise" and (has_statistics or settings.synthesis != "auto"):
+        try:
+            from onnxq.synthesis import synthesize
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            reason = "pip install 'onnxq[learn]' lets onnxq make inputs from the model's BatchNormalization"
+        else:
+            if settings.synthesis != "auto" or synthesize.can_synthesise(model, specs):
+                made = synthesize.synthesise(
+                    model,
+                    DEFAULT_METHOD if settings.synthesis == "auto" else settings.synthesis,
+                    count=settings.samples or default_count(specs),
+                    budget=settings.budget,
+                    seed=settings.seed,
+                    device=settings.device,
+                    progress=progress,
+                )
+                return made, []
+            reason = "its inputs are none that can be made from BatchNormalization"
+    elif has_statistics:
+        reason = "as asked for"
+    else:
+        reason = "a model exported with its BatchNormalization nodes would tell more"
+    noise = Noise(specs, count=settings.samples or 32, seed=settings.seed)
+    return noise, [f"calibrated on random inputs, because no --data was given ({reason}): ranges are guesses"]
+
+
+def default_count(specs: Sequence[InputSpec]) -> int:
+    """How many inputs are made: fewer large ones."""
+    return 64 if np.prod([size or 1 for size in specs[0].shape[1:]]) <= SMALL_ELEMENTS else 32

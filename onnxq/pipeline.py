@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import onnx_ir as ir
 import onnxq
 from onnxq import model as models
 from onnxq import recipes, targets
+from onnxq.calibration.data import Source
 from onnxq.calibration.noise import Noise
 from onnxq.check import Check, bare_float_run, check
 from onnxq.config import Settings, build_knobs, make_settings
@@ -24,6 +26,7 @@ from onnxq.inputs import calibration_inputs
 from onnxq.job import Job, peak_rss_mib, quantized_counts
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS
 from onnxq.progress import Progress
+from onnxq.recipes import Recipe
 
 Array = np.ndarray[Any, Any]
 LOW_SQNR_DB = 10.0
@@ -92,6 +95,7 @@ def quantize(
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
     source, warnings = calibration_inputs(loaded, path, data, settings, progress, recipe)
+    recipe = _with_range_rule(recipe, source, {**entry.knobs, **settings.knobs})
     with progress.stage("load", "Loading"):
         job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings)
         job.checkpoint = None if output is None else checkpoint_folder(Path(output))
@@ -125,6 +129,15 @@ def quantize(
 def checkpoint_folder(output: Path) -> Path:
     """Where a recipe that learns keeps finished blocks until the output is written."""
     return output.parent / f".{output.name}.checkpoint"
+
+
+def _with_range_rule(recipe: Recipe, source: Source, given: Mapping[str, Any]) -> Recipe:
+    """The recipe with the range rule that suits the samples, unless the user or the recipe's entry names one."""
+    rule = getattr(source, "observer", None)
+    if rule is None or "observer" in given or not hasattr(recipe, "observer"):
+        return recipe
+    changed: Recipe = dataclasses.replace(recipe, observer=rule)  # type: ignore[type-var]
+    return changed
 
 
 def _numbers(job: Job, path: Path, checked: Check, recipe: Any) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_bias_correction_takes_the_mean_error_back(shared_data: Path, tmp_path: 
 
 
 def test_without_data_it_says_so(network: Path) -> None:
-    result = onnxq.quantize(network, samples=4)
+    result = onnxq.quantize(network, samples=4, synthesis="noise")
     assert any("random" in warning for warning in result.numbers["warnings"])
 
 

@@ -73,6 +73,15 @@ def quantize(
         typer.Option(metavar="PATTERN", help="Node names or ops to keep in float (`*` matches anything); repeatable."),
     ] = None,
     seed: Annotated[int | None, typer.Option(show_default="0", help="The same seed gives the same bytes.")] = None,
+    synthesis: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="Without --data: how inputs are made from the model's BatchNormalization (`onnxq synthesize --help`), "
+            "or noise.",
+            show_default="auto",
+        ),
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -118,6 +127,7 @@ def quantize(
         "samples": samples,
         "exclude": tuple(exclude) if exclude else None,
         "seed": seed,
+        "synthesis": synthesis,
         "budget": budget,
         "device": device,
         "scheduler": None if scheduler is None else str(scheduler),

@@ -1,0 +1,104 @@
+"""Calibration inputs made from the model itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onnxq.commands.common import JsonPath, ModelPath, Quiet, check_destinations, progress, write_json
+
+if TYPE_CHECKING:
+    from onnxq.synthesis.synthesize import Synthesised
+
+
+def synthesize(
+    model: ModelPath,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="NPZ", help="Where to write.", show_default=False)
+    ] = Path("synthesised.npz"),
+    method: Annotated[
+        str,
+        typer.Option(
+            help="**pixels**: a batch whose statistics match BatchNormalization's as a whole. **zeroq**: every sample "
+            "by itself. **dsg**: the same with slack, and a layer of its own for each sample. **genie**: from a "
+            "generator learned for each batch, with swing convolutions."
+        ),
+    ] = "pixels",
+    samples: Annotated[
+        int | None, typer.Option("--samples", "-n", min=1, help="How many; 64, or 32 large ones.")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="quick, default or paper: how many steps each batch takes.")] = "default",
+    steps: Annotated[int, typer.Option(min=0, help="Steps for each batch instead.")] = 0,
+    grid: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the images too.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same inputs.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json_path: JsonPath = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make calibration inputs for MODEL from the statistics that its BatchNormalization nodes remember.
+
+    No data is needed. The file is what `quantize --data` takes. An interrupted run goes on with its next batch.
+    """
+    import numpy as np
+
+    from onnxq import model as models
+    from onnxq.calibration.data import input_specs
+    from onnxq.config import make_settings
+    from onnxq.diffusion.comparison import write_grid
+    from onnxq.inputs import default_count
+    from onnxq.pipeline import checkpoint_folder
+    from onnxq.synthesis.methods import get
+
+    check_destinations(model, output, grid, json_path)
+    settings = make_settings({"budget": budget, "seed": seed, "device": device})
+    get(method)
+    loaded = models.load(model)
+    started = time.perf_counter()
+    made = _load()(
+        loaded,
+        method,
+        count=samples or default_count(input_specs(loaded)),
+        budget=settings.budget,
+        steps=steps,
+        seed=seed,
+        device=device,
+        checkpoint=checkpoint_folder(output),
+        progress=progress(quiet),
+    )
+    with models.atomic_folder(output) as folder:
+        arrays: dict[str, Any] = {made.name: made.inputs}
+        np.savez(folder / "made.npz", **arrays)
+        (folder / "made.npz").replace(output)
+    if grid is not None:
+        low, high = np.percentile(made.inputs, [1, 99]).tolist()
+        write_grid(grid, {"made": made.inputs}, (low, high))
+    numbers = {
+        "output": str(output),
+        "samples": len(made),
+        "method": method,
+        "distance": made.distance,
+        "noise_distance": made.noise_distance,
+        "losses": made.losses,
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(json_path, numbers)
+    if not quiet:
+        typer.echo(f"{output}: {len(made)} inputs, {made.description}")
+
+
+def _load() -> Callable[..., Synthesised]:
+    from onnxq.errors import OnnxqError
+
+    try:
+        from onnxq.synthesis.synthesize import synthesise
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise OnnxqError(
+            "expected torch, with which inputs are made, found it not installed", hint="pip install 'onnxq[learn]'"
+        ) from error
+    return synthesise

@@ -1,0 +1,73 @@
+"""The ways to make inputs from a model: what is changed, and which terms are minimised. One declaration each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnxq.errors import OnnxqError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make inputs.
+
+    Attributes:
+        line: What it does, with its source.
+        generator: Whether a generator with learned latent codes makes the inputs; otherwise pixels are learned.
+        rate: Adam's rate of pixels.
+        steps: Steps for each batch, with ``--budget paper``.
+        batch: Inputs that are made together; 0: one for each BatchNormalization.
+        per_sample: Whether every sample has to match statistics by itself.
+        mean_of_channels: Mean instead of sum over the channels of a layer.
+        slack: The quantile of what random inputs are off that is free; 0: nothing is.
+        emphasis: How much more each sample gives to a layer of its own.
+        swing: Whether strided convolutions read shifted inputs.
+    """
+
+    line: str
+    generator: bool = False
+    rate: float = 0.5
+    steps: int = 500
+    batch: int = 32
+    per_sample: bool = True
+    mean_of_channels: bool = False
+    slack: float = 0.0
+    emphasis: float = 0.0
+    swing: bool = False
+
+
+METHODS = {
+    "zeroq": Method("pixels that match BatchNorm statistics sample by sample (ZeroQ, arXiv 2001.00281)"),
+    "dsg": Method(
+        "the same with slack, and a layer of its own for each sample (DSG, arXiv 2103.01049)",
+        batch=0,
+        slack=0.9,
+        emphasis=1.0,
+    ),
+    "pixels": Method(
+        "pixels whose batch matches BatchNorm statistics as a whole", rate=0.1, per_sample=False, mean_of_channels=True
+    ),
+    "genie": Method(
+        "a generator and its codes, learned for each batch, with swing convolutions (GENIE-D, arXiv 2212.04780)",
+        generator=True,
+        steps=4000,
+        batch=128,
+        per_sample=False,
+        mean_of_channels=True,
+        swing=True,
+    ),
+}
+
+
+def get(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        OnnxqError: there is none.
+    """
+    if name not in METHODS:
+        raise OnnxqError(
+            f"expected a way to make inputs of {', '.join(METHODS)}, found {name!r}",
+            hint="`onnxq synthesize --help` explains them",
+        )
+    return METHODS[name]

@@ -1,0 +1,75 @@
+"""What BatchNormalization remembers of the training data, and how far some inputs are from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from onnxq import graph as graphs
+from onnxq.folding import array_of
+
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """The statistics of one BatchNormalization's input.
+
+    Attributes:
+        value: The name of that input, which has its channels on axis 1.
+        mean: Mean of each channel, [channels].
+        deviation: Standard deviation of each channel, [channels].
+    """
+
+    value: str
+    mean: Tensor
+    deviation: Tensor
+
+
+def remembered(model: ir.Model, device: str = "cpu") -> list[Remembered]:
+    """The statistics of every BatchNormalization in graph order; nothing where it was folded away."""
+    found = []
+    for node in model.graph:
+        if not graphs.is_op(node, "BatchNormalization") or len(node.inputs) < 5 or node.inputs[0] is None:
+            continue
+        if not all(graphs.is_constant(value) for value in node.inputs[3:5]):
+            continue
+        mean, variance = (torch.from_numpy(array_of(value).astype("float32")).to(device) for value in node.inputs[3:5])
+        found.append(Remembered(node.inputs[0].name or "", mean, (variance + EPSILON).sqrt()))
+    return found
+
+
+def moments(values: Tensor, *, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel.
+
+    Args:
+        values: [samples, channels, …].
+        per_sample: Over the positions of each sample ([samples, channels]) or over all samples ([channels]).
+    """
+    positions = list(range(2, values.ndim))
+    axes = positions if per_sample else [0, *positions]
+    if not axes:  # one number per sample and channel: it has no spread of its own
+        return values, torch.zeros_like(values)
+    variance, mean = torch.var_mean(values, dim=axes, correction=0)
+    return mean, (variance + EPSILON).sqrt()
+
+
+def distance(taps: Mapping[str, Tensor], layers: Sequence[Remembered]) -> float:
+    """How far inputs are from the training data as BatchNormalization saw it.
+
+    The root mean square, over layers and channels, of the distance between the means and between the standard
+    deviations of a batch and those remembered, in remembered standard deviations. 0 is a perfect match.
+    """
+    total, count = 0.0, 0
+    for layer in layers:
+        mean, deviation = moments(taps[layer.value], per_sample=False)
+        for found, wanted in ((mean, layer.mean), (deviation, layer.deviation)):
+            off = (found - wanted) / layer.deviation
+            total += float(off.square().clamp(max=1e6).sum())
+            count += off.numel()
+    return math.sqrt(total / max(count, 1))

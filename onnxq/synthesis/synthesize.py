@@ -1,0 +1,214 @@
+"""Make inputs whose statistics inside the network are those of the data that it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from onnxq.autograd.interpreter import Replacement, TorchGraph
+from onnxq.calibration.data import InputSpec, Sample, input_specs
+from onnxq.errors import OnnxqError
+from onnxq.learning.checkpoint import Checkpoint, fingerprint
+from onnxq.progress import Progress
+from onnxq.synthesis.methods import Method, get
+from onnxq.synthesis.scale import input_scale
+from onnxq.synthesis.statistics import Remembered, distance, remembered
+from onnxq.synthesis.swing import swing
+from onnxq.synthesis.terms import MatchStatistics, StandardInputs, Term, slack_of
+from onnxq.synthesis.variables import Generator, Pixels, Variable
+
+Array = np.ndarray[Any, Any]
+
+SHARE_OF_STEPS = {"quick": 0.06, "default": 0.15, "paper": 1.0}
+BATCH_ELEMENTS = 32 * 3 * 64 * 64  # pixels of one batch, at most: what is larger is made in more batches
+SMALLEST_BATCH = 16
+SLACK_SAMPLES = 64
+
+
+@dataclass
+class Synthesised:
+    """Made inputs, as calibration data.
+
+    Attributes:
+        name: The input's name.
+        inputs: [samples, channels, …].
+        method: How they were made.
+        distance: How far their statistics are from those remembered, in standard deviations.
+        noise_distance: The same of random inputs in the same units.
+        losses: The loss after each step, by batch.
+        observer: The range rule that suits made inputs: their tails are lighter than those of real data, so that a
+            clip at what they seldom reach would cut off what real data needs.
+    """
+
+    name: str
+    inputs: Array
+    method: str
+    distance: float
+    noise_distance: float
+    losses: list[list[float]]
+    observer: str = "minmax"
+
+    @property
+    def description(self) -> str:
+        """One line that says what was made."""
+        return (
+            f"made from the model itself ({self.method}); BatchNorm statistics are off by {self.distance:.2f} "
+            f"standard deviations, those of noise by {self.noise_distance:.2f}"
+        )
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return ({self.name: row} for row in self.inputs)
+
+
+def can_synthesise(model: ir.Model, specs: Sequence[InputSpec]) -> bool:
+    """Whether the model has what synthesis needs: BatchNormalization, and one float input of known size."""
+    if len(specs) != 1 or specs[0].dtype.kind != "f" or None in specs[0].shape[1:] or len(specs[0].shape) < 3:
+        return False
+    return any(node.op_type == "BatchNormalization" for node in model.graph)
+
+
+def synthesise(
+    model: ir.Model,
+    method: str = "pixels",
+    *,
+    count: int = 64,
+    budget: str = "default",
+    steps: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> Synthesised:
+    """Make ``count`` inputs for a model.
+
+    Args:
+        model: The float model with its BatchNormalization nodes, as :func:`onnxq.model.load` gives it.
+        method: Its name in :data:`onnxq.synthesis.methods.METHODS`.
+        count: How many.
+        budget: ``quick``, ``default`` or ``paper``: the share of the method's steps for each batch.
+        steps: Steps for each batch instead.
+        seed: The same seed makes the same inputs.
+        device: ``cpu`` or ``cuda``.
+        checkpoint: A folder for finished batches.
+        progress: Where to say what is being done.
+
+    Raises:
+        OnnxqError: the model has no BatchNormalization, or its input is none that can be made.
+    """
+    recipe, specs, progress = get(method), input_specs(model), progress or Progress()
+    if not any(node.op_type == "BatchNormalization" for node in model.graph):
+        raise OnnxqError(
+            "expected BatchNormalization nodes, whose statistics inputs are made from, found none in the model",
+            hint="export it with them (torch.onnx.export: dynamo=True, optimize=False), or give --data",
+        )
+    if not can_synthesise(model, specs):
+        found = ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in specs)
+        raise OnnxqError(
+            f"expected one float input [batch, channels, …] of known size to make, found {found}", hint="give --data"
+        )
+    maker = _Maker(model, specs[0], recipe, seed, device)
+    total = steps or max(1, round(recipe.steps * SHARE_OF_STEPS[budget]))
+    sizes = _batches(count, maker.batch)
+    kept = Checkpoint(checkpoint, "" if checkpoint is None else fingerprint(model, method, count, total, seed))
+    made, losses = [], []
+    with progress.stage("synthesise", "Making inputs", total * len(sizes), unit="steps") as advance:
+        for index, size in enumerate(sizes):
+            finished = kept.load(f"batch {index}")
+            if finished is None:
+                batch, falling = maker.make(index, size, total, advance)
+                finished = {"inputs": batch, "losses": np.asarray(falling)}
+                kept.save(f"batch {index}", finished)
+            made.append(finished["inputs"])
+            losses.append(finished["losses"].tolist())
+    kept.remove()
+    inputs = np.concatenate(made).astype(specs[0].dtype)
+    return Synthesised(
+        specs[0].name, inputs, method, maker.distance(inputs), maker.distance(maker.noise(len(inputs))), losses
+    )
+
+
+def _batches(count: int, size: int) -> list[int]:
+    """Batches of nearly one size, none of them larger than ``size``."""
+    number = -(-count // size)
+    return [count // number + (index < count % number) for index in range(number)]
+
+
+class _Maker:
+    """The network, its remembered statistics, and the units of its inputs."""
+
+    def __init__(self, model: ir.Model, spec: InputSpec, recipe: Method, seed: int, device: str) -> None:
+        self.graph, self.model, self.recipe, self.seed = TorchGraph(model, device), model, recipe, seed
+        self.name, self.shape = spec.name, tuple(size or 1 for size in spec.shape[1:])
+        self.layers: list[Remembered] = remembered(model, device)
+        self.taps = list(dict.fromkeys(layer.value for layer in self.layers))
+        elements = int(np.prod(self.shape))
+        largest = max(SMALLEST_BATCH, BATCH_ELEMENTS // elements)
+        self.batch = min(recipe.batch or len(self.layers), largest)
+        source = torch.Generator().manual_seed(seed)
+        self.scale, self.shift = input_scale(self.graph, self.name, self.shape, self.layers, source)
+
+    def make(self, index: int, size: int, steps: int, advance: Callable[[int], None]) -> tuple[Array, list[float]]:
+        """One batch, and the loss after each step."""
+        source = torch.Generator().manual_seed(self.seed * 100_003 + index + 1)
+        variable, terms = self._variable(size, steps, source), self._terms(size, source)
+        replaced: Mapping[str, Replacement] = swing(self.graph, self.model, source) if self.recipe.swing else {}
+        losses = []
+        for step in range(steps):
+            variable.zero_grad()
+            inputs = variable.inputs()
+            taps = self._run(inputs, replaced)
+            loss = torch.stack([term(inputs, taps) for term in terms]).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            variable.step(loss.detach())
+            losses.append(float(loss.detach()))
+            advance(index * steps + step + 1)
+        with torch.no_grad():
+            return (self.scale * variable.inputs() + self.shift).cpu().numpy(), losses
+
+    def noise(self, count: int) -> Array:
+        """Normal inputs in the network's units."""
+        source = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            return (
+                (self.scale * torch.randn(count, *self.shape, generator=source).to(self.graph.device) + self.shift)
+                .cpu()
+                .numpy()
+            )
+
+    def distance(self, inputs: Array) -> float:
+        """How far some inputs are from what is remembered, judged on one batch of them."""
+        with torch.no_grad():
+            chunk = torch.from_numpy(inputs[: max(self.batch, 64)].astype(np.float32)).to(self.graph.device)
+            return distance(self.graph.run({self.name: chunk}, self.taps), self.layers)
+
+    def _run(self, inputs: Tensor, replaced: Mapping[str, Replacement]) -> dict[str, Tensor]:
+        return self.graph.run({self.name: self.scale * inputs + self.shift}, self.taps, replaced=replaced)
+
+    def _variable(self, size: int, steps: int, source: torch.Generator) -> Variable:
+        device = str(self.graph.device)
+        if self.recipe.generator and len(self.shape) == 3 and min(self.shape[1:]) >= 4:
+            channels, height, width = self.shape
+            return Generator(size, (channels, height, width), source, steps=steps, device=device)
+        start = torch.randn(size, *self.shape, generator=source)
+        return Pixels(start.to(device), self.recipe.rate, patience=max(5, steps // 5))
+
+    def _terms(self, size: int, source: torch.Generator) -> list[Term]:
+        slack = []
+        if self.recipe.slack:
+            with torch.no_grad():
+                noise = torch.randn(SLACK_SAMPLES, *self.shape, generator=source).to(self.graph.device)
+                slack = slack_of(self._run(noise, {}), self.layers, self.recipe.slack)
+        match = MatchStatistics(
+            self.layers, self.recipe.per_sample, self.recipe.mean_of_channels, slack, self.recipe.emphasis
+        )
+        return [match, StandardInputs(self.recipe.per_sample or self.recipe.generator)]

@@ -1,0 +1,94 @@
+"""Terms of what synthesis minimises: small functions of the inputs and of values inside the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onnxq.synthesis.statistics import Remembered, moments
+
+Taps = Mapping[str, Tensor]
+Term = Callable[[Tensor, Taps], Tensor]
+
+
+@dataclass(frozen=True)
+class Slack:
+    """How far statistics may be off without a penalty, for one layer.
+
+    Attributes:
+        mean: Of the means.
+        deviation: Of the standard deviations.
+    """
+
+    mean: float = 0.0
+    deviation: float = 0.0
+
+
+@dataclass(frozen=True)
+class MatchStatistics:
+    """Squared distance to the means and standard deviations that BatchNormalization remembers.
+
+    Attributes:
+        layers: What is remembered.
+        per_sample: Whether each sample has to match by itself (ZeroQ) or the batch as a whole (GENIE). Samples that
+            all match by themselves look alike.
+        mean_of_channels: Mean instead of sum over channels, so that wide layers weigh no more than narrow ones.
+        slack: What is free in each layer (DSG, section 3.2); empty: nothing.
+        emphasis: How much more sample i gives to layer i (DSG, section 3.3); per sample only.
+    """
+
+    layers: Sequence[Remembered]
+    per_sample: bool
+    mean_of_channels: bool
+    slack: Sequence[Slack] = ()
+    emphasis: float = 0.0
+
+    def __call__(self, inputs: Tensor, taps: Taps) -> Tensor:
+        """The term, a scalar."""
+        total = torch.zeros((), device=inputs.device)
+        rows = torch.arange(len(inputs), device=inputs.device)
+        for index, layer in enumerate(self.layers):
+            free = self.slack[index] if self.slack else Slack()
+            values = taps[layer.value]
+            mean, deviation = moments(values, per_sample=self.per_sample)
+            error = ((mean - layer.mean).abs() - free.mean).clamp(min=0).square()
+            if values.ndim > 2 or not self.per_sample:  # a single number has no spread to match
+                error = error + ((deviation - layer.deviation).abs() - free.deviation).clamp(min=0).square()
+            error = error.mean(-1) if self.mean_of_channels else error.sum(-1)
+            if self.per_sample:
+                weight = 1 + self.emphasis * (rows % len(self.layers) == index).float()
+                error = (error * weight).mean()
+            total = total + error
+        return total
+
+
+@dataclass(frozen=True)
+class StandardInputs:
+    """Squared distance of each input channel to mean 0 and standard deviation 1.
+
+    Inputs are in units in which the first layer's statistics are met (see :mod:`onnxq.synthesis.scale`), which for
+    normalised images are those of the network.
+
+    Attributes:
+        per_sample: Whether each sample has to be so by itself, which makes all of them equally bright (ZeroQ, GENIE).
+    """
+
+    per_sample: bool = True
+
+    def __call__(self, inputs: Tensor, taps: Taps) -> Tensor:
+        """The term, a scalar."""
+        mean, deviation = moments(inputs, per_sample=self.per_sample)
+        return (mean.square() + (deviation - 1).square()).sum(-1).mean()
+
+
+def slack_of(taps: Taps, layers: Sequence[Remembered], part: float) -> list[Slack]:
+    """What random inputs are off in each layer: the quantile ``part`` over channels (DSG, section 3.2)."""
+    found = []
+    for layer in layers:
+        mean, deviation = moments(taps[layer.value], per_sample=False)
+        off = [(mean - layer.mean).abs(), (deviation - layer.deviation).abs()]
+        found.append(Slack(*(float(torch.quantile(item, part)) for item in off)))
+    return found

@@ -1,0 +1,218 @@
+"""Inputs made from a model: the terms are what the papers say, the loss falls, and calibration profits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import MODELS, NETWORK, SHAPES, add_weights
+from typer.testing import CliRunner
+
+import onnxq
+from onnxq import OnnxqError
+from onnxq import model as models
+from onnxq.cli import app
+from onnxq.progress import Progress
+
+torch = pytest.importorskip("torch", reason="synthesis needs torch: pip install 'onnxq[learn]'")
+
+from onnxq.autograd.interpreter import TorchGraph  # noqa: E402
+from onnxq.synthesis.scale import input_scale  # noqa: E402
+from onnxq.synthesis.statistics import Remembered, moments, remembered  # noqa: E402
+from onnxq.synthesis.swing import swing  # noqa: E402
+from onnxq.synthesis.synthesize import synthesise  # noqa: E402
+from onnxq.synthesis.terms import MatchStatistics, Slack, slack_of  # noqa: E402
+
+FASHION = MODELS / "fashion_resnet.onnx"
+
+
+def fashion() -> ir.Model:
+    return models.load(FASHION)
+
+
+def some_layers(count: int) -> tuple[list[Remembered], dict[str, torch.Tensor]]:
+    source = torch.Generator().manual_seed(0)
+    layers = [Remembered(f"v{index}", torch.zeros(3), torch.ones(3)) for index in range(count)]
+    return layers, {layer.value: torch.randn(4, 3, 5, 5, generator=source) for layer in layers}
+
+
+def test_zeroq_sums_over_channels_and_averages_over_samples() -> None:
+    layers, taps = some_layers(2)
+    found = MatchStatistics(layers, per_sample=True, mean_of_channels=False)(taps["v0"], taps)
+    wanted = 0.0
+    for values in taps.values():
+        mean, deviation = values.mean(dim=(2, 3)), (values.var(dim=(2, 3), correction=0) + 1e-6).sqrt()
+        wanted += float((mean.square() + (deviation - 1).square()).sum(1).mean())
+    assert float(found) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_batch_can_match_while_no_sample_does() -> None:
+    layers = [Remembered("v", torch.zeros(1), torch.ones(1))]
+    values = torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 1, 4, 4)
+    batch = MatchStatistics(layers, per_sample=False, mean_of_channels=True)(values, {"v": values})
+    alone = MatchStatistics(layers, per_sample=True, mean_of_channels=True)(values, {"v": values})
+    assert float(batch) < 1e-6 < 1.9 < float(alone)
+
+
+def test_slack_is_what_noise_is_off_and_frees_that_much() -> None:
+    layers, taps = some_layers(3)
+    plain = MatchStatistics(layers, True, False)
+    assert float(MatchStatistics(layers, True, False, [Slack()] * 3)(taps["v0"], taps)) == float(
+        plain(taps["v0"], taps)
+    )
+    all_of_it = slack_of(taps, layers, 1.0)
+    assert float(MatchStatistics(layers, False, False, all_of_it)(taps["v0"], taps)) == pytest.approx(0, abs=1e-10)
+
+
+def test_emphasis_doubles_one_layer_for_each_sample() -> None:
+    layers, taps = some_layers(4)
+    alone = []
+    for row, layer in enumerate(layers):
+        own = {layer.value: taps[layer.value][[row]]}
+        alone.append(float(MatchStatistics([layer], True, False)(own[layer.value], own)))
+    plain = float(MatchStatistics(layers, True, False)(taps["v0"], taps))
+    emphasised = float(MatchStatistics(layers, True, False, emphasis=1.0)(taps["v0"], taps))
+    assert emphasised == pytest.approx(plain + sum(alone) / 4, rel=1e-5)
+
+
+def test_swing_lets_every_pixel_count_and_leaves_the_graph_alone() -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    strided (float[N,1,8,8] x) => (float[N,1,4,4] y) { [c] y = Conv <strides=[2,2]> (x, w) }
+    """
+    model = add_weights(text, {"w": (1, 1, 1, 1)})
+    graph = TorchGraph(model)
+    replaced = swing(graph, model, torch.Generator().manual_seed(0))
+
+    def reached(draws: int, replacements: dict) -> float:
+        x = torch.ones(1, 1, 8, 8, requires_grad=True)
+        for _ in range(draws):
+            graph.run({"x": x}, ["y"], replaced=replacements)["y"].sum().backward()
+        return float((x.grad != 0).float().mean())
+
+    assert reached(1, {}) == 0.25
+    assert reached(60, replaced) == 1.0
+    x = torch.randn(2, 1, 8, 8)
+    assert graph.run({"x": x}, ["y"], replaced=replaced)["y"].shape == (2, 1, 4, 4)
+    assert torch.equal(graph.run({"x": x}, ["y"])["y"], graph.run({"x": x}, ["y"])["y"])
+
+
+def test_a_network_that_reads_bytes_is_recognised() -> None:
+    """The first filters of the shipped classifier, made for 0 … 255 instead of -1 … 1."""
+    model = fashion()
+    first = next(node for node in model.graph if node.op_type == "Conv")
+    x = model.graph.inputs[0]
+    half, one = (ir.Value(name=name, const_value=ir.tensor(np.float32(number), name=name)) for name, number in
+                 (("half", 127.5), ("one", 1.0)))  # fmt: skip
+    tape = ir.tape.Tape()
+    scaled = tape.op("Sub", [tape.op("Div", [x, half]), one])
+    for value in (half, one):
+        model.graph.register_initializer(value)
+    model.graph.insert_before(first, tape.nodes)
+    first.replace_input_with(0, scaled)
+    scaled.name, tape.nodes[0].outputs[0].name = "scaled", "divided"
+    found = {}
+    for name, network in (("bytes", model), ("normalised", fashion())):
+        layers = remembered(network)
+        source = torch.Generator().manual_seed(0)
+        scale, shift = input_scale(TorchGraph(network), "x", (1, 28, 28), layers, source)
+        found[name] = float(scale), float(shift)
+    assert found["bytes"][0] == pytest.approx(127.5 * found["normalised"][0], rel=0.25)
+    assert found["bytes"][1] == pytest.approx(127.5 * (found["normalised"][1] + 1), rel=0.25)
+
+
+@pytest.mark.parametrize("method", ["pixels", "zeroq", "dsg", "genie"])
+def test_the_loss_falls_and_statistics_come_near(method: str) -> None:
+    made = synthesise(fashion(), method, count=16, steps=60)
+    losses = np.array(made.losses[0])
+    assert losses[-5:].mean() < 0.4 * losses[0]
+    assert made.distance < 0.6 * made.noise_distance
+    assert made.inputs.shape == (16, 1, 28, 28) and made.inputs.dtype == np.float32
+
+
+def test_samples_that_match_by_themselves_look_more_alike() -> None:
+    """The homogenisation that DSG and GENIE speak of."""
+
+    def spread(method: str) -> float:
+        inputs = synthesise(fashion(), method, count=16, steps=80).inputs
+        return float(inputs.mean(axis=(1, 2, 3)).std())
+
+    assert spread("zeroq") < 0.7 * spread("pixels")
+
+
+def test_one_seed_gives_the_same_bytes_also_after_an_interruption(tmp_path: Path) -> None:
+    options = {"count": 40, "steps": 6, "seed": 3}
+    whole = synthesise(fashion(), "pixels", **options).inputs
+    assert whole.tobytes() == synthesise(fashion(), "pixels", **options).inputs.tobytes()
+
+    class StoppedError(Exception):
+        pass
+
+    class Stops(Progress):
+        def stage(self, *arguments: object, **keywords: object):  # type: ignore[no-untyped-def]
+            import contextlib
+
+            @contextlib.contextmanager
+            def stage():  # type: ignore[no-untyped-def]
+                def advance(done: int) -> None:
+                    if done == 9:  # in the second batch
+                        raise StoppedError
+
+                yield advance
+
+            return stage()
+
+    with pytest.raises(StoppedError):
+        synthesise(fashion(), "pixels", **options, checkpoint=tmp_path / "kept", progress=Stops())
+    assert len(list((tmp_path / "kept").glob("*.npz"))) == 1
+    again = synthesise(fashion(), "pixels", **options, checkpoint=tmp_path / "kept").inputs
+    assert again.tobytes() == whole.tobytes() and not (tmp_path / "kept").exists()
+
+
+def test_quantizing_without_data_is_nearly_as_good_as_with(tmp_path: Path) -> None:
+    test = MODELS / "fashion_test.npz"
+    found = {}
+    for name, data, options in (
+        ("real", MODELS / "fashion_calibration.npz", {}),
+        ("made", None, {}),
+        ("noise", None, {"synthesis": "noise"}),
+    ):
+        result = onnxq.quantize(FASHION, data, target="cpu", output=tmp_path / f"{name}.onnx", **options)
+        found[name] = onnxq.compare(FASHION, tmp_path / f"{name}.onnx", test, latency=False, layers=False)
+        assert bool(result.numbers["warnings"]) == (name == "noise")
+    assert abs(found["made"].top1_quantized - found["real"].top1_quantized) < 0.004
+    assert found["made"].sqnr_db > found["noise"].sqnr_db
+
+
+def test_the_command_writes_what_quantize_reads(tmp_path: Path) -> None:
+    made, grid = tmp_path / "made.npz", tmp_path / "grid.png"
+    arguments = ["synthesize", str(FASHION), "-o", str(made), "-n", "8", "--steps", "5", "--grid", str(grid)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert grid.is_file() and "BatchNorm statistics are off by" in done.output
+    assert onnxq.quantize(FASHION, made).numbers["samples"] == 8
+
+
+def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
+    folded = tmp_path / "folded.onnx"
+    model = add_weights(NETWORK, SHAPES)
+    models.normalise(model)
+    from onnxq.passes.fold_batchnorm import FoldBatchNorm
+
+    FoldBatchNorm()(model)
+    models.save(model, folded)
+    with pytest.raises(OnnxqError, match="expected BatchNormalization nodes"):
+        onnxq.quantize(folded, synthesis="genie")
+    warnings = onnxq.quantize(folded).numbers["warnings"]
+    assert "a model exported with its BatchNormalization nodes would tell more" in warnings[0]
+    with pytest.raises(OnnxqError, match="expected a way to make inputs"):
+        synthesise(fashion(), "zero")
+
+
+def test_moments_are_those_of_numpy() -> None:
+    values = torch.randn(3, 4, 5, 6)
+    mean, deviation = moments(values, per_sample=False)
+    np.testing.assert_allclose(mean, values.numpy().mean(axis=(0, 2, 3)), atol=1e-6)
+    np.testing.assert_allclose(deviation, values.numpy().std(axis=(0, 2, 3)), rtol=1e-4)
