@@ -27,6 +27,16 @@ from onnxq.synthesis.terms import MatchStatistics, Slack, slack_of  # noqa: E402
 
 FASHION = MODELS / "fashion_resnet.onnx"
 
+COMPUTED_STATISTICS = """
+<ir_version: 10, opset_import: ["" : 17]>
+computed (float[N,3,8,8] x) => (float[N,8,8,8] z) {
+    [c] y = Conv <pads=[1,1,1,1]> (x, w)
+    m = ReduceMean <axes=[0,2,3], keepdims=0> (y)
+    v = ReduceSumSquare <axes=[0,2,3], keepdims=0> (y)
+    [b] z = BatchNormalization (y, s, s, m, v)
+}
+"""
+
 
 def fashion() -> ir.Model:
     return models.load(FASHION)
@@ -207,6 +217,11 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
         onnxq.quantize(folded, synthesis="genie")
     warnings = onnxq.quantize(folded).numbers["warnings"]
     assert "a model exported with its BatchNormalization nodes would tell more" in warnings[0]
+    computed = tmp_path / "computed.onnx"  # from the batch itself, nothing is remembered
+    models.save(add_weights(COMPUTED_STATISTICS, {"w": (8, 3, 3, 3), "s": (8,)}), computed)
+    with pytest.raises(OnnxqError, match="with constant statistics"):
+        onnxq.quantize(computed, synthesis="pixels", target="cpu")
+    assert onnxq.quantize(computed, target="cpu").numbers["warnings"]
     with pytest.raises(OnnxqError, match="expected a way to make inputs"):
         synthesise(fashion(), "zero")
 

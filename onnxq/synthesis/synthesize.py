@@ -71,10 +71,10 @@ class Synthesised:
 
 
 def can_synthesise(model: ir.Model, specs: Sequence[InputSpec]) -> bool:
-    """Whether the model has what synthesis needs: BatchNormalization, and one float input of known size."""
+    """Whether the model has what synthesis needs: remembered statistics, and one float input of known size."""
     if len(specs) != 1 or specs[0].dtype.kind != "f" or None in specs[0].shape[1:] or len(specs[0].shape) < 3:
         return False
-    return any(node.op_type == "BatchNormalization" for node in model.graph)
+    return bool(remembered(model))
 
 
 def synthesise(
@@ -106,9 +106,10 @@ def synthesise(
         OnnxqError: the model has no BatchNormalization, or its input is none that can be made.
     """
     recipe, specs, progress = get(method), input_specs(model), progress or Progress()
-    if not any(node.op_type == "BatchNormalization" for node in model.graph):
+    if not remembered(model):
         raise OnnxqError(
-            "expected BatchNormalization nodes, whose statistics inputs are made from, found none in the model",
+            "expected BatchNormalization nodes with constant statistics, which inputs are made from, found none in the "
+            "model",
             hint="export it with them (torch.onnx.export: dynamo=True, optimize=False), or give --data",
         )
     if not can_synthesise(model, specs):
