@@ -132,7 +132,8 @@ class UNet(nn.Module):
         low = self.down(first) + embedding[:, :, None, None]
         low = low + self.middle(F.silu(self.norm(low)))
         tokens = F.avg_pool2d(low, 2).flatten(2).transpose(1, 2)
-        mixed = self.attention(tokens).transpose(1, 2).reshape(len(low), -1, low.shape[2] // 2, low.shape[3] // 2)
+        batch, channels, height, width = low.shape
+        mixed = self.attention(tokens).transpose(1, 2).reshape(batch, channels, height // 2, width // 2)
         low = low + F.interpolate(mixed, scale_factor=2.0, mode="nearest")
         return self.leave(torch.cat([F.silu(self.up(low)), first], 1))
 
