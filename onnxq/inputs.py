@@ -29,6 +29,8 @@ def calibration_inputs(
     settings: Settings,
     progress: Progress,
     recipe: object = None,
+    *,
+    judged_only: bool = False,
 ) -> tuple[Source, list[str]]:
     """The samples to calibrate on, and what the user should know about them.
 
@@ -39,6 +41,7 @@ def calibration_inputs(
         settings: Preprocessing, number of samples, seed, schedule.
         progress: Where to say what is being done.
         recipe: The recipe, which may say which steps of a denoiser's trajectories it wants.
+        judged_only: Whether nothing is learned from the samples; random ones then do to judge the result.
 
     Raises:
         OnnxqError: the data is not what the model needs, or the model has inputs that nothing can be made up for.
@@ -55,6 +58,10 @@ def calibration_inputs(
             written = GeneratedText(model, specs, count=settings.samples or 32, seed=settings.seed)
         return written, [
             f"calibrated on {len(written)} sequences of {written.length} tokens that the model wrote itself"
+        ]
+    if data is None and judged_only and settings.synthesis == "auto":
+        return Noise(specs, count=settings.samples or 32, seed=settings.seed), [
+            "judged on random inputs, because no --data was given; quantizing itself needed none"
         ]
     if data is None:
         return _made_up(model, specs, settings, progress)

@@ -231,3 +231,10 @@ def test_moments_are_those_of_numpy() -> None:
     mean, deviation = moments(values, per_sample=False)
     np.testing.assert_allclose(mean, values.numpy().mean(axis=(0, 2, 3)), atol=1e-6)
     np.testing.assert_allclose(deviation, values.numpy().std(axis=(0, 2, 3)), rtol=1e-4)
+
+
+def test_nothing_is_made_for_recipes_that_read_no_data() -> None:
+    """Weights alone, without data: random inputs do to judge the result, which then says so."""
+    numbers = onnxq.quantize(FASHION, recipe="rex", activations="float").numbers
+    assert "judged on random inputs" in numbers["warnings"][0] and "synthesise" not in numbers["seconds"]
+    assert not onnxq.quantize(FASHION, recipe="rex", budget="quick", samples=8).numbers["warnings"]
