@@ -114,6 +114,7 @@ def analyze(
     scheme = target.scheme(settings.weights, settings.activations)
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
+        models.check_float(loaded)
         others = {name: _left_float(path, name) for name in targets.names() if name != target.name}
     source, warnings = calibration_inputs(loaded, path, data, settings, progress)
     job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings)

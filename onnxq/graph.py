@@ -12,6 +12,9 @@ ONNX_DOMAINS = ("", "ai.onnx")
 # Ops whose arithmetic runs on integer or FP8 matrix units: input 0 is the activation, input 1 the weight.
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
+# Ops that compute on codes without Q/DQ around them.
+QUANTIZED_OPS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm")
+
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
     """Whether ``node`` is one of the given ops of the ONNX domain."""

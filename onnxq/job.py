@@ -24,7 +24,7 @@ from onnxq.progress import Progress
 from onnxq.runtime import Session
 from onnxq.scheme import Scheme
 from onnxq.targets import Placement, Target, scheme_of_ends
-from onnxq.targets.placement import first_and_last, quantized_twice
+from onnxq.targets.placement import first_and_last
 
 Array = np.ndarray[Any, Any]
 
@@ -71,8 +71,7 @@ class Job:
     _taps: list[str] = field(default_factory=list)
 
     def prepare(self) -> None:
-        """Refuse what is quantized already, then run the target's rewrites, which keep the function."""
-        quantized_twice(self.model.graph)
+        """Run the target's rewrites, which keep the function."""
         self.specs = input_specs(self.model)
         self.target.prepare(self.model)
         if self.settings.first_last is not None:

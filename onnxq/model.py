@@ -315,6 +315,27 @@ def _same_inner_sizes(first: ir.Value, second: ir.Value) -> bool:
     return all(not isinstance(a, int) or not isinstance(b, int) or a == b for a, b in pairs)
 
 
+def check_float(model: ir.Model) -> None:
+    """Refuse a model that is quantized already, with Q/DQ, integer kernels, or by onnxq in any other form.
+
+    Raises:
+        OnnxqError: it is.
+    """
+    found = next(
+        (
+            f"node {node.name!r}, {node.op_type}"
+            for node in model.graph
+            if graphs.is_quantize(node) or graphs.is_dequantize(node) or node.op_type in graphs.QUANTIZED_OPS
+        ),
+        f"by onnxq, recipe {get_metadata(model)['recipe']}" if "recipe" in get_metadata(model) else None,
+    )
+    if found is not None:
+        raise OnnxqError(
+            f"expected a float model, found one that is quantized already ({found})",
+            hint="give the float model that it was made from; `onnxq strip` makes one of a Q/DQ model",
+        )
+
+
 def set_metadata(model: ir.Model, **entries: str) -> None:
     """Write what onnxq must remember into the model's metadata, under ``onnxq.``."""
     for key, text in entries.items():
@@ -328,6 +349,12 @@ def get_metadata(model: ir.Model) -> dict[str, str]:
         for key, text in model.metadata_props.items()
         if key.startswith(METADATA_PREFIX)
     }
+
+
+def drop_metadata(model: ir.Model, *keys: str) -> None:
+    """Take entries of :func:`set_metadata` out again, where they are."""
+    for key in keys:
+        model.metadata_props.pop(METADATA_PREFIX + key, None)
 
 
 def _one_line(error: BaseException) -> str:

@@ -94,6 +94,7 @@ def quantize(
     recipe = build_knobs(entry.load(), {**entry.knobs, **settings.knobs}, settings.recipe)
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
+        models.check_float(loaded)
     reads_data = scheme.activations.enabled or hasattr(recipe, "samples") or getattr(recipe, "bias_correction", False)
     source, warnings = calibration_inputs(loaded, path, data, settings, progress, recipe, judged_only=not reads_data)
     recipe = _with_range_rule(recipe, source, {**entry.knobs, **settings.knobs})

@@ -42,8 +42,10 @@ def strip(path: str | os.PathLike[str]) -> ir.Model:
         OnnxqError: there is no Q/DQ in it, or something else than Q/DQ.
     """
     model = models.load(path)
-    if not StripQDQ()(model).modified:
+    written_by_onnxq = "recipe" in models.get_metadata(model)  # loading makes floats of its tables
+    if not StripQDQ()(model).modified and not written_by_onnxq:
         raise _nothing(path)
+    models.drop_metadata(model, "version", "recipe", "target", "seed", "config", "knobs")
     return model
 
 

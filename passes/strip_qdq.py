@@ -14,7 +14,6 @@ from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.folding import array_of, new_initializer
 from onnxq.formats import dequantize
-from onnxq.targets.placement import QUANTIZED_OPS
 
 Array = np.ndarray[Any, Any]
 
@@ -81,7 +80,7 @@ class StripQDQ(InPlacePass):
         """
         graph = model.graph
         for node in graph:
-            if node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear"):
+            if node.op_type in graphs.QUANTIZED_OPS or node.op_type.startswith("QLinear"):
                 raise OnnxqError(
                     f"expected Q/DQ pairs around float ops, found {node.op_type} {node.name!r}",
                     hint="write the model in Q/DQ form (onnxruntime: quant_format=QuantFormat.QDQ)",

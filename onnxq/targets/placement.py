@@ -114,20 +114,3 @@ def weight_sites(items: Sequence[graphs.WeightedNode], scheme_of: Schemes) -> li
         uses = sites[key].uses if key in sites else ()
         sites[key] = Site(item.weight, (*uses, (item.node, item.weight_index)), spec, axis)
     return list(sites.values())
-
-
-def quantized_twice(graph: ir.Graph) -> None:
-    """Refuse a graph that holds Q/DQ nodes or integer kernels already.
-
-    Raises:
-        OnnxqError: it does.
-    """
-    for node in graph:
-        if graphs.is_quantize(node) or graphs.is_dequantize(node) or node.op_type in QUANTIZED_OPS:
-            raise OnnxqError(
-                f"expected a float model, found one that is quantized already (node {node.name!r}, {node.op_type})",
-                hint="give the float model that it was made from; `onnxq strip` makes one of a Q/DQ model",
-            )
-
-
-QUANTIZED_OPS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm")

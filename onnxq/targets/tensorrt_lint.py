@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.targets.findings import Finding
-from onnxq.targets.placement import QUANTIZED_OPS
 from onnxq.targets.reading import Operand, Reading, channel_axis, name_of, scale_axis, scale_shape, spelled
 
 Broken = Iterator[tuple[ir.Node, str]]
@@ -180,7 +179,7 @@ def supported(reading: Reading) -> Broken:
     """E9: Q/DQ only, and no format but int8, int4, FP8 E4M3 and FP4: no QLinear ops, no dynamic scales, no int16."""
     for node in reading.nodes:
         microsoft = node.domain == "com.microsoft" and ("Quantize" in node.op_type or node.op_type.startswith("Q"))
-        if node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear") or node.op_type == "MatMulNBits":
+        if node.op_type in graphs.QUANTIZED_OPS or node.op_type.startswith("QLinear") or node.op_type == "MatMulNBits":
             yield node, f"expected QuantizeLinear and DequantizeLinear around float ops, found {node.op_type}"
         elif microsoft:
             yield node, f"expected ops of the ONNX domain, found com.microsoft {node.op_type}"
