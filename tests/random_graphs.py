@@ -32,6 +32,7 @@ class Network:
     nodes: list[ir.Node] = field(default_factory=list)
     values: dict[str, ir.Value] = field(default_factory=dict)
     weights: list[ir.Value] = field(default_factory=list)
+    weight_values: dict[str, tuple[Shape, bool]] = field(default_factory=dict)
     live: list[tuple[str, Shape]] = field(default_factory=list)
 
     def node(self, op: str, inputs: list[str], shape: Shape, outputs: int = 1, **attributes: Any) -> str:
@@ -48,14 +49,19 @@ class Network:
         return first
 
     def weight(self, shape: Shape, *, positive: bool = False) -> str:
-        """Add an initializer, or a Constant node, of He-initialised values (a few channels hundred times larger)."""
+        """He-initialised values, some with a channel that is much larger, tiny or zero; or shared."""
+        shared = [name for name, value in self.weight_values.items() if value == (shape, positive)]
+        if shared and self.draw([False, False, False, True]):
+            return str(self.draw(shared))
         fan_in = max(int(np.prod(shape[1:])), 1)
         values = self.generator.standard_normal(shape) * (2 / fan_in) ** 0.5
         if positive:
             values = np.abs(values) + 0.5
-        elif self.draw([False] * 5 + [True]) and shape:
-            values[0] *= 100
-        return self.constant(values.astype(np.float32))
+        elif shape:
+            values[0] *= self.draw([1] * 6 + [100, 1e-4, 0])
+        name = self.constant(values.astype(np.float32))
+        self.weight_values[name] = (shape, positive)
+        return name
 
     def constant(self, values: Array) -> str:
         """Add values as an initializer or as a Constant node."""
@@ -225,11 +231,60 @@ def normalization(net: Network, x: str, shape: Shape) -> None:
         net.node("Softmax", [x], shape, axis=-1)
 
 
+def heads(net: Network, x: str, shape: Shape) -> None:
+    """Self-attention over two heads, with 4-D products of activations."""
+    batch, tokens, features = shape
+    if features % 2:
+        return
+    half = features // 2
+    split = net.node("Reshape", [x, net.constant(np.array([0, 0, 2, half], np.int64))], (batch, tokens, 2, half))
+    query = net.node("Transpose", [split], (batch, 2, tokens, half), perm=[0, 2, 1, 3])
+    key = net.node("Transpose", [split], (batch, 2, half, tokens), perm=[0, 2, 3, 1])
+    scores = net.node("MatMul", [query, key], (batch, 2, tokens, tokens))
+    scaled_scores = net.node("Mul", [scores, net.constant(np.float32(half**-0.5))], (batch, 2, tokens, tokens))
+    weights = net.node("Softmax", [scaled_scores], (batch, 2, tokens, tokens), axis=-1)
+    mixed = net.node("MatMul", [weights, query], (batch, 2, tokens, half))
+    back = net.node("Transpose", [mixed], (batch, tokens, 2, half), perm=[0, 2, 1, 3])
+    net.node("Reshape", [back, net.constant(np.array([0, 0, features], np.int64))], shape)
+
+
+def spatial_normalization(net: Network, x: str, shape: Shape) -> None:
+    if shape[2] * shape[3] > 1:
+        net.node("InstanceNormalization", [x, net.weight(shape[1:2], positive=True), net.weight(shape[1:2])], shape)
+
+
+def gate(net: Network, x: str, shape: Shape) -> None:
+    """Squeeze and excitation."""
+    pooled = net.node("GlobalAveragePool", [x], (*shape[:2], 1, 1))
+    inner = net.node("Conv", [pooled, net.weight((4, shape[1], 1, 1))], (shape[0], 4, 1, 1))
+    outer = net.node("Conv", [net.node("Relu", [inner], (shape[0], 4, 1, 1)), net.weight((shape[1], 4, 1, 1))],
+                     (*shape[:2], 1, 1))  # fmt: skip
+    net.node("Mul", [x, net.node("Sigmoid", [outer], (*shape[:2], 1, 1))], shape)
+
+
+def turned_weight(net: Network, x: str, shape: Shape) -> None:
+    """A weight behind a Transpose, as tied embeddings have."""
+    turned = net.node("Transpose", [net.weight((8, shape[-1]))], (shape[-1], 8), perm=[1, 0])
+    net.live.pop()
+    net.node("MatMul", [x, turned], (*shape[:-1], 8))
+
+
+def passing(net: Network, x: str, shape: Shape) -> None:
+    net.node(net.draw(["Identity", "Dropout", "Neg", "Abs"]), [x], shape)
+
+
+def same_twice(net: Network, x: str, shape: Shape) -> None:
+    net.node(net.draw(["Add", "Mul"]), [x, x], shape)
+
+
 STEPS = {
     4: [convolution] * 6
     + [batch_normalization, activation, activation, pooling, residual, residual, scaled, concatenation, splitting]
-    + [transposed_convolution, resizing, padding, to_tokens, flatten],
-    3: [linear] * 3 + [attention, activation, normalization, residual, scaled, concatenation, splitting, pooled_tokens],
+    + [transposed_convolution, resizing, padding, to_tokens, flatten, gate, spatial_normalization]
+    + [passing, same_twice, turned_weight],
+    3: [linear] * 3
+    + [attention, activation, normalization, residual, scaled, concatenation, splitting, pooled_tokens]
+    + [heads, passing, turned_weight],
     2: [linear] * 3 + [activation, residual, scaled, normalization, concatenation],
 }
 

@@ -68,7 +68,8 @@ def test_quantized_networks_are_legal_and_repeatable(model: ir.Model, target: st
         onnx.checker.check_model(written, full_check=True)
         findings = targets.get(target).lint(models.read(Path(folder) / "a.onnx"))
         assert not [item for item in findings if item.severity == "error"]
-        for value in Session(str(Path(folder) / "a.onnx")).run(feed):
+        optimize = recipe != "fp8"  # onnxruntime's optimiser makes kernels of FP8 pairs that it then refuses
+        for value in Session(str(Path(folder) / "a.onnx"), optimize=optimize).run(feed):
             assert np.isfinite(value).all()
         onnxq.quantize(path, feeds, output=Path(folder) / "b.onnx", target=target, recipe=recipe)
         assert (Path(folder) / "a.onnx").read_bytes() == (Path(folder) / "b.onnx").read_bytes()
