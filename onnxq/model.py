@@ -52,7 +52,7 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
     if file.stat().st_size == 0:
         raise OnnxqError(f"expected an ONNX model, found an empty file: {file}", hint="export the model again")
     try:
-        with _quiet():
+        with quiet():
             model = ir.load(file)
     except (KeyboardInterrupt, MemoryError):
         raise
@@ -67,6 +67,7 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
             hint="the file is truncated, not ONNX, or an empty graph",
         )
     _check_external_data(model, file)
+    _check_tensors(model, file)
     return model
 
 
@@ -79,7 +80,7 @@ def normalise(model: ir.Model, *, name: str = "the model") -> None:
             hint="export the model again with a newer opset (21 is best)",
         )
     try:
-        with _quiet():
+        with quiet():
             _normalise(model, opset)
     except OnnxqError:
         raise
@@ -167,6 +168,10 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool |
     if external_data is None:
         external_data = initializer_bytes(model) > EXTERNAL_DATA_LIMIT_BYTES
     data_name = f"{file.name}.data"
+    if not external_data:  # data outside the file that was read would be looked for beside the new one
+        for tensor, value in [(value.const_value, value) for value in model.graph.initializers.values()]:
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
     with atomic_folder(file) as folder:
         ir.save(model, folder / file.name, external_data=data_name if external_data else None)
         if external_data:
@@ -226,7 +231,7 @@ def file_bytes(path: str | os.PathLike[str]) -> int:
     """Bytes of a model file and of the external data files that it names."""
     file = Path(path)
     total = file.stat().st_size
-    with _quiet():
+    with quiet():
         model = ir.load(file)
     locations = {tensor.location for tensor in _external_tensors(model)}
     return total + sum((file.parent / location).stat().st_size for location in locations)
@@ -246,7 +251,7 @@ def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
 def _check_external_data(model: ir.Model, file: Path) -> None:
     folder = file.resolve().parent
     for tensor in _external_tensors(model):
-        location = Path(tensor.location)
+        location = Path(os.fsdecode(tensor.location))
         resolved = (folder / location).resolve()
         if location.is_absolute() or not resolved.is_relative_to(folder):
             raise OnnxqError(
@@ -266,6 +271,24 @@ def _check_external_data(model: ir.Model, file: Path) -> None:
                 f"(tensor {tensor.name!r})",
                 hint="the data file is truncated; copy it again",
             )
+
+
+def _check_tensors(model: ir.Model, file: Path) -> None:
+    """Refuse a tensor whose bytes are not what its shape and type say."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or isinstance(tensor, ir.ExternalTensor):
+            continue
+        try:
+            tensor.numpy()  # looks at the bytes where they lie; only the rare lists of numbers are copied
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:
+            raise OnnxqError(
+                f"expected as many bytes in tensor {name!r} of {file.name} as its shape and type say, found others "
+                f"({_one_line(error)})",
+                hint="the file is damaged; copy or export it again",
+            ) from error
 
 
 class Kind(enum.Enum):
@@ -366,7 +389,7 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The graph libraries log their fallbacks; a user cannot do anything about them."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+import onnxq
 from onnxq import model as models
 from onnxq import runtime
 from onnxq.errors import OnnxqError
+from onnxq.runtime import Session
 
 SMALL = """
 <ir_version: {ir}, opset_import: ["" : {opset}]>
@@ -51,8 +54,8 @@ def test_every_opset_keeps_its_function(opset: int, tmp_path: Path) -> None:
     assert loaded.graph.opset_imports[""] == max(opset, models.LOWEST_OPSET)
     assert [value.name for value in loaded.graph.inputs] == ["x"]
     x = np.random.default_rng(0).standard_normal((3, 2, 4, 4)).astype(np.float32)
-    expected = runtime.Session(path).run({"x": x})[0]
-    np.testing.assert_allclose(runtime.Session(loaded).run({"x": x})[0], expected, rtol=1e-6, atol=1e-6)
+    expected = Session(path).run({"x": x})[0]
+    np.testing.assert_allclose(Session(loaded).run({"x": x})[0], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_batchnorm_survives_and_normalising_twice_changes_nothing(network: Path) -> None:
@@ -66,7 +69,7 @@ def test_batchnorm_survives_and_normalising_twice_changes_nothing(network: Path)
 def test_large_models_go_through_external_data(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = {"x": np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)}
     loaded = models.load(network)
-    expected = runtime.Session(loaded).run(x)[0]
+    expected = Session(loaded).run(x)[0]
     monkeypatch.setattr(models, "EXTERNAL_DATA_LIMIT_BYTES", 1000)
     saved = models.save(loaded, tmp_path / "big.onnx")
     assert (tmp_path / "big.onnx.data").is_file()
@@ -76,7 +79,7 @@ def test_large_models_go_through_external_data(network: Path, tmp_path: Path, mo
     monkeypatch.setattr(runtime, "LARGE_TENSOR_BYTES", 1000)
     data, large = runtime.serialize(again)
     assert large and len(data) < models.initializer_bytes(loaded)
-    np.testing.assert_array_equal(runtime.Session(again).run(x)[0], expected)
+    np.testing.assert_array_equal(Session(again).run(x)[0], expected)
 
 
 def test_saving_is_whole_or_not_at_all(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,3 +119,25 @@ def test_compressed_weights_are_folded(shared_data: Path) -> None:
     loaded = models.load(shared_data / "models" / "ppocrv6_rec_tiny.onnx")
     assert all(item.weight is None or graphs.is_constant(item.weight) for item in graphs.weighted_nodes(loaded.graph))
     assert sum(item.weight_index is None for item in graphs.weighted_nodes(loaded.graph)) == 0
+
+
+def test_results_of_models_with_external_data_need_no_other_file(
+    network: Path, calibration: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "external"
+    folder.mkdir()
+    ir.save(ir.load(network), folder / "network.onnx", external_data="weights.bin", size_threshold_bytes=16)
+    output = tmp_path / "other" / "out.onnx"
+    output.parent.mkdir()
+    onnxq.quantize(folder / "network.onnx", calibration, output=output)
+    shutil.rmtree(folder)
+    assert [file.name for file in output.parent.iterdir()] == ["out.onnx"]
+    assert Session(str(output)).run({"x": np.zeros((1, 3, 16, 16), np.float32)})[0].shape == (1, 10)
+
+
+def test_tensor_whose_bytes_are_not_what_its_shape_says(network: Path) -> None:
+    model = onnx.load(network)
+    model.graph.initializer[0].dims[0] = 1 << 40
+    network.write_bytes(model.SerializeToString())
+    with pytest.raises(OnnxqError, match="as many bytes in tensor"):
+        models.load(network)

@@ -145,6 +145,11 @@ class Run:
                 conditions = {name: np.concatenate([conditions[name], self.unconditional[name]]) for name in conditions}
             feed = {denoiser.sample.name: seen, denoiser.timestep.name: denoiser.timesteps(time, rows), **conditions}
             raw = denoiser.predict(self.session, feed).astype(np.float32, copy=False)
+            if raw.shape != seen.shape:
+                raise OnnxqError(
+                    f"expected a prediction of the sample's shape {list(seen.shape)}, found {list(raw.shape)}",
+                    hint="this is not a denoiser; quantize it with --data",
+                )
             prediction = self.guided(raw, step)
             yield Visit(step, feed, raw, prediction)
             self.sample = schedule.advance(prediction, step, self.sample)

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from onnxq import graph as graphs
+from onnxq import model as models
 from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
@@ -254,10 +255,11 @@ def _typed(model: ir.Model) -> ir.Model:
     ):
         return model
     try:
-        copy = model.clone()
-        if copy.functions:
-            common_passes.InlinePass()(copy)
-        common_passes.ShapeInferencePass()(copy)
+        with models.quiet():
+            copy = model.clone()
+            if copy.functions:
+                common_passes.InlinePass()(copy)
+            common_passes.ShapeInferencePass()(copy)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise OnnxqError(
