@@ -28,6 +28,7 @@ OLDEST_OPSET = 7
 LOWEST_OPSET = 21  # the first with int4, block scales and output_dtype
 EXTERNAL_DATA_LIMIT_BYTES = 1_900_000_000  # protobuf ends at 2 GiB
 FOLDED_ELEMENTS = 1 << 26
+SMALL_TENSOR_BYTES = 1 << 12
 METADATA_PREFIX = "onnxq."
 
 
@@ -68,6 +69,9 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
         )
     _check_external_data(model, file)
     _check_tensors(model, file)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.nbytes < SMALL_TENSOR_BYTES:
+            _take_in(value)  # shapes and axes, which checker and shape inference must see
     return model
 
 
@@ -100,6 +104,7 @@ def _normalise(model: ir.Model, opset: int) -> None:
         common_passes.RemoveInitializersFromInputsPass(),
         common_passes.TopologicalSortPass(),
         common_passes.NameFixPass(),
+        common_passes.CheckerPass(),  # so that every pass may take for granted what an op requires
     )(model)
     _name_nodes(model)
     if opset < LOWEST_OPSET:
@@ -169,9 +174,9 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool |
         external_data = initializer_bytes(model) > EXTERNAL_DATA_LIMIT_BYTES
     data_name = f"{file.name}.data"
     if not external_data:  # data outside the file that was read would be looked for beside the new one
-        for tensor, value in [(value.const_value, value) for value in model.graph.initializers.values()]:
-            if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+        for value in model.graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                _take_in(value)
     with atomic_folder(file) as folder:
         ir.save(model, folder / file.name, external_data=data_name if external_data else None)
         if external_data:
@@ -246,6 +251,13 @@ def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
             for attribute in node.attributes.values():
                 if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
                     yield attribute.value
+
+
+def _take_in(value: ir.Value) -> None:
+    """Make an initializer outside the model's file one inside."""
+    tensor = value.const_value
+    assert tensor is not None
+    value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def _check_external_data(model: ir.Model, file: Path) -> None:
