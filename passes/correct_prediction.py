@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from onnxq.diffusion.step_lookup import constant, step_index
+
 Array = np.ndarray[Any, Any]
 
 
@@ -52,26 +54,13 @@ class CorrectPrediction(InPlacePass):
         dimensions = len(value.shape or ())
         steps, channels = self.offsets.shape
         ones = [1] * (dimensions - 2)
-        tables = {
-            "timesteps": self.timesteps.astype(np.float32).reshape(1, -1),
-            "factors": self.factors.astype(dtype.numpy()).reshape(steps, 1, *ones),
-            "offsets": self.offsets.astype(dtype.numpy()).reshape(steps, channels, *ones),
-            "column": np.asarray([-1, 1], np.int64),
-        }
-        known = {}
-        for name, array in tables.items():
-            initializer = ir.Value(name=f"correction_{name}", shape=ir.Shape(array.shape))
-            initializer.const_value = ir.tensor(array, name=initializer.name)
-            initializer.type = ir.TensorType(initializer.const_value.dtype)
-            graph.register_initializer(initializer)
-            known[name] = initializer
+        factors = constant(graph, "correction_factors", self.factors.astype(dtype.numpy()).reshape(steps, 1, *ones))
+        offsets = self.offsets.astype(dtype.numpy()).reshape(steps, channels, *ones)
+        nearest = step_index(graph, self.timestep, self.timesteps)
         tape = ir.tape.Tape()
-        time = next(item for item in graph.inputs if item.name == self.timestep)
-        column = tape.op("Reshape", [tape.op("Cast", [time], {"to": ir.DataType.FLOAT}), known["column"]])
-        distance = tape.op("Abs", [tape.op("Sub", [column, known["timesteps"]])])
-        nearest = tape.op("ArgMin", [distance], {"axis": 1, "keepdims": 0})
-        scaled = tape.op("Mul", [value, tape.op("Gather", [known["factors"], nearest])])
-        corrected = tape.op("Add", [scaled, tape.op("Gather", [known["offsets"], nearest])])
+        scaled = tape.op("Mul", [value, tape.op("Gather", [factors, nearest])])
+        shift = tape.op("Gather", [constant(graph, "correction_offsets", offsets), nearest])
+        corrected = tape.op("Add", [scaled, shift])
         for position, node in enumerate(tape.nodes):
             node.name = f"correction_{node.op_type}_{position}"
             node.outputs[0].name = f"correction_{position}"

@@ -1,0 +1,159 @@
+"""What the temporal region computes, written down: a row for each step of the sampler (and each label)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from onnxq import graph as graphs
+from onnxq.diffusion.denoiser import Denoiser
+from onnxq.diffusion.temporal_region import TemporalRegion
+from onnxq.runtime import Session
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """The rows of one value.
+
+    Attributes:
+        rows: [steps · labels, …]: what the value is for one sample, labels running fastest.
+        per_sample: Whether a run has one row for each of its samples; otherwise the whole value is one row.
+        dtype: What the value is in the network, where its rows are rounded further.
+    """
+
+    rows: Array
+    per_sample: bool
+    dtype: ir.DataType
+
+
+def tabulate(
+    model: ir.Model, region: TemporalRegion, denoiser: Denoiser, timesteps: Sequence[float]
+) -> dict[str, FeatureTable]:
+    """Run the region once for every timestep (and label), in onnxruntime as the denoiser itself runs.
+
+    Args:
+        model: The denoiser.
+        region: Its temporal region, for the timestep alone or with labels.
+        denoiser: The roles of its inputs.
+        timesteps: Of the sampler's steps.
+
+    Returns:
+        Tables by the name of the value. A value of the frontier that is no row for each sample (the batch folded into
+        another axis), or that is an output of the model, has none.
+    """
+    names = [value.name or "" for value in region.frontier if not value.is_graph_output()]
+    if not names:
+        return {}
+    session = Session(_only(model, names), optimize=False)
+    labels = [item for item in denoiser.conditions if item.spec.name in region.inputs]
+    choices = [range(item.classes or 1) for item in labels]
+    fixed = next((spec.batch for spec in denoiser.specs if spec.batch is not None), None)
+
+    def run(time: float, chosen: Sequence[int], count: int) -> list[Array]:
+        feed = {
+            denoiser.sample.name: np.zeros((count, *_sizes(denoiser.sample.shape)), denoiser.sample.dtype),
+            denoiser.timestep.name: denoiser.timesteps(time, denoiser.timestep.batch or count),
+        }
+        for item in denoiser.conditions:
+            feed[item.spec.name] = np.zeros((count, *_sizes(item.spec.shape)), item.spec.dtype)
+        for item, label in zip(labels, chosen, strict=True):
+            feed[item.spec.name][:] = label
+        return session.run({name: array for name, array in feed.items() if name in session.input_names}, names)
+
+    first = [0] * len(labels)
+    kinds = _kinds(run(timesteps[0], first, fixed or 1), run(timesteps[0], first, fixed or 2), denoiser, fixed)
+    rows: dict[str, list[Array]] = {name: [] for name, kind in zip(names, kinds, strict=True) if kind is not None}
+    for time, chosen in itertools.product(timesteps, itertools.product(*choices)):
+        for name, kind, value in zip(names, kinds, run(time, chosen, fixed or 1), strict=True):
+            if kind is not None:
+                rows[name].append(value[0] if kind else value)
+    found = dict(zip(names, kinds, strict=True))
+    stacks = {name: np.stack(parts) for name, parts in rows.items()}
+    return {
+        name: FeatureTable(stack, bool(found[name]), ir.DataType.from_numpy(stack.dtype))
+        for name, stack in stacks.items()
+    }
+
+
+def _kinds(one: list[Array], two: list[Array], denoiser: Denoiser, fixed: int | None) -> list[bool | None]:
+    """Whether each value has a row for each sample (True), none (False), or cannot be tabulated (None)."""
+    found: list[bool | None] = []
+    for small, large in zip(one, two, strict=True):
+        if small.ndim and small.shape[0] == (fixed or 1) and large.shape == (fixed or 2, *small.shape[1:]):
+            found.append(True)
+        elif not denoiser.timestep.shape and small.shape == large.shape:
+            found.append(False)
+        else:
+            found.append(None)
+    return found
+
+
+def _sizes(shape: Sequence[int | None]) -> list[int]:
+    return [size or 1 for size in shape[1:]]
+
+
+def _only(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """The part of the model that computes some values; initializers are shared, not copied."""
+    part = model.clone()
+    values = graphs.values(part.graph)
+    part.graph.outputs[:] = [values[name] for name in names]
+    common_passes.RemoveUnusedNodesPass()(part)
+    for value in [value for value in part.graph.inputs if not value.uses() and value.name not in names]:
+        part.graph.inputs.remove(value)
+    return part
+
+
+def worth_caching(
+    region: TemporalRegion, tables: Mapping[str, FeatureTable], *, bytes_per_weight: float = 4.0
+) -> list[str]:
+    """The values whose tables together are smaller than the weights that they save.
+
+    Weights go only where everything that reads them is tabulated, so that the choice is one of sets: none is kept
+    as computed at first, then values whose tables are large are given back as long as the file shrinks; against that
+    stands tabulating nothing.
+
+    Args:
+        region: The temporal region.
+        tables: Of its frontier; what has none stays computed.
+        bytes_per_weight: What a weight takes in the file that comes of it (1 for int8).
+    """
+    weights = {value.name or "": _weights_behind(value) for value in region.frontier}
+
+    def total(computed: Collection[str]) -> float:
+        needed = {name: size for value in computed for name, size in weights[value].items()}
+        size = sum(table.rows.nbytes for name, table in tables.items() if name not in computed)
+        return size + bytes_per_weight * sum(needed.values())
+
+    computed = [name for name in weights if name not in tables]
+    for name in sorted(tables, key=lambda name: -tables[name].rows.nbytes):
+        if total([*computed, name]) < total(computed):
+            computed.append(name)
+    if total(list(weights)) <= total(computed):
+        return []
+    return [name for name in tables if name not in computed]
+
+
+def _weights_behind(value: ir.Value) -> dict[str, int]:
+    """Elements of each initializer that the value is computed from."""
+    found: dict[str, int] = {}
+    seen: set[ir.Value] = set()
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if item in seen:
+            continue
+        seen.add(item)
+        if graphs.is_constant(item):
+            found[item.name or ""] = 0 if item.const_value is None else item.const_value.size
+        producer = item.producer()
+        if producer is not None:
+            stack.extend(source for source in producer.inputs if source is not None)
+    return found
