@@ -48,6 +48,7 @@ class Job:
         step_sqnr_db: SQNR of a denoiser in each sampler step, on calibration samples; empty where there are no steps.
         reasons: Why a recipe left a layer in float, by the name of the node.
         measurements: What a recipe found out, by the key that it gets in ``--json``.
+        path: The float model's file, beside which a denoiser's schedule may lie.
         checkpoint: A folder in which recipes that learn keep finished steps, ``None`` to keep nothing.
     """
 
@@ -66,6 +67,7 @@ class Job:
     reasons: dict[str, str] = field(default_factory=dict)
     step_sqnr_db: dict[int, float] = field(default_factory=dict)
     measurements: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
     checkpoint: Path | None = None
     _float_session: Session | None = None
     _taps: list[str] = field(default_factory=list)

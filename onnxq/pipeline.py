@@ -100,7 +100,7 @@ def quantize(
     source, warnings = calibration_inputs(loaded, path, data, settings, progress, recipe, judged_only=not reads_data)
     recipe = _with_range_rule(recipe, source, {**entry.knobs, **settings.knobs})
     with progress.stage("load", "Loading"):
-        job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings)
+        job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings, path=path)
         job.checkpoint = None if output is None else checkpoint_folder(Path(output))
     recipe.run(job)
     checked = check(job)

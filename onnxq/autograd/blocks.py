@@ -45,14 +45,16 @@ class Block:
     layers: tuple[str, ...]
 
 
-def cut(graph: ir.Graph, granularity: str = "block") -> list[Block]:
+def cut(graph: ir.Graph, granularity: str = "block", apart: Sequence[ir.Value] = ()) -> list[Block]:
     """The blocks of a float graph in the order to run them.
 
     Args:
         graph: A float graph, sorted topologically.
         granularity: ``block``, or ``layer`` for one block for each Conv, Gemm and MatMul with a constant weight.
+        apart: Values that are computed apart, with everything before them: each ends a block that reaches back to
+            graph inputs (or to another of these values), and no other block holds any of their nodes.
     """
-    return _Cut(graph).blocks(merged=granularity == "block")
+    return _Cut(graph).blocks(merged=granularity == "block", apart=apart)
 
 
 class _Cut:
@@ -76,9 +78,12 @@ class _Cut:
                     found |= self.ancestors[self.index[producer]]
             self.ancestors.append(found)
 
-    def blocks(self, merged: bool) -> list[Block]:
-        regions = self._disjoint_regions() if merged else []
+    def blocks(self, merged: bool, apart: Sequence[ir.Value]) -> list[Block]:
+        separate = {value: self._source_bits(value) for value in apart}
         taken = 0
+        for region in separate.values():
+            taken |= region
+        regions = [region for region in self._disjoint_regions() if not region & taken] if merged else []
         for region in regions:
             taken |= region
         singles = set(self.layers)
@@ -88,12 +93,13 @@ class _Cut:
             if not taken >> position & 1:
                 regions.append(1 << position)
                 taken |= 1 << position
-        ends: dict[ir.Value, int] = {}
+        ends = dict(separate)
         for region in sorted(regions, key=int.bit_length):
             extended = self._with_tail(region, taken)
             taken |= extended
             ends[self._end(extended)] = extended
-        found = [self._block(value, region, ends) for value, region in ends.items()]
+        ordered = sorted(ends.items(), key=lambda end: end[1].bit_length())
+        found = [self._block(value, region, ends) for value, region in ordered]
         return _merged_by_scope(self.nodes, found) if merged else found
 
     def _disjoint_regions(self) -> list[int]:

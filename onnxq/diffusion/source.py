@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxq.config import Settings
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion import schedule as schedules
 from onnxq.diffusion.trajectory import Sampler, Trajectories
+from onnxq.errors import OnnxqError
 from onnxq.progress import Progress
 from onnxq.runtime import Session
 
+if TYPE_CHECKING:
+    from onnxq.job import Job
+
 INPUTS = 256
 TRAJECTORIES = 16
+TOLERANCE = 1e-3  # between a float timestep in a file and the same in the schedule; integers are far apart
 
 
-def open_sampler(model: ir.Model, path: Path, settings: Settings) -> tuple[Sampler, str]:
+def open_sampler(model: ir.Model, path: Path | None, settings: Settings) -> tuple[Sampler, str]:
     """The sampler of a denoiser, and one line that says where its schedule comes from.
 
     Args:
@@ -36,6 +44,30 @@ def open_sampler(model: ir.Model, path: Path, settings: Settings) -> tuple[Sampl
     sampler = Sampler(denoiser, schedule, settings.guidance, conditions, settings.seed)
     sampler.check()
     return sampler, line
+
+
+def sampler_of(job: Job) -> Sampler:
+    """The sampler whose steps a recipe works with, all of them, whichever of them the calibration inputs hold.
+
+    Args:
+        job: Before its graph is changed. Its inputs are the denoiser's own trajectories, or recorded before: then the
+            schedule is found as for ``onnxq trajectories``.
+
+    Raises:
+        OnnxqError: there is no such schedule, or the inputs were seen at timesteps that it does not visit.
+    """
+    if isinstance(job.source, Trajectories):
+        return job.source.sampler
+    sampler, origin = open_sampler(job.model, job.path, job.settings)
+    timesteps = np.asarray(sampler.schedule.timesteps)
+    for sample in itertools.islice(iter(job.source), job.settings.samples):
+        found = float(sample[sampler.denoiser.timestep.name])
+        if np.abs(timesteps - found).min() > TOLERANCE * max(1.0, abs(found)):
+            raise OnnxqError(
+                f"expected inputs at the {len(timesteps)} timesteps of the sampler ({origin}), found one at {found:g}",
+                hint="give --scheduler and --steps that the inputs were recorded with, or leave --data out",
+            )
+    return sampler
 
 
 def own_trajectories(

@@ -265,6 +265,7 @@ class Trajectories:
         advance: Advance | None = None,
     ) -> None:
         sampler.check()
+        self.sampler = sampler
         steps = len(sampler.schedule.timesteps)
         branches = np.mean([sampler.rows(step) for step in range(steps)])
         kept = int(np.clip(round(count / branches / trajectories), 1, steps))

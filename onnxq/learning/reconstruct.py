@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,14 @@ def quantize_by_blocks(
 
 
 def reconstruct(
-    job: Job, blocks: Sequence[Block], options: Reconstruction, *, samples: int, cache_mib: int, checkpoint: str = ""
+    job: Job,
+    blocks: Sequence[Block],
+    options: Reconstruction,
+    *,
+    samples: int,
+    cache_mib: int,
+    checkpoint: str = "",
+    settled: Collection[str] = (),
 ) -> None:
     """Learn every block of the job's Q/DQ graph in turn; weights end on their grid, scales in their initializers.
 
@@ -116,11 +123,12 @@ def reconstruct(
         samples: How many calibration samples to use.
         cache_mib: Memory for activations; beyond it they go to disk.
         checkpoint: Name of this stage within the job's checkpoint.
+        settled: Weights and scales that were learned before, and stay.
     """
     graph = TorchGraph(job.model, job.settings.device)
     quantizers = found_quantizers.find(job.model.graph)
     done = Checkpoint(job.checkpoint, fingerprint(job.model, checkpoint, options, samples, job.settings.seed))
-    settled: set[str] = set()  # a weight or scale that two blocks share is learned in the first
+    settled = set(settled)  # a weight or scale that two blocks share is learned in the first
     with (
         ActivationCache(cache_mib << 20) as cache,
         job.progress.stage("learn", "Reconstructing", len(blocks), "blocks") as advance,
@@ -199,33 +207,14 @@ class _Block:
         return learned
 
     def _optimise(self) -> None:
-        options = self.options
-        groups: list[dict[str, Any]] = [
-            {"params": [item.variable for item in self.roundings], "lr": options.rounding_rate}
-        ]
-        if options.weight_step_rate > 0:
-            groups.append({"params": [item.log_step for item in self.roundings], "lr": options.weight_step_rate})
-        if self.steps:
-            groups.append({"params": [item.log_step for item in self.steps], "lr": options.activation_step_rate})
-        first_rates = [float(group["lr"]) for group in groups]
-        optimizer = torch.optim.Adam(groups)
-        warm_up = int(options.warm_up * options.iterations)
-        for iteration in range(options.iterations):
-            progress = iteration / options.iterations
-            for group, rate in zip(optimizer.param_groups[1:], first_rates[1:], strict=True):
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
+        options, output = self.options, self.block.output
+
+        def error() -> Tensor:
             index = np.sort(self.choice.choice(self.walk.samples, min(options.batch, self.walk.samples), replace=False))
-            found = self.graph.run(self._inputs(index), [self.block.output], replaced=self.replaced)[self.block.output]
-            loss = output_error(found, self.walk.target(self.block, index).to(found.device), options.power)
-            if iteration >= warm_up and self.roundings:
-                done = (iteration - warm_up) / max(1, options.iterations - warm_up)
-                start, end = options.sharpness
-                sharpness = end + 0.5 * (start - end) * (1 + math.cos(math.pi * done))
-                penalties = [item.penalty(sharpness) for item in self.roundings]
-                loss = loss + options.regularisation * torch.stack(penalties).sum()
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimizer.step()
+            found = self.graph.run(self._inputs(index), [output], replaced=self.replaced)[output]
+            return output_error(found, self.walk.target(self.block, index).to(found.device), options.power)
+
+        descend(error, self.roundings, self.steps, options)
 
     def _inputs(self, index: np.ndarray) -> dict[str, Tensor]:
         device = self.graph.device
@@ -237,6 +226,44 @@ class _Block:
                 from_float = random_mask(exact.shape, self.options.mix, self.generator)
                 given[name] = torch.where(from_float, exact.to(device), given[name])
         return given
+
+
+def descend(
+    error: Callable[[], Tensor],
+    roundings: Sequence[LearnedRounding],
+    steps: Sequence[LearnedStep],
+    options: Reconstruction,
+) -> None:
+    """Adam on an error and the penalty that makes every rounding decide.
+
+    Args:
+        error: The error on a batch of its own choice.
+        roundings: The weights' variables.
+        steps: The activations' step sizes, if they are learned.
+        options: Iterations, rates and penalty.
+    """
+    groups: list[dict[str, Any]] = [{"params": [item.variable for item in roundings], "lr": options.rounding_rate}]
+    if options.weight_step_rate > 0:
+        groups.append({"params": [item.log_step for item in roundings], "lr": options.weight_step_rate})
+    if steps:
+        groups.append({"params": [item.log_step for item in steps], "lr": options.activation_step_rate})
+    first_rates = [float(group["lr"]) for group in groups]
+    optimizer = torch.optim.Adam(groups)
+    warm_up = int(options.warm_up * options.iterations)
+    for iteration in range(options.iterations):
+        progress = iteration / options.iterations
+        for group, rate in zip(optimizer.param_groups[1:], first_rates[1:], strict=True):
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
+        loss = error()
+        if iteration >= warm_up and roundings:
+            done = (iteration - warm_up) / max(1, options.iterations - warm_up)
+            start, end = options.sharpness
+            sharpness = end + 0.5 * (start - end) * (1 + math.cos(math.pi * done))
+            penalties = [item.penalty(sharpness) for item in roundings]
+            loss = loss + options.regularisation * torch.stack(penalties).sum()
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        optimizer.step()
 
 
 def output_error(found: Tensor, target: Tensor, power: float = 2.0) -> Tensor:
