@@ -8,7 +8,7 @@ trains as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class TorchGraph:
         self._constants: dict[str, Tensor] = {}
         self._nodes = list(model.graph)
         self._values = graphs.values(model.graph)
-        self._plans: dict[tuple[frozenset[str], tuple[str, ...], frozenset[str]], list[_Step]] = {}
+        self._plans: dict[Hashable, list[_Step]] = {}
 
     def run(
         self,
@@ -178,7 +178,7 @@ class TorchGraph:
     def _plan(
         self, given: Mapping[str, Tensor], wanted: tuple[str, ...], replaced: Mapping[str, Replacement]
     ) -> list[_Step]:
-        key = (frozenset(given), wanted, frozenset(replaced))
+        key = (frozenset(given), wanted, frozenset((name, item.sources) for name, item in replaced.items()))
         if key not in self._plans:
             while len(self._plans) >= PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))

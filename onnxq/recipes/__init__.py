@@ -65,6 +65,7 @@ RECIPES: dict[str, Entry] = {
     "pnmq": Entry("pnmq", "Pnmq", "weights on power grids, widths for a target compression; no data", "int4", "float"),
     "ptq4dm": Entry("ptq4dm", "Ptq4dm", "denoisers: static scales from steps drawn along the sampler"),
     "q-diffusion": Entry("q_diffusion", "QDiffusion", "denoisers: blocks learned on inputs from all steps"),
+    "tfmq-dm": Entry("tfmq_dm", "TfmqDm", "denoisers: what depends on time alone is learned, or tabulated, apart"),
     "ptqd": Entry("ptqd", "Ptqd", "denoisers: the error of each step measured and taken back, over another recipe"),
     "zeroquant": Entry("zeroquant", "ZeroQuant", "transformers: activations token by token, layers distilled"),
     "norm-tweaking": Entry(

@@ -1,0 +1,136 @@
+"""Joint reconstruction of a denoiser's temporal region, on all the inputs that it will ever see."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onnxq.autograd.blocks import Block
+from onnxq.autograd.interpreter import Replacement, TorchGraph
+from onnxq.calibration.data import Array
+from onnxq.diffusion.denoiser import Denoiser
+from onnxq.diffusion.temporal_region import TemporalRegion
+from onnxq.job import Job
+from onnxq.learning import quantizers as found_quantizers
+from onnxq.learning.quantizers import Grid, as_float
+from onnxq.learning.reconstruct import Reconstruction, descend, output_error
+from onnxq.learning.rounding import LearnedRounding
+from onnxq.learning.walk import inside
+
+MOST_ROWS = 8192  # of timesteps with labels; more labels than fit are left out
+
+
+class TemporalInputs:
+    """Every timestep of the sampler, with every label where labels belong to the region.
+
+    Args:
+        denoiser: The roles of the inputs.
+        region: Which of them matter.
+        timesteps: Of the sampler's steps.
+
+    Attributes:
+        steps: The step of each row [rows].
+        labels: By input: the label of each row [rows].
+    """
+
+    def __init__(self, denoiser: Denoiser, region: TemporalRegion, timesteps: Sequence[float]) -> None:
+        self.denoiser, self.timesteps = denoiser, list(timesteps)
+        labelled = [item for item in denoiser.conditions if item.spec.name in region.inputs]
+        most = max(1, MOST_ROWS // len(timesteps)) ** (1 / max(1, len(labelled)))
+        choices = [range(min(item.classes or 1, math.floor(most))) for item in labelled]
+        rows = list(itertools.product(range(len(timesteps)), *choices))
+        columns = np.asarray(rows, np.int64).T
+        self.steps: Array = columns[0]
+        self.labels = {item.spec.name: column for item, column in zip(labelled, columns[1:], strict=True)}
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def feed(self, rows: Array) -> dict[str, Tensor]:
+        """Some rows as inputs of the network; a timestep of rank 0 takes rows of one step only."""
+        denoiser = self.denoiser
+        fixed = next((spec.batch for spec in denoiser.specs if spec.batch is not None), None) or 1
+        rows = np.resize(rows, -(-len(rows) // fixed) * fixed)
+        times = [denoiser.timesteps(self.timesteps[step], 1) for step in self.steps[rows]]
+        given: dict[str, Array] = {name: column[rows] for name, column in self.labels.items()}
+        given[denoiser.timestep.name] = np.concatenate(times) if denoiser.timestep.shape else times[0]
+        tensors = {spec.name: torch.from_numpy(given[spec.name]) for spec in denoiser.specs if spec.name in given}
+        for spec in denoiser.specs:
+            if spec.name not in tensors:  # only its shape can matter
+                zero = torch.from_numpy(np.zeros((), spec.dtype))
+                tensors[spec.name] = zero.expand(len(rows), *(size or 1 for size in spec.shape[1:]))
+        return tensors
+
+    def groups(self, rows: Array) -> list[Array]:
+        """The rows as they can run at once."""
+        if self.denoiser.timestep.shape:
+            return [rows]
+        return [rows[self.steps[rows] == step] for step in np.unique(self.steps[rows])]
+
+
+def features(
+    graph: TorchGraph, region: TemporalRegion, inputs: TemporalInputs, replaced: Mapping[str, Replacement], rows: Array
+) -> list[dict[str, Tensor]]:
+    """The values of the frontier for each group of rows that runs at once."""
+    names = [value.name or "" for value in region.frontier if not value.is_graph_output()]
+    found = []
+    for group in inputs.groups(rows):
+        given = {name: value.to(graph.device) for name, value in inputs.feed(group).items()}
+        found.append(graph.run(given, names, replaced=replaced))
+    return found
+
+
+def reconstruct_temporal(
+    job: Job, region: TemporalRegion, inputs: TemporalInputs, options: Reconstruction
+) -> list[str]:
+    """Learn the rounding of all weights of the region together, so that every temporal feature is the float one.
+
+    The data are the sampler's timesteps, not samples: nothing can overfit, and nothing that depends on a sample moves
+    these weights.
+
+    Source: TFMQ-DM (arXiv 2311.16503), equation 8: temporal information aware reconstruction. The loss is the sum over
+    the features of the squared error, summed over channels and averaged over timesteps.
+
+    Args:
+        job: After ``insert`` and with all scales set.
+        region: Of the float graph, before ``insert``.
+        inputs: Timesteps and labels.
+        options: Iterations, batch, rate and penalty; activations stay float.
+
+    Returns:
+        Names of the weights that are settled now, which lie on their grid.
+    """
+    graph = TorchGraph(job.model, job.settings.device)
+    quantizers = found_quantizers.find(job.model.graph)
+    names: set[str] = set()
+    for value in region.frontier:
+        names |= inside(graph, Block("", region.inputs, value.name or "", ()))
+    weights = [item for item in quantizers if item.output in names and item.is_weight]
+    roundings = [LearnedRounding(Grid(graph, item)) for item in weights if not item.is_float_format]
+    if not roundings:
+        return [item.source for item in weights]
+    exact = as_float(quantizers)
+    soft = exact | {item.grid.quantizer.output: Replacement((), item.weight) for item in roundings}
+    choice = np.random.default_rng(zlib.crc32(b"temporal") ^ job.settings.seed)
+
+    def error() -> Tensor:
+        rows = np.sort(choice.choice(len(inputs), min(options.batch, len(inputs)), replace=False))
+        with torch.no_grad():
+            wanted = features(graph, region, inputs, exact, rows)
+        found = features(graph, region, inputs, soft, rows)
+        parts = [
+            torch.stack([output_error(value, target[name]) for name, value in group.items()]).sum()
+            for group, target in zip(found, wanted, strict=True)
+        ]
+        return torch.stack(parts).mean()
+
+    with job.progress.stage("temporal", "Reconstructing temporal features"):
+        descend(error, roundings, [], options)
+        found_quantizers.store(graph, {item.grid.quantizer.source: item.decided()[0] for item in roundings})
+    return [item.source for item in weights]

@@ -1,0 +1,80 @@
+"""TFMQ-DM: what depends on the timestep alone is reconstructed, or tabulated, apart from everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnxq.autograd.blocks import cut
+from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.diffusion.source import sampler_of
+from onnxq.diffusion.temporal_region import find_region
+from onnxq.errors import OnnxqError
+from onnxq.job import Job
+from onnxq.learning.reconstruct import Reconstruction, iterations_of, reconstruct, rounding_rate
+from onnxq.learning.temporal import TemporalInputs, reconstruct_temporal
+from onnxq.passes.cache_temporal_features import CacheTemporalFeatures
+
+MAINTENANCE = ("reconstruct", "cache", "frozen", "none")
+
+
+@dataclass(frozen=True)
+class TfmqDm:
+    """Temporal features kept as they are.
+
+    1. Find the temporal region: what the timestep (with class labels) reaches and the sample does not.
+    2. Calibrate; weight steps by the least error.
+    3. Learn the rounding of all weights of the region together, on the timesteps of the sampler.
+    4. Block by block, learn the rounding of the rest; the region's weights are settled and its values are inputs.
+
+    With ``maintenance=cache`` (the journal's) the region is replaced by tables, and steps 1 and 3 have nothing to do.
+
+    Source: Y. Huang, R. Gong, J. Liu, T. Chen, X. Liu, TFMQ-DM: Temporal Feature Maintenance Quantization for Diffusion
+    Models, CVPR 2024 (arXiv 2311.16503), section 4; the cache: Temporal Feature Matters, TPAMI 2025 (arXiv 2407.19547).
+    """
+
+    maintenance: str = "reconstruct"
+    labels: bool = True
+    iterations: int = 0
+    batch: int = 32
+    activation_step_rate: float = 1e-3
+    regularisation: float = 0.01
+    observer: str = "mse"
+    weight_ranges: str = "mse"
+    samples: int = 1024
+    cache_mib: int = 1024
+
+    def run(self, job: Job) -> None:
+        """Quantize the job's model."""
+        if self.maintenance not in MAINTENANCE:
+            raise OnnxqError(
+                f"expected maintenance of {', '.join(MAINTENANCE)}, found {self.maintenance!r}",
+                hint="reconstruct is the paper's; cache needs no weights for time at all",
+            )
+        observe, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
+        sampler = sampler_of(job)
+        denoiser, timesteps = sampler.denoiser, sampler.schedule.timesteps
+        job.prepare()
+        if self.maintenance == "cache":
+            CacheTemporalFeatures(denoiser, timesteps, labels=self.labels, everything=True)(job.model)
+        labels = [item.spec.name for item in denoiser.conditions if item.classes is not None and self.labels]
+        region = find_region(job.model.graph, [denoiser.timestep.name, *labels])
+        apart = [value for value in region.frontier if not value.is_graph_output()]
+        blocks = cut(job.model.graph, apart=() if self.maintenance == "none" else apart)
+        job.insert()
+        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
+        calibrate.set_weight_scales(job.model, search)
+        iterations = iterations_of(job, self.iterations)
+        rounding = Reconstruction(
+            iterations,
+            self.batch,
+            rounding_rate(iterations),
+            activation_step_rate=self.activation_step_rate,
+            quantize_activations=True,
+            regularisation=self.regularisation,
+        )
+        settled = []
+        if self.maintenance == "reconstruct":
+            settled = reconstruct_temporal(job, region, TemporalInputs(denoiser, region, timesteps), rounding)
+        samples = min(self.samples, job.settings.samples or len(job.source), len(job.source))
+        reconstruct(job, blocks, rounding, samples=samples, cache_mib=self.cache_mib, settled=settled)
+        job.lower()
