@@ -47,8 +47,13 @@ class Settings(BaseModel):
     synthesis: Literal["auto", "noise", "pixels", "zeroq", "dsg", "genie"] = "auto"
     budget: Literal["quick", "default", "paper"] = "default"
     device: Literal["cpu", "cuda"] = "cpu"
+    workers: int = Field(default=1, ge=1, le=1024)
+    ray: str | None = None
     knobs: dict[str, Any] = Field(default_factory=dict)
     preprocess: PreprocessingSettings = Field(default_factory=PreprocessingSettings)
+
+
+WITHOUT_EFFECT = {"workers", "ray"}  # on the result: they only say who does the work
 
 
 def make_settings(entries: Mapping[str, Any]) -> Settings:

@@ -19,9 +19,10 @@ from onnxq.calibration.data import InputSpec, Source, input_specs
 from onnxq.calibration.observers import Range, Statistics
 from onnxq.config import Settings
 from onnxq.errors import OnnxqError
+from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.progress import Progress
-from onnxq.runtime import Session
+from onnxq.runtime import Session, serialize
 from onnxq.scheme import Scheme
 from onnxq.targets import Placement, Target, scheme_of_ends
 from onnxq.targets.placement import first_and_last
@@ -49,6 +50,7 @@ class Job:
         reasons: Why a recipe left a layer in float, by the name of the node.
         measurements: What a recipe found out, by the key that it gets in ``--json``.
         path: The float model's file, beside which a denoiser's schedule may lie.
+        workers: Who shares the work; ``None``: nobody.
         checkpoint: A folder in which recipes that learn keep finished steps, ``None`` to keep nothing.
     """
 
@@ -69,8 +71,10 @@ class Job:
     measurements: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
     checkpoint: Path | None = None
+    workers: Workers | None = None
     _float_session: Session | None = None
     _taps: list[str] = field(default_factory=list)
+    _shared: SharedModel | None = None
 
     def prepare(self) -> None:
         """Run the target's rewrites, which keep the function."""
@@ -95,9 +99,11 @@ class Job:
         roots = {(site.like or site.value) for site in self.placement.sites if not site.value.is_initializer()}
         self._taps = sorted(root.name or "" for root in roots)
         inputs = {spec.name for spec in self.specs}
-        self._float_session = Session(
-            self.model, taps=[name for name in self._taps if name not in inputs], device=self.settings.device
-        )
+        inner = [name for name in self._taps if name not in inputs]
+        serialized = serialize(self.model, inner)
+        self._float_session = Session(serialized, device=self.settings.device)
+        if self.workers is not None:
+            self._shared = self.workers.share(serialized, self.settings.device)
         InsertQDQ(self.placement.sites)(self.model)
 
     def record(self, channel_axes: Mapping[str, int] | None = None) -> dict[str, Statistics]:
@@ -120,8 +126,10 @@ class Job:
                 channel_axes={name: axis for name, axis in (channel_axes or {}).items() if name in self._taps},
                 samples=total,
                 on_batch=advance,
+                workers=self.workers,
+                shared=self._shared,
             )
-        self._float_session = None
+        self._float_session = self._shared = None
         return self.recording.statistics
 
     def lower(self) -> None:

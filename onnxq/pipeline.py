@@ -21,10 +21,11 @@ from onnxq import recipes, targets
 from onnxq.calibration.data import Source
 from onnxq.calibration.noise import Noise
 from onnxq.check import Check, bare_float_run, check
-from onnxq.config import Settings, build_knobs, make_settings
+from onnxq.config import WITHOUT_EFFECT, Settings, build_knobs, make_settings
 from onnxq.errors import OnnxqError
 from onnxq.inputs import calibration_inputs
 from onnxq.job import Job, peak_rss_mib, quantized_counts
+from onnxq.parallel import open_workers
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS
 from onnxq.progress import Progress
 from onnxq.recipes import Recipe
@@ -72,7 +73,8 @@ def quantize(
             inputs, which is said in the result's warnings.
         output: Where to write the result; ``None`` writes nothing.
         settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
-            ``activations``, ``first_last``, ``samples``, ``exclude``, ``seed``, ``device``, ``knobs``, ``preprocess``;
+            ``activations``, ``first_last``, ``samples``, ``exclude``, ``seed``, ``device``, ``workers``, ``ray``,
+            ``knobs``, ``preprocess``;
             for a denoiser without data ``scheduler``, ``steps``, ``guidance``, ``conditions``.
         progress: Where to say what is being done; by default nowhere.
         **options: The fields of :class:`Settings`.
@@ -102,7 +104,8 @@ def quantize(
     with progress.stage("load", "Loading"):
         job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings, path=path)
         job.checkpoint = None if output is None else checkpoint_folder(Path(output))
-    recipe.run(job)
+    with open_workers(settings.workers, settings.ray) as job.workers:
+        recipe.run(job)
     checked = check(job)
     numbers = _numbers(job, path, checked, recipe)
     models.set_metadata(
@@ -111,7 +114,7 @@ def quantize(
         recipe=recipes.canonical(settings.recipe),
         target=settings.target,
         seed=str(settings.seed),
-        config=json.dumps(settings.model_dump(exclude_defaults=True), sort_keys=True),
+        config=json.dumps(settings.model_dump(exclude_defaults=True, exclude=WITHOUT_EFFECT), sort_keys=True),
         knobs=json.dumps(numbers["knobs"], sort_keys=True),
     )
     loaded.producer_name, loaded.producer_version = "onnxq", onnxq.__version__

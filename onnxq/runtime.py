@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,26 @@ INTEGER_OPS = frozenset(
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Serialized:
+    """A model as bytes (see :func:`serialize`).
+
+    Attributes:
+        data: The model.
+        large: The initializers that are not in it, by name.
+        appended: How many of its outputs, at the end, are taps.
+    """
+
+    data: bytes
+    large: dict[str, Array]
+    appended: int
+
+
 class Session:
     """An onnxruntime session over a model in memory or on disk.
 
     Args:
-        model: A model, or the path of one.
+        model: A model, the path of one, or its bytes.
         taps: Names of inner values to return after the model's own outputs.
         optimize: ``False`` runs every node literally (the reference for Q/DQ), ``True`` runs what is deployed.
         device: ``cpu`` or ``cuda``.
@@ -52,7 +68,7 @@ class Session:
 
     def __init__(
         self,
-        model: ir.Model | str | os.PathLike[str],
+        model: ir.Model | Serialized | str | os.PathLike[str],
         *,
         taps: Sequence[str] = (),
         optimize: bool = True,
@@ -90,22 +106,24 @@ class Session:
         self.own_output_names = self.output_names[: len(self.output_names) - self._appended]
 
     def _source(
-        self, model: ir.Model | str | os.PathLike[str], taps: Sequence[str], options: onnxruntime.SessionOptions
+        self,
+        model: ir.Model | Serialized | str | os.PathLike[str],
+        taps: Sequence[str],
+        options: onnxruntime.SessionOptions,
     ) -> bytes | str:
-        if not isinstance(model, ir.Model):
+        if not isinstance(model, ir.Model | Serialized):
             if not taps:
                 return os.fspath(model)
             from onnxq.model import read
 
             model = read(model)
-        own = {value.name for value in model.graph.outputs}
-        self._appended = len([name for name in taps if name not in own])
-        data, large = serialize(model, taps)
-        if large:
-            self._keep_alive = list(large.values())
+        serialized = serialize(model, taps) if isinstance(model, ir.Model) else model
+        self._appended = serialized.appended
+        if serialized.large:
+            self._keep_alive = list(serialized.large.values())
             values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._keep_alive]
-            options.add_external_initializers(list(large), values)
-        return data
+            options.add_external_initializers(list(serialized.large), values)
+        return serialized.data
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[Array]:
         """Run one batch and return the named outputs (all, taps last, if none are named)."""
@@ -120,7 +138,7 @@ class Session:
         return result
 
 
-def serialize(model: ir.Model, taps: Sequence[str] = ()) -> tuple[bytes, dict[str, Array]]:
+def serialize(model: ir.Model, taps: Sequence[str] = ()) -> Serialized:
     """The model as bytes, with ``taps`` as further outputs, and the large initializers left out of them.
 
     Models below 1 GiB keep everything in the bytes but what lies outside their file. Larger ones reference their large
@@ -161,7 +179,7 @@ def serialize(model: ir.Model, taps: Sequence[str] = ()) -> tuple[bytes, dict[st
         if wanted:
             for _ in wanted:
                 graph.outputs.pop()  # one by one: deleting a slice would leave the values marked as outputs
-    return data, large
+    return Serialized(data, large, len(wanted))
 
 
 def optimized_session(

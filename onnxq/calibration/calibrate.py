@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,7 @@ from onnxq.calibration.data import STEP_KEY, InputSpec, Source, batches, inputs_
 from onnxq.calibration.observers import Observer, Range, Statistics
 from onnxq.errors import OnnxqError
 from onnxq.formats import NumberFormat, one_sided, parse_format, scale_and_zero_point
+from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.insert_qdq import CLIP, FORMAT, STATISTICS, SYMMETRIC
 from onnxq.runtime import Session
 
@@ -25,7 +27,9 @@ TAPPED_BYTES_PER_BATCH = 16 << 20  # bounds memory, and keeps a batch's activati
 LARGEST_BATCH = 16
 MEAN_SAMPLES = 16  # channel means settle soon, and cost as much as the extremes of all values
 SAMPLED_VALUES = 1 << 18  # per tensor over the whole run
-WORKERS = 2  # numpy lets go of the interpreter lock while it reduces
+SHARD_SAMPLES = 64  # have statistics of their own, which then merge
+SHARD_BYTES = 64 << 20
+THREADS = 2  # numpy lets go of the interpreter lock while it reduces
 KEPT_VALUES = 1 << 15
 KEPT_SAMPLES = 8  # float outputs kept to check the result against
 
@@ -40,6 +44,7 @@ class Recording:
         first_feed: The first sample alone.
         first_taps: Part of each tapped value for it (see :func:`thinned`).
         channel_means: E[x] per channel, by the name of the tapped value.
+        mean_samples: How many samples those are the means of.
         samples: How many samples were run.
         inference_seconds: Time inside the float session.
     """
@@ -49,8 +54,32 @@ class Recording:
     first_feed: dict[str, Array] = field(default_factory=dict)
     first_taps: dict[str, Array] = field(default_factory=dict)
     channel_means: dict[str, Array] = field(default_factory=dict)
+    mean_samples: int = 0
     samples: int = 0
     inference_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is wanted of every part of the data.
+
+    Attributes:
+        taps: Names of the values to observe.
+        wanted: Names of the session's outputs: the model's own, then the taps that are no inputs.
+        own: How many of them are the model's own.
+        specs: The model's inputs.
+        per_sample: Values of each tap that go into its histogram, for each sample.
+        channel_axes: Values whose mean per channel is wanted too, and their channel axes.
+        spread: Numbers of the samples to keep, where samples carry steps.
+    """
+
+    taps: list[str]
+    wanted: list[str]
+    own: int
+    specs: list[InputSpec]
+    per_sample: int
+    channel_axes: dict[str, int]
+    spread: set[int]
 
 
 def record(
@@ -62,8 +91,13 @@ def record(
     channel_axes: Mapping[str, int] | None = None,
     samples: int | None = None,
     on_batch: Callable[[int], None] | None = None,
+    workers: Workers | None = None,
+    shared: SharedModel | None = None,
 ) -> Recording:
     """Stream ``source`` through a session that returns ``taps``, and keep statistics of them.
+
+    The data is cut into shards whose size follows from the model and the data alone; each has statistics of its own,
+    which merge in order. So the result is the same, byte for byte, however many workers there are.
 
     Args:
         session: The float session; its last outputs are the taps.
@@ -73,52 +107,114 @@ def record(
         channel_axes: Values whose mean per channel is wanted too, and their channel axes.
         samples: Use at most so many.
         on_batch: Called with the number of samples after each batch.
+        workers: What runs the shards; ``None``: this process.
+        shared: The model of ``session``, where there are workers.
     """
     total = min(len(source), samples or len(source))
-    per_sample = max(256, SAMPLED_VALUES // max(total, 1))
-    recording = Recording({name: Statistics() for name in taps})
     names = {spec.name for spec in specs}
-    inner = [name for name in taps if name not in names]
     own_outputs = session.own_output_names
-    wanted = own_outputs + [name for name in inner if name not in own_outputs]
-    sums: dict[str, Array] = {}
-    mean_samples = 0
-    spread = set(np.linspace(0, total - 1, KEPT_SAMPLES).round().astype(int).tolist())
-    with ThreadPoolExecutor(WORKERS) as pool:
-        first = inputs_of(next(batches(source, specs, batch_size=1, samples=1)), specs)
-        recording.first_feed = first
-        outputs = session.run(first, wanted)
-        tapped_bytes = sum(value.nbytes for value in outputs)
-        recording.first_taps = {name: thinned(value) for name, value in zip(wanted, outputs, strict=True)}
-        del outputs
-        size = max(1, min(LARGEST_BATCH, TAPPED_BYTES_PER_BATCH // max(tapped_bytes, 1)))
-        for batch in batches(source, specs, batch_size=size, samples=samples):
-            feed = inputs_of(batch, specs)
-            rows = len(next(iter(feed.values())))
-            before = time.perf_counter()
-            outputs = session.run(feed, wanted)
-            recording.inference_seconds += time.perf_counter() - before
-            tapped = dict(zip(wanted, outputs, strict=True)) | feed
-            observed = [(recording.statistics[name], tapped[name], per_sample * rows) for name in taps]
-            list(pool.map(_observe, [observed[start::WORKERS] for start in range(WORKERS)]))
-            for name in taps:
-                _check_finite(name, recording.statistics[name])
-            if recording.samples < MEAN_SAMPLES:
-                for name, axis in (channel_axes or {}).items():
-                    sums[name] = sums.get(name, 0) + _channel_mean(tapped[name], axis) * rows
-                mean_samples += rows
-            if STEP_KEY in batch:  # in the order of steps, so that the first samples would all be of the first one
-                chosen = [row for row in range(rows) if recording.samples + row in spread]
-            else:
-                chosen = list(range(rows)) if recording.samples < KEPT_SAMPLES else []
-            if chosen:
-                recording.kept.append(_rows_of(feed, outputs[: len(own_outputs)], chosen, rows))
-            recording.samples += rows
-            del outputs, tapped, observed  # before the next run allocates its own
+    plan = _Plan(
+        list(taps),
+        own_outputs + [name for name in taps if name not in names and name not in own_outputs],
+        len(own_outputs),
+        list(specs),
+        max(256, SAMPLED_VALUES // max(total, 1)),
+        dict(channel_axes or {}),
+        set(np.linspace(0, total - 1, KEPT_SAMPLES).round().astype(int).tolist()),
+    )
+    recording = Recording({name: Statistics() for name in taps})
+    first = inputs_of(next(batches(source, specs, batch_size=1, samples=1)), specs)
+    recording.first_feed = first
+    outputs = session.run(first, plan.wanted)
+    tapped_bytes = sum(value.nbytes for value in outputs)
+    recording.first_taps = {name: thinned(value) for name, value in zip(plan.wanted, outputs, strict=True)}
+    del outputs
+    size = max(1, min(LARGEST_BATCH, TAPPED_BYTES_PER_BATCH // max(tapped_bytes, 1)))
+    batch_bytes = size * sum(value.nbytes for value in first.values())
+    in_shard = max(1, min(SHARD_SAMPLES // size, SHARD_BYTES // max(batch_bytes, 1)))
+    drawn = batches(source, specs, batch_size=size, samples=samples)
+    if workers is None or shared is None:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for shard in _shards(drawn, in_shard):
+                _merge(recording, _observe_shard(session, plan, recording.samples, shard, pool, on_batch))
+    else:
+        tasks = (
+            (shared, plan, index * in_shard * size, list(shard)) for index, shard in enumerate(_shards(drawn, in_shard))
+        )
+        for part in workers.map(_observe_task, tasks):
+            _merge(recording, part)
             if on_batch is not None:
                 on_batch(recording.samples)
-    recording.channel_means = {name: total / mean_samples for name, total in sums.items()}
     return recording
+
+
+def _shards(drawn: Iterator[dict[str, Array]], size: int) -> Iterator[Iterator[dict[str, Array]]]:
+    """Runs of ``size`` batches, none of them read before it is wanted."""
+    for first in drawn:
+        shard = itertools.chain([first], itertools.islice(drawn, size - 1))
+        yield shard
+        for _ in shard:
+            pass
+
+
+def _observe_task(task: tuple[SharedModel, _Plan, int, list[dict[str, Array]]]) -> Recording:
+    """One shard in a worker."""
+    shared, plan, start, shard = task
+    with ThreadPoolExecutor(min(THREADS, shared.threads)) as pool:
+        return _observe_shard(shared.session(), plan, start, shard, pool, None)
+
+
+def _observe_shard(
+    session: Session,
+    plan: _Plan,
+    start: int,
+    shard: Iterable[dict[str, Array]],
+    pool: ThreadPoolExecutor,
+    on_batch: Callable[[int], None] | None,
+) -> Recording:
+    """Statistics of the samples from number ``start`` on."""
+    part = Recording({name: Statistics() for name in plan.taps})
+    for batch in shard:
+        feed = inputs_of(batch, plan.specs)
+        rows = len(next(iter(feed.values())))
+        before = time.perf_counter()
+        outputs = session.run(feed, plan.wanted)
+        part.inference_seconds += time.perf_counter() - before
+        tapped = dict(zip(plan.wanted, outputs, strict=True)) | feed
+        observed = [(part.statistics[name], tapped[name], plan.per_sample * rows) for name in plan.taps]
+        list(pool.map(_observe, [observed[index::THREADS] for index in range(THREADS)]))
+        for name in plan.taps:
+            _check_finite(name, part.statistics[name])
+        position = start + part.samples
+        if position < MEAN_SAMPLES:
+            for name, axis in plan.channel_axes.items():
+                total = part.channel_means.get(name, 0) * part.mean_samples + _channel_mean(tapped[name], axis) * rows
+                part.channel_means[name] = total / (part.mean_samples + rows)
+            part.mean_samples += rows
+        if STEP_KEY in batch:  # in the order of steps, so that the first samples would all be of the first one
+            chosen = [row for row in range(rows) if position + row in plan.spread]
+        else:
+            chosen = list(range(rows)) if position < KEPT_SAMPLES else []
+        if chosen:
+            part.kept.append(_rows_of(feed, outputs[: plan.own], chosen, rows))
+        part.samples += rows
+        del outputs, tapped, observed  # before the next run allocates its own
+        if on_batch is not None:
+            on_batch(start + part.samples)
+    return part
+
+
+def _merge(recording: Recording, part: Recording) -> None:
+    """Add the next shard."""
+    for name, statistics in part.statistics.items():
+        recording.statistics[name].merge(statistics)
+    recording.kept += part.kept
+    for name, mean in part.channel_means.items():
+        total = recording.channel_means.get(name, 0) * recording.mean_samples + mean * part.mean_samples
+        recording.channel_means[name] = total / (recording.mean_samples + part.mean_samples)
+    recording.mean_samples += part.mean_samples
+    recording.samples += part.samples
+    recording.inference_seconds += part.inference_seconds
 
 
 def _rows_of(

@@ -57,8 +57,8 @@ class Statistics:
             return
         rows = flat.reshape(values.shape[0] if values.ndim > 1 else 1, -1)
         lows, highs = rows.min(axis=1), rows.max(axis=1)
-        self.low = min(self.low, float(lows.min()))
-        self.high = max(self.high, float(highs.max()))
+        self.low = float(np.minimum(self.low, lows.min()))  # unlike Python's min, keeps a NaN
+        self.high = float(np.maximum(self.high, highs.max()))
         self.rows += len(rows)
         self.sum_of_lows += float(lows.sum(dtype=np.float64))
         self.sum_of_highs += float(highs.sum(dtype=np.float64))
@@ -73,13 +73,16 @@ class Statistics:
 
     def merge(self, other: Statistics) -> None:
         """Add what another part of the data gave."""
-        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.low, self.high = float(np.minimum(self.low, other.low)), float(np.maximum(self.high, other.high))
         self.count += other.count
         self.rows += other.rows
         self.sum_of_lows += other.sum_of_lows
         self.sum_of_highs += other.sum_of_highs
         other._flush()
         self._flush()
+        if not self._bins.size:
+            self._bins, self._counts = other._bins, other._counts
+            return
         dense = np.zeros(BINS, np.int64)
         dense[self._bins] = self._counts
         dense[other._bins] += other._counts

@@ -56,6 +56,20 @@ Conditions = Annotated[
     ),
 ]
 
+WorkerCount = Annotated[
+    int | None,
+    typer.Option("--workers", help="Processes that share the work; the result is the same.", show_default="1"),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Share the work over a Ray cluster: HOST:PORT, auto, or local.",
+        show_default=False,
+    ),
+]
+
 Tokenizer = Annotated[
     Path | None,
     typer.Option(
