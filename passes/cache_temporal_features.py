@@ -83,7 +83,7 @@ class CacheTemporalFeatures(InPlacePass):
 
     def _tables(self, model: ir.Model, labels: Sequence[str]) -> dict[str, FeatureTable]:
         region = find_region(model.graph, [self.denoiser.timestep.name, *labels])
-        tables = tabulate(model, region, self.denoiser, self.timesteps)
+        tables = tabulate(model, region.features, region.inputs, self.denoiser, self.timesteps)
         if self.dtype is not None:
             kept = self.dtype.numpy()
             tables = {name: dataclasses.replace(item, rows=item.rows.astype(kept)) for name, item in tables.items()}

@@ -40,6 +40,11 @@ class TemporalRegion:
     frontier: tuple[ir.Value, ...]
 
     @property
+    def features(self) -> list[str]:
+        """Names of the values of the frontier that are no outputs of the model."""
+        return [value.name or "" for value in self.frontier if not value.is_graph_output()]
+
+    @property
     def layers(self) -> list[str]:
         """Names of its Conv, Gemm and MatMul nodes with a constant weight."""
         found = (graphs.weighted(node) for node in self.nodes)

@@ -35,25 +35,25 @@ class FeatureTable:
 
 
 def tabulate(
-    model: ir.Model, region: TemporalRegion, denoiser: Denoiser, timesteps: Sequence[float]
+    model: ir.Model, names: Sequence[str], inputs: Collection[str], denoiser: Denoiser, timesteps: Sequence[float]
 ) -> dict[str, FeatureTable]:
-    """Run the region once for every timestep (and label), in onnxruntime as the denoiser itself runs.
+    """Compute temporal values once for every timestep (and label), in onnxruntime as the denoiser itself runs.
 
     Args:
-        model: The denoiser.
-        region: Its temporal region, for the timestep alone or with labels.
+        model: The denoiser, float or quantized.
+        names: The values.
+        inputs: What they depend on: the timestep, perhaps labels.
         denoiser: The roles of its inputs.
         timesteps: Of the sampler's steps.
 
     Returns:
-        Tables by the name of the value. A value of the frontier that is no row for each sample (the batch folded into
-        another axis), or that is an output of the model, has none.
+        Tables by the name of the value. A value that is no row for each sample (the batch folded into another axis)
+        has none.
     """
-    names = [value.name or "" for value in region.frontier if not value.is_graph_output()]
     if not names:
         return {}
     session = Session(_only(model, names), optimize=False)
-    labels = [item for item in denoiser.conditions if item.spec.name in region.inputs]
+    labels = [item for item in denoiser.conditions if item.spec.name in inputs]
     choices = [range(item.classes or 1) for item in labels]
     fixed = next((spec.batch for spec in denoiser.specs if spec.batch is not None), None)
 

@@ -18,7 +18,7 @@ from onnxq.diffusion.denoiser import Denoiser
 from onnxq.diffusion.temporal_region import TemporalRegion
 from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
-from onnxq.learning.quantizers import Grid, as_float
+from onnxq.learning.quantizers import Grid, Quantizer, as_float
 from onnxq.learning.reconstruct import Reconstruction, descend, output_error
 from onnxq.learning.rounding import LearnedRounding
 from onnxq.learning.walk import inside
@@ -78,12 +78,19 @@ def features(
     graph: TorchGraph, region: TemporalRegion, inputs: TemporalInputs, replaced: Mapping[str, Replacement], rows: Array
 ) -> list[dict[str, Tensor]]:
     """The values of the frontier for each group of rows that runs at once."""
-    names = [value.name or "" for value in region.frontier if not value.is_graph_output()]
-    found = []
+    names, found = region.features, []
     for group in inputs.groups(rows):
         given = {name: value.to(graph.device) for name, value in inputs.feed(group).items()}
         found.append(graph.run(given, names, replaced=replaced))
     return found
+
+
+def quantizers_of(graph: TorchGraph, region: TemporalRegion, quantizers: Sequence[Quantizer]) -> list[Quantizer]:
+    """Those that the region's features are computed with."""
+    names: set[str] = set()
+    for feature in region.features:
+        names |= inside(graph, Block("", region.inputs, feature, ()))
+    return [item for item in quantizers if item.output in names]
 
 
 def reconstruct_temporal(
@@ -101,20 +108,18 @@ def reconstruct_temporal(
         job: After ``insert`` and with all scales set.
         region: Of the float graph, before ``insert``.
         inputs: Timesteps and labels.
-        options: Iterations, batch, rate and penalty; activations stay float.
+        options: Iterations (0 leaves the weights as they are), batch, rate and penalty; activations stay float.
 
     Returns:
-        Names of the weights that are settled now, which lie on their grid.
+        Names of the weights and scales that are settled now; the weights lie on their grid.
     """
     graph = TorchGraph(job.model, job.settings.device)
     quantizers = found_quantizers.find(job.model.graph)
-    names: set[str] = set()
-    for value in region.frontier:
-        names |= inside(graph, Block("", region.inputs, value.name or "", ()))
-    weights = [item for item in quantizers if item.output in names and item.is_weight]
-    roundings = [LearnedRounding(Grid(graph, item)) for item in weights if not item.is_float_format]
-    if not roundings:
-        return [item.source for item in weights]
+    own = quantizers_of(graph, region, quantizers)
+    settled = [item.source for item in own if item.is_weight] + [item.scale for item in own]
+    roundings = [LearnedRounding(Grid(graph, item)) for item in own if item.is_weight and not item.is_float_format]
+    if not roundings or not options.iterations:
+        return settled
     exact = as_float(quantizers)
     soft = exact | {item.grid.quantizer.output: Replacement((), item.weight) for item in roundings}
     choice = np.random.default_rng(zlib.crc32(b"temporal") ^ job.settings.seed)
@@ -133,4 +138,4 @@ def reconstruct_temporal(
     with job.progress.stage("temporal", "Reconstructing temporal features"):
         descend(error, roundings, [], options)
         found_quantizers.store(graph, {item.grid.quantizer.source: item.decided()[0] for item in roundings})
-    return [item.source for item in weights]
+    return settled

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from onnxq.autograd.blocks import cut
 from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.diffusion.source import sampler_of
+from onnxq.diffusion.temporal_error import temporal_error
 from onnxq.diffusion.temporal_region import find_region
+from onnxq.diffusion.temporal_tables import tabulate
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.learning.reconstruct import Reconstruction, iterations_of, reconstruct, rounding_rate
 from onnxq.learning.temporal import TemporalInputs, reconstruct_temporal
 from onnxq.passes.cache_temporal_features import CacheTemporalFeatures
 
-MAINTENANCE = ("reconstruct", "cache", "frozen", "none")
+MAINTENANCE = ("reconstruct", "cache", "smaller", "frozen")
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,10 @@ class TfmqDm:
     1. Find the temporal region: what the timestep (with class labels) reaches and the sample does not.
     2. Calibrate; weight steps by the least error.
     3. Learn the rounding of all weights of the region together, on the timesteps of the sampler.
-    4. Block by block, learn the rounding of the rest; the region's weights are settled and its values are inputs.
+    4. Block by block, learn the rounding of the rest; the region's weights stay, its features are inputs.
 
-    With ``maintenance=cache`` (the journal's) the region is replaced by tables, and steps 1 and 3 have nothing to do.
+    With ``maintenance=cache`` (the journal's) the features become tables before anything else, and nothing of the
+    region is left to quantize.
 
     Source: Y. Huang, R. Gong, J. Liu, T. Chen, X. Liu, TFMQ-DM: Temporal Feature Maintenance Quantization for Diffusion
     Models, CVPR 2024 (arXiv 2311.16503), section 4; the cache: Temporal Feature Matters, TPAMI 2025 (arXiv 2407.19547).
@@ -48,18 +52,26 @@ class TfmqDm:
         if self.maintenance not in MAINTENANCE:
             raise OnnxqError(
                 f"expected maintenance of {', '.join(MAINTENANCE)}, found {self.maintenance!r}",
-                hint="reconstruct is the paper's; cache needs no weights for time at all",
+                hint="reconstruct is the paper's; cache is exact and keeps no weights for time",
             )
         observe, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         sampler = sampler_of(job)
         denoiser, timesteps = sampler.denoiser, sampler.schedule.timesteps
         job.prepare()
-        if self.maintenance == "cache":
-            CacheTemporalFeatures(denoiser, timesteps, labels=self.labels, everything=True)(job.model)
         labels = [item.spec.name for item in denoiser.conditions if item.classes is not None and self.labels]
-        region = find_region(job.model.graph, [denoiser.timestep.name, *labels])
-        apart = [value for value in region.frontier if not value.is_graph_output()]
-        blocks = cut(job.model.graph, apart=() if self.maintenance == "none" else apart)
+        inputs = (denoiser.timestep.name, *labels)
+        region = find_region(job.model.graph, inputs)
+        exact = tabulate(job.model, region.features, inputs, denoiser, timesteps)
+        if self.maintenance in ("cache", "smaller"):
+            CacheTemporalFeatures(
+                denoiser,
+                timesteps,
+                labels=self.labels,
+                everything=self.maintenance == "cache",
+                bytes_per_weight=job.scheme.weights.format.bits / 8 if job.scheme.weights.enabled else 4,
+            )(job.model)
+            region = find_region(job.model.graph, inputs)
+        blocks = cut(job.model.graph, apart=[value for value in region.frontier if not value.is_graph_output()])
         job.insert()
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
         calibrate.set_weight_scales(job.model, search)
@@ -72,9 +84,12 @@ class TfmqDm:
             quantize_activations=True,
             regularisation=self.regularisation,
         )
-        settled = []
-        if self.maintenance == "reconstruct":
-            settled = reconstruct_temporal(job, region, TemporalInputs(denoiser, region, timesteps), rounding)
+        temporal = dataclasses.replace(rounding, iterations=0 if self.maintenance == "frozen" else iterations)
+        settled = reconstruct_temporal(job, region, TemporalInputs(denoiser, region, timesteps), temporal)
         samples = min(self.samples, job.settings.samples or len(job.source), len(job.source))
         reconstruct(job, blocks, rounding, samples=samples, cache_mib=self.cache_mib, settled=settled)
         job.lower()
+        found = tabulate(job.model, [name for name in exact if name in region.features], inputs, denoiser, timesteps)
+        error = temporal_error(exact, found, len(timesteps))
+        if error is not None:
+            job.measurements["temporal_features"] = dataclasses.asdict(error)
