@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from onnxq.autograd.blocks import cut
 from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.calibration.shortcuts import split_shortcuts
 from onnxq.job import Job
 from onnxq.learning.reconstruct import Reconstruction, iterations_of, reconstruct, rounding_rate
 
@@ -15,15 +16,19 @@ class QDiffusion:
     """Block reconstruction of a denoiser on inputs from evenly spaced steps.
 
     1. Run the sampler; keep evenly spaced steps of each trajectory (with guidance, both inputs).
-    2. Block by block, on what the quantized part of the network makes: learn the rounding of all weights, so that the
+    2. Split the layers that read a Concat (the shortcuts of a UNet) into one for each part, where the parts' ranges
+       differ so much that it pays.
+    3. Block by block, on what the quantized part of the network makes: learn the rounding of all weights, so that the
        block's output is the float network's.
-    3. Block by block, on the float network's inputs, weights kept: learn the steps of activations, with |error| ** 2.4.
+    4. Block by block, on the float network's inputs, weights kept: learn the steps of activations, with |error| ** 2.4.
 
     Source: X. Li, Y. Liu, L. Lian, H. Yang, Z. Dong, D. Kang, S. Zhang, K. Keutzer, Q-Diffusion: Quantizing Diffusion
     Models, ICCV 2023 (arXiv 2302.04304), section 3.
 
     Departures:
-        - Shortcuts are not split here (section 3.2): both halves of a Concat share one scale.
+        - A shortcut is split where the error of its layer's output falls by ``split_gain_db``; the authors split all
+          that read the raw Concat. A layer behind a normalization of the Concat is not split, as in their code.
+        - Both halves of a split layer have the penalty on undecided roundings; in their code the first one alone.
         - Weights are symmetric, as TensorRT needs them; the authors' have zero points.
         - Blocks are learned in the order in which they run; the authors' code takes a DDIM's upper half backwards.
         - While rounding is learned, the prefix of a block has quantized activations too.
@@ -40,6 +45,9 @@ class QDiffusion:
         activation_step_rate: Adam's rate for the logarithm of activation steps.
         regularisation: Weight of the penalty on undecided roundings.
         observer: How the first range follows from the statistics of an activation.
+        split: ``two_op``: a layer for each part of a shortcut; ``equalize``: one layer, whose parts are multiplied
+            into one range by powers of two; ``none``.
+        split_gain_db: By how much the error of a layer's output has to fall for that; -100 splits all.
         samples: How many inputs to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
@@ -52,6 +60,8 @@ class QDiffusion:
     activation_step_rate: float = 1e-3
     regularisation: float = 0.01
     observer: str = "mse"
+    split: str = "two_op"
+    split_gain_db: float = 3.0
     samples: int = 1024
     cache_mib: int = 1024
 
@@ -59,6 +69,7 @@ class QDiffusion:
         """Quantize the job's model."""
         observe, search = observers.get(self.observer), weight_ranges.get("mse")
         job.prepare()
+        split_shortcuts(job, self.split, self.split_gain_db)
         blocks = cut(job.model.graph)
         job.insert()
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
+from onnxq.passes.split_shortcuts import PARTIAL_SUM
 from onnxq.scheme import Scheme, Spec, for_integer_products, parse_activations, parse_weights
 from onnxq.targets.findings import Finding
 from onnxq.targets.placement import Placement, Schemes, Site, choose, excluded, schemes_of, weight_sites
@@ -201,7 +202,7 @@ def _shortcut_sites(
     order = {node: index for index, node in enumerate(graph)}
     sites = []
     for node in graph:
-        if not graphs.is_op(node, "Add") or node.name in skipped:
+        if not graphs.is_op(node, "Add") or node.name in skipped or PARTIAL_SUM in node.metadata_props:
             continue
         operands = [value for value in node.inputs if value is not None and not graphs.is_constant(value)]
         if len(operands) != 2 or operands[0] is operands[1] or not _feeds(node, quantized):
