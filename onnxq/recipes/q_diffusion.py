@@ -61,7 +61,7 @@ class QDiffusion:
     regularisation: float = 0.01
     observer: str = "mse"
     split: str = "two_op"
-    split_gain_db: float = 3.0
+    split_gain_db: float = 2.0
     samples: int = 1024
     cache_mib: int = 1024
 
