@@ -67,6 +67,7 @@ RECIPES: dict[str, Entry] = {
     "q-diffusion": Entry("q_diffusion", "QDiffusion", "denoisers: blocks learned on inputs from all steps"),
     "tfmq-dm": Entry("tfmq_dm", "TfmqDm", "denoisers: what depends on time alone is learned, or tabulated, apart"),
     "ptqd": Entry("ptqd", "Ptqd", "denoisers: the error of each step measured and taken back, over another recipe"),
+    "diffusion": Entry("diffusion", "Diffusion", "denoisers: our composition of what pays, learned block by block"),
     "zeroquant": Entry("zeroquant", "ZeroQuant", "transformers: activations token by token, layers distilled"),
     "norm-tweaking": Entry(
         "norm_tweaking",

@@ -62,6 +62,16 @@ class Ptqd:
         entry = recipes.get(self.base)
         exact = Session(job.model, device=job.settings.device)
         build_knobs(entry.load(), entry.knobs, self.base).run(job)
+        self.correct(job, exact, denoiser)
+
+    def correct(self, job: Job, exact: Session, denoiser: denoisers.Denoiser) -> None:
+        """Steps 2 and 3, on a job whose model is quantized; its inputs have steps.
+
+        Args:
+            job: The job.
+            exact: The float network, as it was before anything was changed.
+            denoiser: Its roles.
+        """
         with job.progress.stage("correct", "Measuring the error of each step"):
             quantized = Session(job.model, device=job.settings.device, optimize=job.target.name == "cpu")
             halves, timesteps = _compare(exact, quantized, job, denoiser)

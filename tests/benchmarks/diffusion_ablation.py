@@ -1,0 +1,109 @@
+"""What each part of a denoiser's quantization brings, one row each on the same model.
+
+    python tests/benchmarks/diffusion_ablation.py FOLDER [NAME …] [--weights int8 int4] [--rows ROW …]
+
+FOLDER holds NAME.onnx with NAME.scheduler.json (or a schedule in the metadata). Every row is calibrated on the model's
+own trajectories of one seed and judged on those of another: SQNR of the prediction in each step of the float trajectory
+(worst and mean over the steps, dB), and the error of the images that the same noise ends in (squared, over float's
+power; and as a ratio to the first row's). Seconds are relative to the first row's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnxq
+from onnxq import model as models
+from onnxq import recipes
+from onnxq.config import make_settings
+from onnxq.diffusion import comparison
+from onnxq.diffusion.source import open_sampler
+from onnxq.errors import OnnxqError
+from onnxq.runtime import Session
+
+PLAIN: dict[str, Any] = {"step_floor_db": 0.0}
+LEARNED: dict[str, Any] = {"split": "none"}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nearest rounding": ("int8", PLAIN),
+    "float where a step needs it": ("int8", {}),
+    "noise correction": ("ptqd", {"base": "int8"}),
+    "learned blocks": ("q-diffusion", LEARNED),
+    "+ all shortcuts split": ("q-diffusion", {"split_gain_db": -100.0}),
+    "+ shortcuts that gain": ("q-diffusion", {}),
+    "+ all equalized": ("q-diffusion", {"split": "equalize", "split_gain_db": -100.0}),
+    "+ noise correction": ("ptqd", {}),
+    "time learned apart": ("tfmq-dm", {}),
+    "time in tables": ("tfmq-dm", {"maintenance": "cache"}),
+    **{f"scales of {groups} groups": ("apq-dm", {"groups": groups}) for groups in (1, 2, 4, 8)},
+    "all that pays": ("diffusion", {}),
+}
+
+
+def main() -> None:
+    """Print one table for each model and width."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--weights", nargs="+", default=["int8", "int4"])
+    parser.add_argument("--activations", default="int8")
+    parser.add_argument("--target", default="tensorrt")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--budget", default="quick")
+    parser.add_argument("--iterations", type=int, default=0)
+    arguments = parser.parse_args()
+    names = arguments.names or sorted(file.name.split(".")[0] for file in arguments.folder.glob("*.scheduler.json"))
+    for name in names:
+        for weights in arguments.weights:
+            print(f"\n{name}, {arguments.target}, weights {weights}, activations {arguments.activations}")
+            print(f"{'row':28} {'worst':>6} {'mean':>6} {'image error':>12} {'ratio':>6} {'time':>6}  layers")
+            first: dict[str, float] = {}
+            for row in arguments.rows:
+                judge(arguments, name, weights, row, first)
+
+
+def judge(arguments: argparse.Namespace, name: str, weights: str, row: str, first: dict[str, float]) -> None:
+    """Quantize and print one line."""
+    recipe, knobs = ROWS[row]
+    if recipe not in recipes.RECIPES:
+        print(f"{row:28} there is no recipe {recipe}")
+        return
+    if arguments.iterations and recipe in ("q-diffusion", "tfmq-dm", "diffusion"):
+        knobs = knobs | {"iterations": arguments.iterations}
+    path = arguments.folder / f"{name}.onnx"
+    scheduler = arguments.folder / f"{name}.scheduler.json"
+    common: dict[str, Any] = {"steps": arguments.steps}
+    if scheduler.is_file():
+        common["scheduler"] = str(scheduler)
+    sampler, _ = open_sampler(models.load(path), path, make_settings(common | {"seed": 1000}))
+    options = {"weights": weights, "activations": arguments.activations, "target": arguments.target}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "quantized.onnx"
+        try:
+            made = onnxq.quantize(
+                path, output=output, recipe=recipe, knobs=knobs, budget=arguments.budget, **options, **common
+            )
+        except OnnxqError as error:
+            print(f"{row:28} {error}")
+            return
+        quantized = Session(output, optimize=arguments.target == "cpu")
+        samplers = {"float": (sampler, Session(path)), "quantized": (sampler, quantized)}
+        found = comparison.sample(samplers, arguments.samples, 0).numbers
+    steps = found["trajectory_sqnr_db"]
+    error, seconds = 10 ** (-found["same_seed_image_sqnr_db"] / 10), made.numbers["seconds"]["total"]
+    first.setdefault("error", error)
+    first.setdefault("seconds", seconds)
+    print(
+        f"{row:28} {min(steps):6.1f} {statistics.mean(steps):6.1f} {error:12.2e} {error / first['error']:6.2f} "
+        f"{seconds / first['seconds']:6.1f}  {made.numbers['quantized_nodes']} of {made.numbers['weighted_nodes']}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
