@@ -32,7 +32,8 @@ denoiser (float[N,1,4,4] x, int64 t, int64[N] y) => (float[N,1,4,4] eps)
     [rate] angle = Mul (numbers, rate)
     [wave] wave = Sin (angle)
     [column] waves = Unsqueeze (wave, one)
-    [stem] stem = Gemm (waves, stem_weight)
+    [lift] lifted = Gemm (waves, w_lift)
+    [stem] stem = Gemm (lifted, w_stem)
     [gate] gate = Sigmoid (stem)
     [silu] silu = Mul (stem, gate)
     [embed] e1 = Gemm (silu, w_embed)
@@ -51,8 +52,8 @@ denoiser (float[N,1,4,4] x, int64 t, int64[N] y) => (float[N,1,4,4] eps)
 }
 """
 SHAPES = {
-    "stem_weight": (1, 64), "w_embed": (64, 8), "classes": (3, 64), "w_embed2": (64, 8),
-    "w1": (8, 1, 3, 3), "w2": (8, 8, 3, 3), "w3": (1, 8, 3, 3),
+    "w_lift": (1, 64), "w_stem": (64, 64), "w_embed": (64, 32), "classes": (3, 64), "w_embed2": (64, 32),
+    "w1": (32, 1, 3, 3), "w2": (32, 32, 3, 3), "w3": (1, 32, 3, 3),
 }  # fmt: skip
 TIMESTEPS = [900, 600, 300, 0]
 
@@ -74,9 +75,13 @@ def names(nodes: tuple[ir.Node, ...]) -> set[str]:
 def test_the_region_is_what_the_timestep_reaches_and_the_sample_does_not(model: ir.Model) -> None:
     alone = find_region(model.graph, ["t"])
     assert names(alone.nodes) == {
-        "cast", "repeat", "rate", "wave", "column", "stem", "gate", "silu", "embed", "place",
+        "cast", "repeat", "rate", "wave", "column", "lift", "stem", "gate", "silu", "embed", "place",
     }  # fmt: skip
-    assert [value.name for value in alone.frontier] == ["silu", "embedding"] and alone.layers == ["stem", "embed"]
+    assert [value.name for value in alone.frontier] == ["silu", "embedding"] and alone.layers == [
+        "lift",
+        "stem",
+        "embed",
+    ]
     labelled = find_region(model.graph, ["t", "y"])
     assert names(labelled.nodes) - names(alone.nodes) == {"label", "sum", "embed2", "place2"}
     assert [value.name for value in labelled.frontier] == ["embedding", "embedding2"]
@@ -90,11 +95,11 @@ def test_random_numbers_are_not_temporal(model: ir.Model) -> None:
 @pytest.mark.parametrize("labels", [False, True])
 def test_the_function_is_kept_at_scheduled_timesteps(model: ir.Model, labels: bool) -> None:
     exact = Session(model)
-    cache = CacheTemporalFeatures(denoisers.find(model), TIMESTEPS, labels=labels, everything=True)
+    cache = CacheTemporalFeatures(denoisers.find(model), TIMESTEPS, labels=labels)
     assert cache(model).modified
     assert cache.cached == (["embedding", "embedding2"] if labels else ["silu", "embedding"])
     left = {value.name for value in model.graph.initializers.values()}
-    assert "stem_weight" not in left and ("classes" in left) is not labels
+    assert "w_stem" not in left and ("classes" in left) is not labels
     cached = Session(model)
     for timestep in TIMESTEPS:
         for count, label in ((1, 0), (3, 2)):
@@ -111,7 +116,7 @@ def test_a_label_that_there_is_not_is_an_error(model: ir.Model) -> None:
 
 
 def test_other_timesteps_get_the_nearest_row(model: ir.Model) -> None:
-    CacheTemporalFeatures(denoisers.find(model), TIMESTEPS, everything=True)(model)
+    CacheTemporalFeatures(denoisers.find(model), TIMESTEPS)(model)
     cached = Session(model)
     for other, scheduled in ((999, 900), (760, 900), (740, 600), (120, 0)):
         np.testing.assert_array_equal(cached.run(feed(2, other))[0], cached.run(feed(2, scheduled))[0])
@@ -127,14 +132,14 @@ def test_half_precision_tables(model: ir.Model) -> None:
 
 
 def test_tables_that_are_larger_than_the_weights_are_not_made(model: ir.Model) -> None:
-    """Sixty-four steps of 8 channels against 64 weights for each channel, which int8 makes a quarter as large."""
+    """Sixty-four steps of a feature against 64 weights for each channel, which int8 makes a quarter as large."""
     denoiser, steps = denoisers.find(model), [*range(0, 960, 15)]
     before = models.initializer_bytes(model)
     quarter = CacheTemporalFeatures(denoiser, steps, bytes_per_weight=1)
     assert not quarter(model.clone()).modified and not quarter.cached
     smaller = model.clone()
-    some = CacheTemporalFeatures(denoiser, TIMESTEPS)
-    assert some(smaller).modified and some.cached == ["embedding"]  # a row of the stem is as large as its weights
+    some = CacheTemporalFeatures(denoiser, [*range(0, 960, 20)], labels=True)  # 48 steps, but 144 with labels
+    assert some(smaller).modified and some.cached == ["silu", "embedding"]
     assert models.initializer_bytes(smaller) < before
     larger = model.clone()
     assert CacheTemporalFeatures(denoiser, steps, everything=True, bytes_per_weight=1)(larger).modified

@@ -123,14 +123,19 @@ def worth_caching(
     Args:
         region: The temporal region.
         tables: Of its frontier; what has none stays computed.
-        bytes_per_weight: What a weight takes in the file that comes of it (1 for int8).
+        bytes_per_weight: What a weight of a Conv, Gemm or MatMul takes in the file that comes of it (1 for int8).
     """
-    weights = {value.name or "": _weights_behind(value) for value in region.frontier}
+    quantized = {item.weight for node in region.nodes if (item := graphs.weighted(node)) is not None}
+    weights = {value.name or "": _initializers_behind(value) for value in region.frontier}
 
     def total(computed: Collection[str]) -> float:
-        needed = {name: size for value in computed for name, size in weights[value].items()}
-        size = sum(table.rows.nbytes for name, table in tables.items() if name not in computed)
-        return size + bytes_per_weight * sum(needed.values())
+        needed = set().union(*(weights[name] for name in computed))
+        size = float(sum(table.rows.nbytes for name, table in tables.items() if name not in computed))
+        for value in needed:
+            tensor = value.const_value
+            if tensor is not None:
+                size += tensor.size * bytes_per_weight if value in quantized else tensor.nbytes
+        return size
 
     computed = [name for name in weights if name not in tables]
     for name in sorted(tables, key=lambda name: -tables[name].rows.nbytes):
@@ -141,9 +146,8 @@ def worth_caching(
     return [name for name in tables if name not in computed]
 
 
-def _weights_behind(value: ir.Value) -> dict[str, int]:
-    """Elements of each initializer that the value is computed from."""
-    found: dict[str, int] = {}
+def _initializers_behind(value: ir.Value) -> set[ir.Value]:
+    """What of the file the value is computed from."""
     seen: set[ir.Value] = set()
     stack = [value]
     while stack:
@@ -151,9 +155,7 @@ def _weights_behind(value: ir.Value) -> dict[str, int]:
         if item in seen:
             continue
         seen.add(item)
-        if graphs.is_constant(item):
-            found[item.name or ""] = 0 if item.const_value is None else item.const_value.size
         producer = item.producer()
         if producer is not None:
             stack.extend(source for source in producer.inputs if source is not None)
-    return found
+    return {item for item in seen if graphs.is_constant(item)}
