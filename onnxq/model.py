@@ -276,7 +276,13 @@ def _check_external_data(model: ir.Model, file: Path) -> None:
                 f"expected the external data of {file.name} at {resolved}, found nothing (tensor {tensor.name!r})",
                 hint="copy the data file beside the model",
             )
-        end = (tensor.offset or 0) + tensor.nbytes
+        try:
+            end = (tensor.offset or 0) + tensor.nbytes
+        except TypeError as error:
+            raise OnnxqError(
+                f"expected numbers outside {file.name}, found a tensor of type {tensor.dtype} ({tensor.name!r})",
+                hint="the file is damaged; copy or export it again",
+            ) from error
         if resolved.stat().st_size < end:
             raise OnnxqError(
                 f"expected at least {end} bytes in {resolved}, found {resolved.stat().st_size} "

@@ -115,9 +115,11 @@ def _free_suffix(graph: ir.Graph, name: str) -> str:
 def _parameters(graph: ir.Graph, site: Site, root: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The scale and zero-point initializers of the site: those of ``root`` if they are there already."""
     shape, number_format, ending = parameter_shape(site), site.spec.format, _ending(graph, site, root)
-    scale_name, zero_point_name = f"{_name(root)}_scale{ending}", f"{_name(root)}_zero_point{ending}"
-    if scale_name in graph.initializers:
-        return graph.initializers[scale_name], graph.initializers[zero_point_name]
+    made: dict[tuple[str, str], tuple[ir.Value, ir.Value]] = graph.meta.setdefault("onnxq.qdq_parameters", {})
+    if (_name(root), ending) in made:
+        return made[_name(root), ending]
+    scale_name = _free_name(graph, f"{_name(root)}_scale{ending}")
+    zero_point_name = _free_name(graph, f"{_name(root)}_zero_point{ending}")
     dtype = site.value.dtype or ir.DataType.FLOAT
     scale = ir.Value(name=scale_name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
     scale.const_value = ir.tensor(np.ones(shape, dtype.numpy()), name=scale_name)
@@ -125,7 +127,15 @@ def _parameters(graph: ir.Graph, site: Site, root: ir.Value) -> tuple[ir.Value, 
     zero_point.const_value = zero_point_tensor(np.zeros(shape), number_format, zero_point_name)
     graph.register_initializer(scale)
     graph.register_initializer(zero_point)
+    made[_name(root), ending] = scale, zero_point
     return scale, zero_point
+
+
+def _free_name(graph: ir.Graph, name: str) -> str:
+    """The name, with underscores behind it where the model has an initializer of that name."""
+    while name in graph.initializers:
+        name += "_"
+    return name
 
 
 def _ending(graph: ir.Graph, site: Site, root: ir.Value) -> str:

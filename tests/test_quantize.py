@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from conftest import MODELS
 
 import onnxq
 from onnxq import model as models
 from onnxq import targets
+from onnxq.runtime import Session
 
 JSON_KEYS = {
     "recipe", "target", "quantized_nodes", "integer_kernels", "float_bytes", "quantized_bytes", "sqnr_db", "seconds",
@@ -121,3 +123,16 @@ def test_engines_of_real_models_keep_every_promise(name: str, shared_data: Path,
     built = onnxq.build(output, tmp_path / "o.engine", sm=["89"])
     assert built.is_proven and not built.promised_but_float
     assert len(built.low_precision_nodes) == numbers["quantized_nodes"]
+
+
+def test_an_initializer_that_has_the_name_of_a_scale_is_left_alone(network: Path, calibration: Path) -> None:
+    model = ir.load(network)
+    names = {value.name: value for value in model.graph.initializers.values()}
+    feed = {"x": np.load(calibration)["x"]}
+    expected = onnxq.quantize(network, [feed]).model
+    names["b3"].name = "r1_scale"
+    ir.save(model, network)
+    found = onnxq.quantize(network, [feed]).model
+    outputs = [Session(item, optimize=False).run(feed)[0] for item in (expected, found)]
+    np.testing.assert_array_equal(*outputs)
+    assert found.graph.initializers["r1_scale"].shape == (10,)

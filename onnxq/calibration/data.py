@@ -8,6 +8,7 @@ denoiser carry under ``step`` which step of the sampler they were seen in (0 is 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ LABEL_KEYS = ("labels", "label")
 STEP_KEY = "step"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 READ_BYTES = 1 << 20
+LARGEST_INPUT_BYTES = 4 << 30
 
 
 class Source(Protocol):
@@ -63,8 +65,14 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
     for value in model.graph.inputs:
         if value.is_initializer() or value.name is None:
             continue
-        dimensions = tuple(size if isinstance(size, int) else None for size in value.shape or ())
+        # Some exporters write -1 or 0 for what is free.
+        dimensions = tuple(size if isinstance(size, int) and size > 0 else None for size in value.shape or ())
         dtype = value.dtype or ir.DataType.FLOAT
+        if math.prod(size or 1 for size in dimensions) * dtype.itemsize > LARGEST_INPUT_BYTES:
+            raise OnnxqError(
+                f"expected inputs below {LARGEST_INPUT_BYTES >> 30} GiB, found {value.name!r} of shape {value.shape}",
+                hint="check the shapes that the model was exported for",
+            )
         specs.append(InputSpec(value.name, dtype.numpy(), dimensions))
     return specs
 

@@ -178,6 +178,11 @@ class Reading:
         return np.asarray(function(node, *inputs))
 
     def _quantizer(self, node: ir.Node) -> Quantizer:
+        if len(node.inputs) < 2:
+            raise OnnxqError(
+                f"expected a value and a scale at {node.op_type} {node.name!r}, found {len(node.inputs)} inputs",
+                hint="check the model with `python -m onnx.checker`",
+            )
         scale = self.fold(node.inputs[1])
         zero_point = self.fold(node.inputs[2]) if len(node.inputs) > 2 else None
         leader = None
