@@ -1,5 +1,6 @@
 """Metrics that merge, and the report in its three forms."""
 
+import base64
 import io
 import json
 import math
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from onnxq.report.html import histogram_plot, render_html, sqnr_bars
 from onnxq.report.metrics import Accuracy, Agreement, MeanError, Perplexity, Sqnr, json_safe
+from onnxq.report.steps import step_plot
 from onnxq.report.table import closing_table, plain_lines
 
 PAIRS = arrays.arrays(np.float32, st.tuples(st.just(2), st.integers(0, 30)), elements=st.floats(-100, 100, width=32))
@@ -253,3 +255,21 @@ def test_histogram_of_nothing_is_left_out():
     assert histogram_plot({}, None, None) is None
     assert histogram_plot({"edges": [0, 1], "counts": [0]}, None, None) is None
     assert histogram_plot({"edges": [0, math.inf], "counts": [3]}, None, None) is None
+
+
+def test_steps_are_drawn_from_what_there_is():
+    plot = step_plot({"trajectory_sqnr_db": [40.0, 30.0, -5.0], "same_seed_sqnr_db": ["inf", 35.0, None]})
+    assert [line["points"] for line in plot["lines"]] == ["0,88.9 500,111.1 1000,188.9", "0,0 500,100"]
+    assert plot["lines"][0]["worst"] == "-5.0 dB at worst (step 2)"
+    assert [line["db"] for line in plot["grid"]] == [*range(-10, 81, 10)]
+    sparse = step_plot({"step_sqnr_db": {"12": 20.0, "3": 25.0}})
+    assert sparse["lines"][0]["points"].startswith("250,") and sparse["last"] == 12
+    assert step_plot({"trajectory_sqnr_db": [], "step_sqnr_db": {}}) is None
+
+
+def test_a_page_shows_steps_and_pictures():
+    png = b"\x89PNG\r\n\x1a\n"
+    page = render_html(json_safe({"step_sqnr_db": {0: 30.0, 1: 20.0}, "pictures": [{"png": png, "caption": "<b>"}]}))
+    assert page.count("<polyline") == 1 and page.count("<ellipse") == 2
+    assert f'src="data:image/png;base64,{base64.b64encode(png).decode()}"' in page and "&lt;b&gt;" in page
+    assert "<polyline" not in render_html({}) and "<img" not in render_html({})

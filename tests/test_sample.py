@@ -66,8 +66,10 @@ def test_a_reference_of_bytes_is_one_of_images(tmp_path: Path) -> None:
 def test_a_model_against_itself_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("-n", 5, "--steps", 3, "--seed", 2, "-q", *FEATURES)
     code, _ = run(capsys, "sample", UNET, "--against", UNET, "-o", tmp_path / "grid.png", "--json",
-                  tmp_path / "numbers.json", *arguments)  # fmt: skip
+                  tmp_path / "numbers.json", "--report", tmp_path / "report.html", *arguments)  # fmt: skip
     assert code == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<polyline") == 2 and page.count('<img class="samples" src="data:image/png;base64,') == 1
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["trajectory_sqnr_db"] == ["inf"] * 3 and numbers["same_seed_image_sqnr_db"] == "inf"
     assert numbers["frechet_distance_float"] == numbers["frechet_distance_quantized"] > 0

@@ -18,7 +18,10 @@ from onnxq.commands.common import (
     check_destinations,
     progress,
     write_json,
+    write_report,
 )
+
+REPORTED_BYTES = 1 << 20  # of pictures in a report; base64 makes a third more of it
 
 
 def sample(
@@ -51,6 +54,12 @@ def sample(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_path: JsonPath = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write a self-contained HTML report: samples, error of each step.", show_default=False
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Sample images from the (quantized) denoiser MODEL, and measure how far they are from the float model's.
@@ -67,7 +76,7 @@ def sample(
     from onnxq.errors import OnnxqError
     from onnxq.runtime import Session
 
-    check_destinations(model, output, json_path)
+    check_destinations(model, output, json_path, report)
     if (features is None) != (reference is None):
         raise OnnxqError(
             "expected --features and --reference together, found one of them",
@@ -99,6 +108,12 @@ def sample(
         comparison.write_grid(output, found.images, sampler.schedule.data_range)
     numbers = {"model": str(model), "against": None if against is None else str(against), **found.numbers}
     write_json(json_path, numbers)
+    if report is not None:
+        pictures = []
+        if comparison.is_picture(found.images):
+            png = comparison.small_grid_png(found.images, sampler.schedule.data_range, REPORTED_BYTES)
+            pictures = [{"png": png, "caption": "float left, quantized right" if against is not None else "samples"}]
+        write_report(report, numbers | {"pictures": pictures})
     if quiet:
         return
     typer.echo(f"{samples} samples, {numbers['steps']} steps ({origin})")

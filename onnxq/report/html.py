@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxq.report import table
+from onnxq.report import steps, table
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -29,7 +29,8 @@ def render_html(result: Mapping[str, Any]) -> str:
     Args:
         result: The JSON of quantize, merged with a comparison's. Any key may be missing. Beyond what the table
             shows: ``command``, ``versions`` and ``settings`` (dicts), ``layers``, and ``tensors`` (dicts of ``name``,
-            ``format``, ``low``, ``high``, ``clip_low``, ``clip_high`` and ``histogram`` with ``edges``, ``counts``).
+            ``format``, ``low``, ``high``, ``clip_low``, ``clip_high`` and ``histogram`` with ``edges``, ``counts``),
+            SQNR by step (see :func:`onnxq.report.steps.step_plot`) and ``pictures`` (dicts of ``png`` and ``caption``).
 
     Returns:
         The page. Every name in it is escaped.
@@ -63,6 +64,8 @@ def _view(result: Mapping[str, Any], items: int) -> dict[str, Any]:
         "versions": _pairs(result.get("versions")),
         "warnings": [str(note) for note in result.get("warnings") or ()],
         "next_steps": [str(note) for note in result.get("next_steps") or ()],
+        "steps": steps.step_plot(result),
+        "pictures": steps.embedded(result.get("pictures") or ()),
         "layers": [_layer(layer) for layer in layers[:items]],
         "bars": sqnr_bars(layers[:items]),
         "layers_left_out": max(0, len(layers) - items),
