@@ -44,7 +44,7 @@ class Settings(BaseModel):
     steps: int | None = Field(default=None, ge=1)
     guidance: float = Field(default=1.0, allow_inf_nan=False)
     conditions: str | None = None
-    synthesis: Literal["auto", "noise", "pixels", "zeroq", "dsg", "genie"] = "auto"
+    synthesis: Literal["auto", "noise", "pixels", "zeroq", "dsg", "genie", "psaq-vit"] = "auto"
     budget: Literal["quick", "default", "paper"] = "default"
     device: Literal["cpu", "cuda"] = "cpu"
     workers: int = Field(default=1, ge=1, le=1024)

@@ -18,7 +18,6 @@ from onnxq.progress import Progress
 
 Array = np.ndarray[Any, Any]
 
-DEFAULT_METHOD = "pixels"  # of those there are, the nearest to real data for its time, by SQNR
 SMALL_ELEMENTS = 3 * 96 * 96
 
 
@@ -64,40 +63,44 @@ def calibration_inputs(
             "judged on random inputs, because no --data was given; quantizing itself needed none"
         ]
     if data is None:
-        return _made_up(model, specs, settings, progress)
+        return _made_up(model, specs, settings, progress, recipe)
     preprocess = settings.preprocess.model_dump()
     return open_source(data, specs, Preprocessing(**preprocess)), []
 
 
 def _made_up(
-    model: ir.Model, specs: Sequence[InputSpec], settings: Settings, progress: Progress
+    model: ir.Model, specs: Sequence[InputSpec], settings: Settings, progress: Progress, recipe: object
 ) -> tuple[Source, list[str]]:
-    """Inputs made from the statistics of BatchNormalization, or else random ones."""
+    """Inputs made from the model: by the method that was asked for, the recipe's own, or what suits the model."""
+    asked = settings.synthesis if settings.synthesis != "auto" else getattr(recipe, "synthesis", "auto")
     has_statistics = any(node.op_type == "BatchNormalization" for node in model.graph)
-    if settings.synthesis != "noise" and (has_statistics or settings.synthesis != "auto"):
+    reason = (
+        "as asked for" if asked == "noise" else "a model exported with its BatchNormalization nodes would tell more"
+    )
+    if asked not in ("noise", "auto") or (
+        asked == "auto" and (has_statistics or models.kind_of(model) is models.Kind.TRANSFORMER)
+    ):
         try:
             from onnxq.synthesis import synthesize
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise
-            reason = "pip install 'onnxq[learn]' lets onnxq make inputs from the model's BatchNormalization"
+            reason = "pip install 'onnxq[learn]' lets onnxq make inputs from the model itself"
         else:
-            if settings.synthesis != "auto" or synthesize.can_synthesise(model, specs):
+            method = synthesize.default_method(model) if asked == "auto" else asked
+            if asked != "auto" or synthesize.can_synthesise(model, specs, method):
                 made = synthesize.synthesise(
                     model,
-                    DEFAULT_METHOD if settings.synthesis == "auto" else settings.synthesis,
-                    count=settings.samples or default_count(specs),
+                    method,
+                    count=settings.samples or getattr(recipe, "images", 0) or default_count(specs),
                     budget=settings.budget,
                     seed=settings.seed,
                     device=settings.device,
                     progress=progress,
                 )
                 return made, []
-            reason = "its inputs are none that can be made from BatchNormalization"
-    elif has_statistics:
-        reason = "as asked for"
-    else:
-        reason = "a model exported with its BatchNormalization nodes would tell more"
+            if has_statistics:
+                reason = "its inputs are none that can be made from BatchNormalization"
     noise = Noise(specs, count=settings.samples or 32, seed=settings.seed)
     return noise, [f"calibrated on random inputs, because no --data was given ({reason}): ranges are guesses"]
 

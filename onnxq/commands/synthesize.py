@@ -25,7 +25,8 @@ def synthesize(
         typer.Option(
             help="**pixels**: a batch whose statistics match BatchNormalization's as a whole. **zeroq**: every sample "
             "by itself. **dsg**: the same with slack, and a layer of its own for each sample. **genie**: from a "
-            "generator learned for each batch, with swing convolutions."
+            "generator learned for each batch, with swing convolutions. **psaq-vit**: images whose patches a "
+            "transformer tells apart; needs no BatchNormalization."
         ),
     ] = "pixels",
     samples: Annotated[
@@ -82,6 +83,8 @@ def synthesize(
         "method": method,
         "distance": made.distance,
         "noise_distance": made.noise_distance,
+        "entropy": made.entropy,
+        "noise_entropy": made.noise_entropy,
         "losses": made.losses,
         "seconds": time.perf_counter() - started,
     }

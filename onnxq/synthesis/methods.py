@@ -22,6 +22,11 @@ class Method:
         slack: The quantile of what random inputs are off that is free; 0: nothing is.
         emphasis: How much more each sample gives to a layer of its own.
         swing: Whether strided convolutions read shifted inputs.
+        statistics: Whether statistics are matched at all.
+        entropy: Weight of the entropy of patch similarities; above 0 it needs a transformer.
+        classes: Weight of the prediction of classes that are drawn.
+        variation: Weight of the distance to the variation of natural images.
+        jitter: Whether pixels are seen through random shifts and flips.
     """
 
     line: str
@@ -34,6 +39,11 @@ class Method:
     slack: float = 0.0
     emphasis: float = 0.0
     swing: bool = False
+    statistics: bool = True
+    entropy: float = 0.0
+    classes: float = 0.0
+    variation: float = 0.0
+    jitter: bool = False
 
 
 METHODS = {
@@ -55,6 +65,16 @@ METHODS = {
         per_sample=False,
         mean_of_channels=True,
         swing=True,
+    ),
+    "psaq-vit": Method(
+        "images whose patches a transformer tells apart; needs no BatchNorm (PSAQ-ViT, arXiv 2203.02250)",
+        rate=0.2,
+        steps=1000,
+        statistics=False,
+        entropy=1.0,
+        classes=1.0,
+        variation=0.05,
+        jitter=True,
     ),
 }
 

@@ -16,13 +16,15 @@ from onnxq.autograd.interpreter import Replacement, TorchGraph
 from onnxq.calibration.data import InputSpec, Sample, input_specs
 from onnxq.errors import OnnxqError
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
+from onnxq.learning.outputs import compared
 from onnxq.progress import Progress
+from onnxq.synthesis.attention import PatchEntropy, attention_outputs
 from onnxq.synthesis.methods import Method, get
 from onnxq.synthesis.scale import input_scale
 from onnxq.synthesis.statistics import Remembered, distance, remembered
 from onnxq.synthesis.swing import swing
-from onnxq.synthesis.terms import MatchStatistics, StandardInputs, Term, slack_of
-from onnxq.synthesis.variables import Generator, Pixels, Variable
+from onnxq.synthesis.terms import MatchStatistics, PredictClasses, StandardInputs, Term, TotalVariation, slack_of
+from onnxq.synthesis.variables import Generator, JitteredPixels, Pixels, Variable
 
 Array = np.ndarray[Any, Any]
 
@@ -30,6 +32,8 @@ SHARE_OF_STEPS = {"quick": 0.06, "default": 0.15, "paper": 1.0}
 BATCH_ELEMENTS = 32 * 3 * 64 * 64  # pixels of one batch, at most: what is larger is made in more batches
 SMALLEST_BATCH = 16
 SLACK_SAMPLES = 64
+BOUNDS = (-2.2, 2.7)  # of pixels after the usual normalisation
+VARIATIONS = (2500.0, 3000.0)  # of natural images, see TotalVariation
 
 
 @dataclass
@@ -40,8 +44,11 @@ class Synthesised:
         name: The input's name.
         inputs: [samples, channels, …].
         method: How they were made.
-        distance: How far their statistics are from those remembered, in standard deviations.
+        distance: How far their statistics are from those remembered, in standard deviations; ``None`` where the model
+            remembers none.
         noise_distance: The same of random inputs in the same units.
+        entropy: Of the similarities of patches, summed over attentions, in nats; ``None`` where there are none.
+        noise_entropy: The same of random inputs.
         losses: The loss after each step, by batch.
         observer: The range rule that suits made inputs: their tails are lighter than those of real data, so that a
             clip at what they seldom reach would cut off what real data needs.
@@ -50,18 +57,27 @@ class Synthesised:
     name: str
     inputs: Array
     method: str
-    distance: float
-    noise_distance: float
+    distance: float | None
+    noise_distance: float | None
+    entropy: float | None
+    noise_entropy: float | None
     losses: list[list[float]]
     observer: str = "minmax"
 
     @property
     def description(self) -> str:
         """One line that says what was made."""
-        return (
-            f"made from the model itself ({self.method}); BatchNorm statistics are off by {self.distance:.2f} "
-            f"standard deviations, those of noise by {self.noise_distance:.2f}"
-        )
+        said = []
+        if self.distance is not None:
+            said.append(
+                f"BatchNorm statistics are off by {self.distance:.2f} standard deviations, those of noise by "
+                f"{self.noise_distance:.2f}"
+            )
+        if self.entropy is not None:
+            said.append(
+                f"the entropy of patch similarities is {self.entropy:.1f}, that of noise {self.noise_entropy:.1f}"
+            )
+        return f"made from the model itself ({self.method}); {'; '.join(said)}"
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -70,11 +86,28 @@ class Synthesised:
         return ({self.name: row} for row in self.inputs)
 
 
-def can_synthesise(model: ir.Model, specs: Sequence[InputSpec]) -> bool:
-    """Whether the model has what synthesis needs: remembered statistics, and one float input of known size."""
+def can_synthesise(model: ir.Model, specs: Sequence[InputSpec], method: str) -> bool:
+    """Whether the model has what a method needs: statistics or attention, and one float input of known size."""
     if len(specs) != 1 or specs[0].dtype.kind != "f" or None in specs[0].shape[1:] or len(specs[0].shape) < 3:
         return False
-    return bool(remembered(model))
+    return _missing(model, get(method)) is None
+
+
+def default_method(model: ir.Model) -> str:
+    """The method that suits a model: of those there are, the nearest to real data for its time, by SQNR."""
+    return "pixels" if remembered(model) or not attention_outputs(model) else "psaq-vit"
+
+
+def _missing(model: ir.Model, method: Method) -> tuple[str, str] | None:
+    """What a model lacks for a method, and what to do; ``None``: nothing."""
+    if method.statistics and not remembered(model):
+        return (
+            "BatchNormalization nodes with constant statistics, which inputs are made from",
+            "export it with them (torch.onnx.export: dynamo=True, optimize=False), or give --data",
+        )
+    if method.entropy and not attention_outputs(model):
+        return "attention (Softmax → MatMul), whose patches are told apart", "use another --method, or give --data"
+    return None
 
 
 def synthesise(
@@ -92,7 +125,7 @@ def synthesise(
     """Make ``count`` inputs for a model.
 
     Args:
-        model: The float model with its BatchNormalization nodes, as :func:`onnxq.model.load` gives it.
+        model: The float model as :func:`onnxq.model.load` gives it, with its BatchNormalization nodes if it had any.
         method: Its name in :data:`onnxq.synthesis.methods.METHODS`.
         count: How many.
         budget: ``quick``, ``default`` or ``paper``: the share of the method's steps for each batch.
@@ -103,16 +136,12 @@ def synthesise(
         progress: Where to say what is being done.
 
     Raises:
-        OnnxqError: the model has no BatchNormalization, or its input is none that can be made.
+        OnnxqError: the model lacks what the method needs, or its input is none that can be made.
     """
     recipe, specs, progress = get(method), input_specs(model), progress or Progress()
-    if not remembered(model):
-        raise OnnxqError(
-            "expected BatchNormalization nodes with constant statistics, which inputs are made from, found none in the "
-            "model",
-            hint="export it with them (torch.onnx.export: dynamo=True, optimize=False), or give --data",
-        )
-    if not can_synthesise(model, specs):
+    if missing := _missing(model, recipe):
+        raise OnnxqError(f"expected {missing[0]}, found none in the model", hint=missing[1])
+    if not can_synthesise(model, specs, method):
         found = ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in specs)
         raise OnnxqError(
             f"expected one float input [batch, channels, …] of known size to make, found {found}", hint="give --data"
@@ -133,8 +162,16 @@ def synthesise(
             losses.append(finished["losses"].tolist())
     kept.remove()
     inputs = np.concatenate(made).astype(specs[0].dtype)
+    noise = maker.noise(len(inputs))
     return Synthesised(
-        specs[0].name, inputs, method, maker.distance(inputs), maker.distance(maker.noise(len(inputs))), losses
+        specs[0].name,
+        inputs,
+        method,
+        maker.distance(inputs),
+        maker.distance(noise),
+        maker.entropy(inputs),
+        maker.entropy(noise),
+        losses,
     )
 
 
@@ -151,7 +188,12 @@ class _Maker:
         self.graph, self.model, self.recipe, self.seed = TorchGraph(model, device), model, recipe, seed
         self.name, self.shape = spec.name, tuple(size or 1 for size in spec.shape[1:])
         self.layers: list[Remembered] = remembered(model, device)
-        self.taps = list(dict.fromkeys(layer.value for layer in self.layers))
+        self.attention = PatchEntropy(attention_outputs(model))
+        classes = [item.value for item in compared(model) if item.kind == "kl"] if recipe.classes else []
+        self.logits = classes[0] if classes else None
+        wanted = [layer.value for layer in self.layers] if recipe.statistics or recipe.slack else []
+        wanted += self.attention.outputs if recipe.entropy else []
+        self.taps = list(dict.fromkeys([*wanted, *classes[:1]]))
         elements = int(np.prod(self.shape))
         largest = max(SMALLEST_BATCH, BATCH_ELEMENTS // elements)
         self.batch = min(recipe.batch or len(self.layers), largest)
@@ -168,13 +210,13 @@ class _Maker:
             variable.zero_grad()
             inputs = variable.inputs()
             taps = self._run(inputs, replaced)
-            loss = torch.stack([term(inputs, taps) for term in terms]).sum()
+            loss = torch.stack([weight * term(inputs, taps) for weight, term in terms]).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             variable.step(loss.detach())
             losses.append(float(loss.detach()))
             advance(index * steps + step + 1)
         with torch.no_grad():
-            return (self.scale * variable.inputs() + self.shift).cpu().numpy(), losses
+            return (self.scale * variable.made() + self.shift).cpu().numpy(), losses
 
     def noise(self, count: int) -> Array:
         """Normal inputs in the network's units."""
@@ -186,11 +228,24 @@ class _Maker:
                 .numpy()
             )
 
-    def distance(self, inputs: Array) -> float:
+    def distance(self, inputs: Array) -> float | None:
         """How far some inputs are from what is remembered, judged on one batch of them."""
+        if not self.layers:
+            return None
+        return distance(self._look(inputs, [layer.value for layer in self.layers]), self.layers)
+
+    def entropy(self, inputs: Array) -> float | None:
+        """The entropy of patch similarities of some inputs, judged on one batch of them; in nats."""
+        if not self.recipe.entropy:
+            return None
+        taps = self._look(inputs, self.attention.outputs)
+        samples = min(len(inputs), max(self.batch, 64))
+        return sum(float(item) for item in self.attention.entropies(taps, samples))
+
+    def _look(self, inputs: Array, values: Sequence[str]) -> dict[str, Tensor]:
         with torch.no_grad():
             chunk = torch.from_numpy(inputs[: max(self.batch, 64)].astype(np.float32)).to(self.graph.device)
-            return distance(self.graph.run({self.name: chunk}, self.taps), self.layers)
+            return self.graph.run({self.name: chunk}, values)
 
     def _run(self, inputs: Tensor, replaced: Mapping[str, Replacement]) -> dict[str, Tensor]:
         return self.graph.run({self.name: self.scale * inputs + self.shift}, self.taps, replaced=replaced)
@@ -200,16 +255,36 @@ class _Maker:
         if self.recipe.generator and len(self.shape) == 3 and min(self.shape[1:]) >= 4:
             channels, height, width = self.shape
             return Generator(size, (channels, height, width), source, steps=steps, device=device)
-        start = torch.randn(size, *self.shape, generator=source)
-        return Pixels(start.to(device), self.recipe.rate, patience=max(5, steps // 5))
+        start = torch.randn(size, *self.shape, generator=source).to(device)
+        if self.recipe.jitter:
+            return JitteredPixels(start, self.recipe.rate, steps, BOUNDS, source)
+        return Pixels(start, self.recipe.rate, patience=max(5, steps // 5))
 
-    def _terms(self, size: int, source: torch.Generator) -> list[Term]:
+    def _terms(self, size: int, source: torch.Generator) -> list[tuple[float, Term]]:
+        """What is minimised, with weights."""
+        recipe, terms = self.recipe, list[tuple[float, Term]]()
+        if recipe.statistics:
+            terms += [(1.0, self._match(source)), (1.0, StandardInputs(recipe.per_sample or recipe.generator))]
+        if recipe.entropy:
+            terms.append((recipe.entropy, self.attention))
+        if recipe.classes and self.logits is not None:
+            with torch.no_grad():
+                found = self._run(torch.zeros(1, *self.shape, device=self.graph.device), {})[self.logits]
+            labels = torch.randint(found.shape[-1], (size,), generator=source).to(self.graph.device)
+            terms.append((recipe.classes, PredictClasses(self.logits, labels)))
+        if recipe.variation and len(self.shape) == 3:
+            low, high = VARIATIONS
+            terms.append(
+                (recipe.variation, TotalVariation(low + (high - low) * float(torch.rand(1, generator=source))))
+            )
+        return terms
+
+    def _match(self, source: torch.Generator) -> MatchStatistics:
         slack = []
         if self.recipe.slack:
             with torch.no_grad():
                 noise = torch.randn(SLACK_SAMPLES, *self.shape, generator=source).to(self.graph.device)
                 slack = slack_of(self._run(noise, {}), self.layers, self.recipe.slack)
-        match = MatchStatistics(
+        return MatchStatistics(
             self.layers, self.recipe.per_sample, self.recipe.mean_of_channels, slack, self.recipe.emphasis
         )
-        return [match, StandardInputs(self.recipe.per_sample or self.recipe.generator)]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from onnxq.synthesis.statistics import Remembered, moments
 
 Taps = Mapping[str, Tensor]
 Term = Callable[[Tensor, Taps], Tensor]
+
+VARIATION_ELEMENTS = 32 * 3 * 224 * 224
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,48 @@ class StandardInputs:
         """The term, a scalar."""
         mean, deviation = moments(inputs, per_sample=self.per_sample)
         return (mean.square() + (deviation - 1).square()).sum(-1).mean()
+
+
+@dataclass(frozen=True)
+class PredictClasses:
+    """Cross-entropy of what the network predicts for each sample and a class that was drawn for it, in nats.
+
+    Attributes:
+        logits: The value with the logits, [samples, classes].
+        labels: The class of each sample, [samples].
+    """
+
+    logits: str
+    labels: Tensor
+
+    def __call__(self, inputs: Tensor, taps: Taps) -> Tensor:
+        """The term, a scalar."""
+        return functional.cross_entropy(taps[self.logits], self.labels)
+
+
+@dataclass(frozen=True)
+class TotalVariation:
+    """How far the variation of a batch of images is from a wanted one (PSAQ-ViT, equation 10).
+
+    The variation is the sum of the L2 norms of the differences between neighbours in four directions, in units in
+    which a batch of 32 RGB images of 224² has it: norms grow with the root of the number of pixels.
+
+    Attributes:
+        wanted: The variation to come to; the authors draw it between 2,500 and 3,000.
+    """
+
+    wanted: float
+
+    def __call__(self, inputs: Tensor, taps: Taps) -> Tensor:
+        """The term, a scalar."""
+        directions = (
+            inputs[..., :, 1:] - inputs[..., :, :-1],
+            inputs[..., 1:, :] - inputs[..., :-1, :],
+            inputs[..., 1:, 1:] - inputs[..., :-1, :-1],
+            inputs[..., 1:, :-1] - inputs[..., :-1, 1:],
+        )
+        size = math.sqrt(inputs.numel() / VARIATION_ELEMENTS)
+        return (torch.stack([difference.norm() for difference in directions]).sum() / size - self.wanted).abs()
 
 
 def slack_of(taps: Taps, layers: Sequence[Remembered], part: float) -> list[Slack]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -12,6 +13,9 @@ from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, ReduceLROnPlate
 LATENT = 256
 WIDTH = 128
 SMALLEST_RATE = 1e-4
+ROUNDS = 2
+WARM_UP = 0.2  # of a round, with a rate that rises
+SHIFTS = (15 / 224, 30 / 224)  # of the image's side, in each round
 
 
 class Variable(Protocol):
@@ -19,6 +23,9 @@ class Variable(Protocol):
 
     def inputs(self) -> Tensor:
         """The batch as it is now, [samples, channels, …]."""
+
+    def made(self) -> Tensor:
+        """The batch that is handed out at the end."""
 
     def step(self, loss: Tensor) -> None:
         """One step downhill, after ``loss.backward()``."""
@@ -45,6 +52,10 @@ class Pixels:
         """The pixels."""
         return self.values
 
+    def made(self) -> Tensor:
+        """The pixels."""
+        return self.values
+
     def zero_grad(self) -> None:
         """Forget gradients."""
         self.optimizer.zero_grad()
@@ -53,6 +64,56 @@ class Pixels:
         """One step of Adam."""
         self.optimizer.step()
         self.schedule.step(float(loss))
+
+
+class JitteredPixels:
+    """Pixels seen through random shifts and flips, in two rounds of cosine annealing (PSAQ-ViT, section 4.1).
+
+    What holds for an image wherever it is shifted to is no matter of single pixels.
+
+    Args:
+        start: The first batch, [samples, channels, …]; only images are shifted.
+        rate: Adam's rate at the top of each round.
+        steps: How many steps there will be, in both rounds together.
+        bounds: The least and the largest value of a pixel.
+        source: Where random numbers come from.
+    """
+
+    def __init__(
+        self, start: Tensor, rate: float, steps: int, bounds: tuple[float, float], source: torch.Generator
+    ) -> None:
+        self.values = start.clone().clamp(*bounds).requires_grad_(True)
+        self.optimizer = Adam([self.values], rate, betas=(0.5, 0.9))
+        self.rate, self.round, self.bounds, self.source = rate, max(1, -(-steps // ROUNDS)), bounds, source
+        self.done = 0
+
+    def inputs(self) -> Tensor:
+        """The pixels, shifted by the same random distance along both axes, flipped half of the times."""
+        if self.values.ndim != 4:
+            return self.values
+        reach = int(SHIFTS[min(self.done // self.round, ROUNDS - 1)] * min(self.values.shape[2:]))
+        shift = int(torch.randint(-reach, reach + 1, (1,), generator=self.source))
+        seen = torch.roll(self.values, (shift, shift), dims=(2, 3))
+        return seen.flip(3) if int(torch.randint(2, (1,), generator=self.source)) else seen
+
+    def made(self) -> Tensor:
+        """The pixels as they are."""
+        return self.values
+
+    def zero_grad(self) -> None:
+        """Forget gradients."""
+        self.optimizer.zero_grad()
+
+    def step(self, loss: Tensor) -> None:
+        """One step of Adam at the round's rate; pixels stay in their bounds."""
+        progress = (self.done % self.round) / self.round
+        warming = progress / WARM_UP
+        annealed = 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+        self.optimizer.param_groups[0]["lr"] = self.rate * (warming if progress < WARM_UP else annealed)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.values.clamp_(*self.bounds)
+        self.done += 1
 
 
 class Generator:
@@ -98,6 +159,10 @@ class Generator:
         """What the generator makes of the codes."""
         made: Tensor = self.network(self.codes)
         return made[:, :, : self.shape[1], : self.shape[2]]
+
+    def made(self) -> Tensor:
+        """What the generator makes of the codes."""
+        return self.inputs()
 
     def zero_grad(self) -> None:
         """Forget gradients."""

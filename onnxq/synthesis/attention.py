@@ -1,0 +1,118 @@
+"""How differently a transformer treats the patches of an image: the entropy of their similarities.
+
+Source: Z. Li, L. Ma, M. Chen, J. Xiao, Q. Gu, Patch Similarity Aware Data-Free Quantization for Vision Transformers,
+ECCV 2022 (arXiv 2203.02250), section 3.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from onnxq import graph as graphs
+
+PASSED_THROUGH = ("Identity", "Dropout", "Cast")
+DENSITY_FLOOR = 1e-4
+NARROWEST_GRID = 4.0  # bandwidths; equal similarities would else have an entropy of 0, above that of a narrow peak
+MOST_EXTRA_TOKENS = 2  # a class token, and one for distillation
+
+
+def attention_outputs(model: ir.Model) -> list[str]:
+    """The values ``softmax(q · kᵀ) · v`` of a graph in its order: products whose left side is a Softmax."""
+    return list(_products(model.graph))
+
+
+def _products(graph: ir.Graph) -> Iterator[str]:
+    for node in graph:
+        if not graphs.is_op(node, "MatMul") or not node.outputs[0].name:
+            continue
+        read = node.inputs[0]
+        while read is not None and graphs.is_op(read.producer(), *PASSED_THROUGH):
+            read = read.producer().inputs[0]  # type: ignore[union-attr]
+        if read is not None and graphs.is_op(read.producer(), "Softmax"):
+            yield node.outputs[0].name
+
+
+def patch_similarities(values: Tensor, samples: int) -> Tensor:
+    """The cosine similarity of every pair of patches, [samples, windows · patches²].
+
+    Args:
+        values: An attention's output, [samples · windows, heads, tokens, features] or, where an export has merged
+            heads into the batch, [samples · heads, tokens, features].
+        samples: How many inputs there were; what the first axis has beyond that are windows of one input.
+    """
+    if values.ndim == 3:
+        values = values.reshape(samples, -1, *values.shape[1:])
+    patches = values.mean(1)  # over heads
+    patches = patches[:, _extra_tokens(patches.shape[1]) :]
+    unit = torch.nn.functional.normalize(patches, dim=-1)
+    return (unit @ unit.transpose(1, 2)).reshape(samples, -1)
+
+
+def _extra_tokens(tokens: int) -> int:
+    """How many tokens in front are no patches: those without which the rest is a square."""
+    for extra in range(MOST_EXTRA_TOKENS + 1):
+        if tokens > extra and math.isqrt(tokens - extra) ** 2 == tokens - extra:
+            return extra
+    return 0
+
+
+def differential_entropy(values: Tensor, bandwidth: float, points: int) -> Tensor:
+    """The entropy of each row's density in nats, [rows].
+
+    The density is a sum of Gaussian kernels at ``points`` places between the least and the largest value of all rows,
+    through which no gradient flows.
+
+    Args:
+        values: [rows, values].
+        bandwidth: The kernels' standard deviation, in the values' unit.
+        points: Where the density is evaluated, at least two.
+    """
+    low, high = float(values.detach().min()), float(values.detach().max())
+    missing = max(0.0, NARROWEST_GRID * bandwidth - (high - low)) / 2
+    grid = torch.linspace(low - missing, high + missing, points, device=values.device)
+    norm = bandwidth * math.sqrt(2 * math.pi)
+    density = torch.stack(
+        [torch.exp(-0.5 * ((values - point) / bandwidth).square()).mean(1) / norm for point in grid], dim=1
+    )
+    floored = density + DENSITY_FLOOR
+    return torch.trapezoid(-floored * floored.log(), grid, dim=1)
+
+
+@dataclass(frozen=True)
+class PatchEntropy:
+    """The negative sum over attentions of the entropy of patch similarities (PSAQ-ViT, equations 5 to 8).
+
+    Patches of a real image are foreground or background and answer differently; those of noise answer alike.
+
+    Attributes:
+        outputs: The values that attentions return.
+        bandwidth: Of the density's kernels. The authors' code has 0.01 and 10 points, which lie further apart than
+            the kernels are wide, so that most pairs have no gradient; here the density is smooth.
+        points: Where the density is evaluated.
+    """
+
+    outputs: Sequence[str]
+    bandwidth: float = 0.05
+    points: int = 50
+
+    def __call__(self, inputs: Tensor, taps: Mapping[str, Tensor]) -> Tensor:
+        """The term, a scalar."""
+        return -torch.stack(self.entropies(taps, len(inputs))).sum()
+
+    def entropies(self, taps: Mapping[str, Tensor], samples: int) -> list[Tensor]:
+        """The mean entropy over samples, in nats, for each attention."""
+        found = []
+        for name in self.outputs:
+            similarities = patch_similarities(taps[name], samples)
+            # One layer's kernels at a time are in memory: they are computed again when gradients are.
+            entropy = checkpoint(differential_entropy, similarities, self.bandwidth, self.points, use_reentrant=False)
+            assert isinstance(entropy, Tensor)
+            found.append(entropy.mean())
+        return found
