@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from onnxq.autograd.blocks import cut
 from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.calibration.data import STEP_KEY
+from onnxq.calibration.one_sided import shift_one_sided
 from onnxq.calibration.shortcuts import split_shortcuts
 from onnxq.diffusion.source import sampler_of
 from onnxq.diffusion.step_floor import hold_floor
@@ -42,6 +43,7 @@ class Diffusion:
         cache: Whether temporal features become tables.
         split: How shortcuts are split: ``two_op``, ``equalize`` or ``none``.
         split_gain_db: By how much the error of a layer's output has to fall for that.
+        shift: Whether one-sided activations are shifted into a symmetric range where codes have to be symmetric.
         step_floor_db: SQNR that every sampler step keeps; 0 turns it off.
         correct: Whether the error of each step is taken back behind the network.
         selection: Which steps are kept where no data is given.
@@ -61,6 +63,7 @@ class Diffusion:
     cache: bool = True
     split: str = "two_op"
     split_gain_db: float = 2.0
+    shift: bool = False
     step_floor_db: float = 22.0
     correct: bool = False
     selection: str = "uniform"
@@ -87,6 +90,8 @@ class Diffusion:
         split_shortcuts(job, self.split, self.split_gain_db)
         if self.step_floor_db > 0:
             hold_floor(self._with_wide_weights(job), observe, search, self.step_floor_db)
+        if self.shift:
+            shift_one_sided(job, observe)
         blocks = cut(job.model.graph)
         job.insert()
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxq.calibration import bias_correction, calibrate, observers, weight_ranges
+from onnxq.calibration.one_sided import shift_one_sided
 from onnxq.diffusion.step_floor import hold_floor
 from onnxq.job import Job
 from onnxq.passes.equalize_layers import EqualizeLayers
@@ -29,6 +30,8 @@ class Static:
             ``mean_extremes``, ``percentile`` or ``entropy``.
         bias_correction: Whether biases are corrected (M. Nagel et al., ICCV 2019, arXiv 1906.04721).
         equalize: Whether neighbouring layers share their ranges out first (the same paper).
+        shift: Whether one-sided activations, as Relu and SiLU make them, are shifted into a symmetric range where codes
+            have to be symmetric (TensorRT): half the step for one Add and, before a padded convolution, one Pad more.
         weight_ranges: How a range follows from the weights: ``minmax``, or ``mse``, the clip with the least error.
         step_floor_db: SQNR that a denoiser keeps in every sampler step: the layers that make the most error in the
             worst steps stay float until it does. 0 turns it off; data without steps has none to keep.
@@ -37,6 +40,7 @@ class Static:
     observer: str = "robust"
     bias_correction: bool = True
     equalize: bool = False
+    shift: bool = False
     weight_ranges: str = "minmax"
     step_floor_db: float = 22.0
 
@@ -45,6 +49,8 @@ class Static:
         job.prepare()
         if self.equalize:
             EqualizeLayers()(job.model)
+        if self.shift:
+            shift_one_sided(job, observers.get(self.observer))
         self.quantize(job)
 
     def quantize(self, job: Job) -> None:
