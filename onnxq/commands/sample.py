@@ -72,7 +72,8 @@ def sample(
     from onnxq import model as models
     from onnxq.config import make_settings
     from onnxq.diffusion import comparison
-    from onnxq.diffusion.source import open_sampler
+    from onnxq.diffusion.noise_correction import correct_noise
+    from onnxq.diffusion.source import check_timesteps, open_sampler
     from onnxq.errors import OnnxqError
     from onnxq.runtime import Session
 
@@ -102,11 +103,18 @@ def sample(
     samplers = {"quantized": (sampler, Session(model, device=device, optimize=not literal))}
     if against is not None:
         samplers["float"] = (sampler, Session(against, device=device))
+    check_timesteps(metadata, sampler.schedule.timesteps)
+    # The float model keeps the noise that its sampler means it to have: it gets a sampler of its own.
+    own, _ = open_sampler(models.load(source), source, settings)
+    factors = correct_noise(own, metadata["noise_correction"]) if "noise_correction" in metadata else {}
+    samplers["quantized"] = (own, samplers["quantized"][1])
     with progress(quiet).stage("sample", "Sampling", samples) as advance:
         found = comparison.sample(samplers, samples, min(samples, 64), network, advance)
     if output is not None:
         comparison.write_grid(output, found.images, sampler.schedule.data_range)
     numbers = {"model": str(model), "against": None if against is None else str(against), **found.numbers}
+    if factors:
+        numbers["noise_factors"] = factors
     write_json(json_path, numbers)
     if report is not None:
         pictures = []
@@ -124,6 +132,10 @@ def sample(
             f"prediction in each step: {ratios[worst]:.1f} dB at worst (step {worst}), {max(ratios):.1f} at best"
         )
         typer.echo(f"images from the same noise: {numbers['same_seed_image_sqnr_db']:.1f} dB")
+    if factors:
+        typer.echo(
+            f"the sampler's noise is {min(factors.values()):.4f} of its own at least, for what quantization adds"
+        )
     for kind in ("float", "quantized"):
         if f"frechet_distance_{kind}" in numbers:
             typer.echo(f"Fréchet distance, {kind}: {numbers[f'frechet_distance_{kind}']:.2f}")

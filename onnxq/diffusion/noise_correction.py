@@ -10,12 +10,15 @@ per channel c the mean of D' is m[c]:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from onnxq.calibration.data import Array
+from onnxq.diffusion.schedule import Diffusers
+from onnxq.diffusion.trajectory import Sampler
 
 
 @dataclass
@@ -198,3 +201,36 @@ def sampler_tables(
         prediction = np.sqrt(np.maximum(1 - later - noise**2, 0)) - image
     constant = prediction[:, None] * np.stack([item.offset for item in found])
     return SamplerTables(sample, prediction * factor, constant, noise)
+
+
+def correct_noise(sampler: Sampler, table: str) -> dict[int, float]:
+    """Let a sampler add less noise where quantization has added some already.
+
+    What the recipe ``ptqd`` has written into the model's metadata is applied to the schedule that the model is sampled
+    with: a DDIM scheduler with ``eta`` above 0, for epsilon, without guidance (which changes the error's variance).
+
+    Args:
+        sampler: Its schedule is told by how much to shrink its noise.
+        table: The metadata entry ``onnxq.noise_correction``.
+
+    Returns:
+        By step, what is left of the standard deviation of the sampler's noise; empty where there is nothing to do.
+    """
+    schedule = sampler.schedule
+    alphas = schedule.alphas() if isinstance(schedule, Diffusers) else None
+    if not isinstance(schedule, Diffusers) or alphas is None or not schedule.eta or sampler.guidance != 1:
+        return {}
+    if schedule.scheduler.config.get("prediction_type", "epsilon") != "epsilon":
+        return {}
+    rows = json.loads(table)
+    times = np.asarray([row["timestep"] for row in rows])
+    found = {}
+    for step, time in enumerate(schedule.timesteps):
+        row = rows[int(np.abs(times - time).argmin())]  # as the correction in the graph is looked up
+        found[step] = Correction(row["slope"], np.asarray(row["mean"]), row["deviation"], row["r_squared"])
+    plain, corrected = (
+        sampler_tables(alphas, items, sampler.denoiser.channels, eta=schedule.eta).noise for items in ({}, found)
+    )
+    left = np.divide(corrected, plain, out=np.ones_like(plain), where=plain > 0)
+    schedule.noise_factors = {step: float(factor) for step, factor in enumerate(left) if factor < 1}
+    return schedule.noise_factors

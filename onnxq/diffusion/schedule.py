@@ -9,7 +9,8 @@ diffusers' own scheduler. For flow matching, where time runs from noise at 0 to 
 ``num_inference_steps`` (what ``--steps`` is without the option), ``guidance_interval`` ([low, high]: the timesteps
 between which guidance acts) and ``data_range`` ([low, high] of an image, [-1, 1] if not given). A DDIM scheduler that
 clips the predicted image (``clip_sample``) also corrects the noise by what was clipped, which is diffusers'
-``use_clipped_model_output``, as the original samplers do; the file may set that to false.
+``use_clipped_model_output``, as the original samplers do; the file may set that to false. It may also add noise, by
+``eta`` between 0 and 1 (1 is DDPM's variance).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from onnxq.errors import OnnxqError
 
 DEFAULT_STEPS = 50
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-OWN_KEYS = ("num_inference_steps", "use_clipped_model_output", "guidance_interval", "data_range")
+OWN_KEYS = ("num_inference_steps", "use_clipped_model_output", "eta", "guidance_interval", "data_range")
 # Files of diffusers' schedulers are named after their classes; the package itself takes much longer to import.
 MODULES = {
     "DDPMScheduler": "ddpm",
@@ -114,7 +115,12 @@ class FlowMatching:
 
 
 class Diffusers:
-    """A scheduler of the package diffusers behind :class:`Schedule`."""
+    """A scheduler of the package diffusers behind :class:`Schedule`.
+
+    Attributes:
+        eta: How much noise a DDIM scheduler adds.
+        noise_factors: By step: what that noise is multiplied with, where it is not 1.
+    """
 
     def __init__(self, scheduler: Any, steps: int, own: Mapping[str, Any]) -> None:
         self.scheduler, self.steps = scheduler, steps
@@ -124,6 +130,9 @@ class Diffusers:
         if "use_clipped_model_output" in takes:
             clips = bool(getattr(scheduler.config, "clip_sample", False))
             self._options["use_clipped_model_output"] = clips and own.get("use_clipped_model_output", True)
+        self.eta = float(own.get("eta", 0.0))
+        self.noise_factors: dict[int, float] = {}
+        self._generators: list[Any] = []
         scheduler.set_timesteps(steps)
         self.timesteps = [float(value) for value in scheduler.timesteps]
         low, high = own.get("guidance_interval", (-np.inf, np.inf))
@@ -136,8 +145,9 @@ class Diffusers:
         import torch
 
         self.scheduler.set_timesteps(self.steps)
-        if self._takes_generators:
-            self._options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if self._takes_generators and not self.eta:
+            self._options["generator"] = self._generators
         return float(self.scheduler.init_noise_sigma)
 
     def scaled(self, sample: Array, step: int) -> Array:
@@ -154,6 +164,10 @@ class Diffusers:
         """``step`` of the scheduler."""
         import torch
 
+        if self.eta:  # drawn here as diffusers would, sample by sample, so that it can be made smaller
+            shape = (1, *sample.shape[1:])
+            noise = torch.cat([torch.randn(shape, generator=generator) for generator in self._generators])
+            self._options |= {"eta": self.eta, "variance_noise": noise * self.noise_factors.get(step, 1.0)}
         moved = self.scheduler.step(
             torch.from_numpy(np.ascontiguousarray(prediction, np.float32)),
             self.scheduler.timesteps[step],
@@ -162,6 +176,14 @@ class Diffusers:
         ).prev_sample
         result: Array = moved.to(torch.float32).numpy()
         return result
+
+    def alphas(self) -> list[float] | None:
+        """The cumulative product of alpha at each visited timestep and at the end, where the scheduler has one."""
+        products = getattr(self.scheduler, "alphas_cumprod", None)
+        if products is None:
+            return None
+        last = float(getattr(self.scheduler, "final_alpha_cumprod", 1.0))
+        return [*(float(products[round(time)]) for time in self.timesteps), last]
 
 
 def read_config(
@@ -230,7 +252,7 @@ def make(config: Mapping[str, Any], denoiser: Denoiser, steps: int | None) -> Sc
     """
     name = str(config["_class_name"])
     count = steps or int(config.get("num_inference_steps", DEFAULT_STEPS))
-    own: dict[str, Any] = {key: _pair(config, key) for key in OWN_KEYS[2:] if key in config}
+    own: dict[str, Any] = {key: _pair(config, key) for key in OWN_KEYS[3:] if key in config}
     if name == "FlowMatching":
         if denoiser.timestep.dtype.kind != "f":
             raise OnnxqError(
@@ -245,8 +267,14 @@ def make(config: Mapping[str, Any], denoiser: Denoiser, steps: int | None) -> Sc
                 hint="correct the scheduler's file",
             )
         return FlowMatching([step / count for step in range(count)], kind == "sample", **own)
-    clipped = {"use_clipped_model_output": bool(config.get("use_clipped_model_output", True))}
-    schedule = Diffusers(_scheduler(name, config, count), count, own | clipped)
+    own["use_clipped_model_output"] = bool(config.get("use_clipped_model_output", True))
+    own["eta"] = config.get("eta", 0.0)
+    if not isinstance(own["eta"], int | float) or not 0 <= own["eta"] <= (name == "DDIMScheduler"):
+        raise OnnxqError(
+            f"expected eta between 0 and 1 of a DDIMScheduler, found {own['eta']!r} of {name}",
+            hint="correct the scheduler's file",
+        )
+    schedule = Diffusers(_scheduler(name, config, count), count, own)
     last = max(schedule.timesteps)
     if denoiser.timestep_rows is not None and round(last) >= denoiser.timestep_rows:
         raise OnnxqError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +70,25 @@ def sampler_of(job: Job) -> Sampler:
                 hint="give --scheduler and --steps that the inputs were recorded with, or leave --data out",
             )
     return sampler
+
+
+def check_timesteps(metadata: Mapping[str, str], timesteps: Sequence[float]) -> None:
+    """Refuse a schedule for which a model with tables of temporal features has no rows.
+
+    Args:
+        metadata: Of the model (see :func:`onnxq.model.get_metadata`).
+        timesteps: Those that the schedule visits.
+
+    Raises:
+        OnnxqError: a timestep would get the features of another.
+    """
+    rows = np.asarray(json.loads(metadata.get("temporal_timesteps", "[]")))
+    for time in timesteps if rows.size else ():
+        if np.abs(rows - time).min() > TOLERANCE * max(1.0, abs(time)):
+            raise OnnxqError(
+                f"expected the {len(rows)} timesteps that the model has tables for, found {time:g} in the schedule",
+                hint=f"sample with --steps {len(rows)} and the scheduler that it was quantized with",
+            )
 
 
 def own_trajectories(
