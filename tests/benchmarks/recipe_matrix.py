@@ -1,0 +1,112 @@
+"""Every recipe on every model: what comes out, or the error that a user would see.
+
+    python tests/benchmarks/recipe_matrix.py --data ../shared/data --out matrix.json
+
+Learning is cut to a few steps, so this is no measure of quality: a cell is the SQNR in dB, `-` with a reason where a
+recipe refuses the model in two lines, and CRASH or HANG where something is wrong. Started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from onnxq import recipes, targets
+
+# The fewest steps with which a recipe that learns still does all it does.
+FEW_STEPS = {
+    "iterations": 2, "steps": 2, "rounds": 1, "samples": 16,
+}  # fmt: skip
+
+
+def knobs_of(recipe: str) -> list[str]:
+    """Options that make a recipe quick, of those it has."""
+    known = recipes.get(recipe).load().__dataclass_fields__  # type: ignore[attr-defined]
+    chosen = {name: value for name, value in FEW_STEPS.items() if name in known}
+    return [text for name, value in chosen.items() for text in ("--set", f"{name}={value}")]
+
+
+def run(model: Path, recipe: str, target: str, seconds: float) -> dict[str, Any]:
+    """Quantize as a user would, and say what happened."""
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = Path(folder) / "numbers.json"
+        command = [
+            sys.executable, "-m", "onnxq.cli", "quantize", str(model), "-o", f"{folder}/out.onnx", "--target", target,
+            "--recipe", recipe, "-n", "8", "--steps", "4", "--budget", "quick", "-q", "--json", str(numbers),
+            *knobs_of(recipe),
+        ]  # fmt: skip
+        if "unet" not in model.stem and "dit" not in model.stem:
+            command += ["--synthesis", "noise"]
+        before = time.monotonic()
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=seconds, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+        except subprocess.TimeoutExpired:
+            return {"state": "HANG", "seconds": seconds}
+        result: dict[str, Any] = {"seconds": round(time.monotonic() - before, 1)}
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        if done.returncode == 0:
+            result |= {"state": "done", "sqnr_db": json.loads(numbers.read_text())["sqnr_db"]}
+        elif "Traceback" in done.stderr or not errors:
+            result |= {"state": "CRASH", "reason": done.stderr[-2000:]}
+        else:
+            result |= {"state": "refused", "reason": errors[0]}
+        return result
+
+
+def cell(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    if entry["state"] == "done":
+        return "lossless" if entry["sqnr_db"] is None else f"{entry['sqnr_db']:.1f}"
+    return "-" if entry["state"] == "refused" else str(entry["state"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("matrix.json"))
+    parser.add_argument("--recipes", nargs="*", default=list(recipes.RECIPES))
+    parser.add_argument("--models", nargs="*")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for each")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    models = [
+        path
+        for folder in ("models", "denoisers", "language")
+        for path in sorted((arguments.data / folder).glob("*.onnx"))
+    ]
+    models = [path for path in models if "without_weights" not in path.name and "features" not in path.name]
+    for model in models:
+        if arguments.models and model.stem not in arguments.models:
+            continue
+        for recipe in arguments.recipes:
+            for target in targets.names():
+                key = f"{model.stem} {recipe} {target}"
+                if key not in results:
+                    results[key] = run(model, recipe, target, arguments.limit)
+                    arguments.out.write_text(json.dumps(results, indent=1))
+                    if results[key]["state"] in ("CRASH", "HANG"):
+                        print(f"{key}: {results[key]['state']} {results[key].get('reason', '')[-300:]}", flush=True)
+    width = max(len(path.stem) for path in models) + 1
+    for target in targets.names():
+        print(f"\n{target:{width}}" + "".join(f"{name[:9]:>10}" for name in arguments.recipes))
+        for model in models:
+            cells = (cell(results.get(f"{model.stem} {name} {target}")) for name in arguments.recipes)
+            print(f"{model.stem:{width}}" + "".join(f"{text:>10}" for text in cells))
+    reasons = {entry["reason"]: key for key, entry in results.items() if entry["state"] == "refused"}
+    print("\nrefused, one example of each reason:")
+    for reason, key in reasons.items():
+        print(f"  {key}: {reason}")
+
+
+if __name__ == "__main__":
+    main()

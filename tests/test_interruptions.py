@@ -1,0 +1,53 @@
+"""Killed at any moment without warning: the same command goes on, and ends with the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+KILLS = int(os.environ.get("ONNXQ_KILLS", "1"))
+
+COMMANDS = {
+    "adaround": ["--recipe", "adaround", "--weights", "int4", "--set", "iterations=150"],
+    "lsq": ["--recipe", "lsq", "--set", "distil=blocks", "--set", "steps=150"],
+    "int8": ["--recipe", "int8"],
+}
+
+
+def command(network: Path, calibration: Path, output: Path, name: str) -> list[str]:
+    quantize = [sys.executable, "-m", "onnxq.cli", "quantize", str(network), "--data", str(calibration)]
+    return [*quantize, "-o", str(output), "-q", *COMMANDS[name]]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_runs_end_with_the_same_bytes(network: Path, calibration: Path, tmp_path: Path, name: str) -> None:
+    undisturbed, killed = tmp_path / "undisturbed" / "out.onnx", tmp_path / "killed" / "out.onnx"
+    for path in (undisturbed, killed):
+        path.parent.mkdir()
+    before = time.monotonic()
+    subprocess.run(command(network, calibration, undisturbed, name), check=True)
+    seconds = time.monotonic() - before
+    chance = random.Random(name)
+    finished = 0
+    for _ in range(KILLS):
+        process = subprocess.Popen(command(network, calibration, killed, name))
+        try:
+            process.wait(chance.uniform(0.3, 0.8) * seconds)
+            finished += process.returncode == 0
+            killed.unlink()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            assert not killed.exists() or killed.read_bytes() == undisturbed.read_bytes(), "a half-written file"
+            killed.unlink(missing_ok=True)
+    assert finished < KILLS, "no run was killed"
+    subprocess.run(command(network, calibration, killed, name), check=True)
+    assert killed.read_bytes() == undisturbed.read_bytes()
+    left = [path.name for path in killed.parent.iterdir() if not path.name.startswith(".onnxq-")]
+    assert left == ["out.onnx"]
