@@ -15,7 +15,15 @@ import onnxq
 from onnxq import OnnxqError
 from onnxq import model as models
 from onnxq.config import make_settings
-from onnxq.diffusion.noise_correction import Correction, OutputError, fit, fit_held_out, sampler_tables
+from onnxq.diffusion.noise_correction import (
+    Correction,
+    OutputError,
+    correct_noise,
+    fit,
+    fit_held_out,
+    sampler_tables,
+)
+from onnxq.diffusion.schedule import ASSUMED_DIFFUSION
 from onnxq.diffusion.source import open_sampler
 from onnxq.passes.correct_prediction import CorrectPrediction
 from onnxq.runtime import Session
@@ -132,6 +140,31 @@ def test_the_samplers_noise_shrinks_by_that_of_quantization() -> None:
     assert huge.noise[0] == 0
     still = sampler_tables(alphas, corrections, 1, eta=0.0)
     assert not still.noise.any() and np.array_equal(still.prediction, sampler_tables(alphas, {}, 1).prediction)
+
+
+@pytest.mark.parametrize(("eta", "guidance", "steps"), [(1.0, 1.0, 4), (0.0, 1.0, 0), (1.0, 3.0, 0)])
+def test_a_sampler_with_noise_of_its_own_adds_less(tmp_path: Path, eta: float, guidance: float, steps: int) -> None:
+    """From the metadata alone; with guidance the error has another variance, without noise there is none to spare."""
+    file = tmp_path / "scheduler.json"
+    file.write_text(json.dumps({**ASSUMED_DIFFUSION, "eta": eta}))
+    sampler, _ = open_sampler(
+        models.load(UNET), UNET, make_settings({"steps": 4, "scheduler": str(file), "guidance": guidance})
+    )
+    times = sampler.schedule.timesteps
+    table = [
+        {"step": step, "timestep": time, "slope": 0.1, "mean": [0.0], "deviation": 0.05, "r_squared": 0.5}
+        for step, time in enumerate(times)
+    ]
+    factors = correct_noise(sampler, json.dumps(table))
+    assert len(factors) == max(0, steps - 1)  # the last step ends in the image: no noise
+    if not factors:
+        return
+    alphas = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[[int(time) for time in times]]
+    now, later = alphas[:-1], alphas[1:]
+    variance = (1 - later) / (1 - now) * (1 - now / later)
+    coefficient = np.sqrt(1 - later - variance) - np.sqrt(later * (1 - now) / now)
+    left = np.sqrt(np.maximum(variance - (coefficient * 0.05 / 1.1) ** 2, 0) / variance)
+    np.testing.assert_allclose(list(factors.values()), left, rtol=1e-5)
 
 
 def test_other_trajectories_profit_too(tmp_path: Path) -> None:

@@ -13,7 +13,11 @@ from PIL import Image
 from test_cli_errors import assert_two_lines, run
 from test_trajectory import CLOCK
 
+from onnxq import model as models
+from onnxq.config import make_settings
 from onnxq.diffusion.comparison import FeatureNetwork, Features, frechet_distance
+from onnxq.diffusion.source import open_sampler
+from onnxq.passes.cache_temporal_features import CacheTemporalFeatures
 
 UNET = MODELS / "fashion_unet_guided.onnx"
 FEATURES = ("--features", MODELS / "fashion_features.onnx", "--reference", MODELS / "fashion_features_reference.npz")
@@ -100,3 +104,15 @@ def test_bad_input_is_two_lines(tmp_path: Path, capsys: pytest.CaptureFixture[st
     code, stderr = run(capsys, "sample", clock, "--steps", 2, "-n", 1, "-q", "-o", tmp_path / "grid.png")
     assert_two_lines(code, stderr, "1 or 3 channels")
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_a_model_with_tables_wants_its_own_timesteps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = models.load(UNET)
+    sampler, _ = open_sampler(model, UNET, make_settings({"steps": 4}))
+    CacheTemporalFeatures(sampler.denoiser, sampler.schedule.timesteps, everything=True)(model)
+    cached = models.save(model, tmp_path / "cached.onnx")
+    code, _ = run(capsys, "sample", cached, "--against", UNET, "-n", 2, "--steps", 4, "-q", "--json", tmp_path / "n")
+    ratios = json.loads((tmp_path / "n").read_text())["trajectory_sqnr_db"]
+    assert code == 0 and all(ratio == "inf" or ratio > 100 for ratio in ratios)
+    found = run(capsys, "sample", cached, "--against", UNET, "-n", 2, "--steps", 5, "-q")
+    assert_two_lines(*found, "expected the 4 timesteps that the model has tables for", "--steps 4")

@@ -185,6 +185,27 @@ def test_ddim_is_the_published_update() -> None:
         np.testing.assert_allclose(schedule.advance(noise, step, sample), expected, atol=2e-5)
 
 
+def test_ddim_with_all_its_noise_is_ddpm() -> None:
+    """Eta 1 has DDPM's variance, and the noise is drawn as diffusers draws it; half of it can be left out."""
+    denoiser = denoisers.find(labelled())
+    config = {**schedules.ASSUMED_DIFFUSION, "eta": 1.0}
+    stochastic = schedules.make(config, denoiser, 10)
+    published = schedules.make({**config, "_class_name": "DDPMScheduler", "eta": 0}, denoiser, 10)
+    halved = schedules.make(config, denoiser, 10)
+    plain = schedules.make(config, denoiser, 10)
+    assert isinstance(halved, schedules.Diffusers) and isinstance(plain, schedules.Diffusers)
+    halved.noise_factors, plain.noise_factors = {4: 0.5}, {4: 0.0}
+    generator = np.random.default_rng(0)
+    sample, noise = (generator.standard_normal((2, 1, 4, 4)).astype(np.float32) for _ in range(2))
+    moved = []
+    for schedule in (stochastic, published, halved, plain):
+        schedule.begin([1, 2])
+        moved.append(schedule.advance(noise, 4, sample))
+    np.testing.assert_allclose(moved[0], moved[1], atol=1e-5)
+    np.testing.assert_allclose(moved[2] - moved[3], 0.5 * (moved[0] - moved[3]), atol=1e-6)
+    assert np.abs(moved[0] - moved[3]).max() > 0.01
+
+
 @pytest.mark.parametrize("name", [name for name in schedules.MODULES if "Flow" not in name])
 def test_every_scheduler_runs(name: str) -> None:
     model = labelled()
@@ -208,6 +229,8 @@ def test_every_scheduler_runs(name: str) -> None:
         (["--scheduler", '{"_class_name": "DDIMScheduler", "prediction_type": "score"}'], ("prediction_type", "score")),
         (["--scheduler", '{"_class_name": "FlowMatching"}'], ("float timestep", "int64")),
         (["--scheduler", '{"_class_name": "DDIMScheduler", "num_train_timesteps": 10}'], ("between 1 and 10", "50")),
+        (["--scheduler", '{"_class_name": "DDIMScheduler", "eta": 2}'], ("eta between 0 and 1", "2")),
+        (["--scheduler", '{"_class_name": "DDPMScheduler", "eta": 1}'], ("eta", "DDPMScheduler")),
         (["--steps", "5000"], ("between 1 and 1000", "5000")),
         (["--steps", "3", "--keep", "4"], ("between 1 and 3", "4")),
         (["--select", "srm"], ("uniform, all, ndtc", "'srm'")),
