@@ -22,6 +22,8 @@ from onnxq.calibration.data import Source
 from onnxq.calibration.noise import Noise
 from onnxq.check import Check, bare_float_run, check
 from onnxq.config import WITHOUT_EFFECT, Settings, build_knobs, make_settings
+from onnxq.diffusion import subgraphs
+from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.errors import OnnxqError
 from onnxq.inputs import calibration_inputs
 from onnxq.job import Job, peak_rss_mib, quantized_counts
@@ -43,16 +45,18 @@ class Result:
         settings: Everything that the recipe was told.
         numbers: The keys of ``--json`` (see the documentation of ``onnxq quantize``).
         tensors: Range and histogram of each quantized activation, for the report.
+        subgraphs: A denoiser's graphs for groups of steps, where the recipe was told to make them.
     """
 
     model: ir.Model
     settings: Settings
     numbers: dict[str, Any]
     tensors: list[dict[str, Any]] = field(default_factory=list)
+    subgraphs: list[Subgraph] = field(default_factory=list)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the model, whole or not at all."""
-        return models.save(self.model, path)
+        """Write the model, whole or not at all, with a graph for each group of steps where there are such."""
+        return subgraphs.save(self.model, self.subgraphs, path)
 
 
 def quantize(
@@ -98,7 +102,8 @@ def quantize(
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
         models.check_float(loaded)
-    reads_data = scheme.activations.enabled or hasattr(recipe, "samples") or getattr(recipe, "bias_correction", False)
+    learns = any(hasattr(recipe, knob) for knob in ("samples", "sensitivity_samples", "images"))
+    reads_data = scheme.activations.enabled or learns or getattr(recipe, "bias_correction", False)
     source, warnings = calibration_inputs(loaded, path, data, settings, progress, recipe, judged_only=not reads_data)
     recipe = _with_range_rule(recipe, source, {**entry.knobs, **settings.knobs})
     with progress.stage("load", "Loading"):
@@ -120,9 +125,11 @@ def quantize(
     loaded.producer_name, loaded.producer_version = "onnxq", onnxq.__version__
     if output is not None:
         with progress.stage("save", "Saving"):
-            models.save(loaded, output)
+            subgraphs.save(loaded, job.subgraphs, output)
         shutil.rmtree(checkpoint_folder(Path(output)), ignore_errors=True)
         numbers["output"] = str(output)
+        if job.subgraphs:
+            numbers["subgraphs"] = str(subgraphs.index_path(output))
         numbers["quantized_bytes"] = models.file_bytes(output)
     else:
         numbers["quantized_bytes"] = models.initializer_bytes(loaded)
@@ -132,7 +139,7 @@ def quantize(
         numbers |= bare_float_run(job, path, checked)
     except OnnxqError as error:  # in a part that loading dropped: the result is none the worse
         numbers["warnings"].append(f"the float model itself was not timed: {error.message}")
-    return Result(loaded, settings, numbers, _tensors(job))
+    return Result(loaded, settings, numbers, _tensors(job), job.subgraphs)
 
 
 def checkpoint_folder(output: Path) -> Path:

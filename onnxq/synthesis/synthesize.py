@@ -203,7 +203,7 @@ class _Maker:
     def make(self, index: int, size: int, steps: int, advance: Callable[[int], None]) -> tuple[Array, list[float]]:
         """One batch, and the loss after each step."""
         source = torch.Generator().manual_seed(self.seed * 100_003 + index + 1)
-        variable, terms = self._variable(size, steps, source), self._terms(size, source)
+        variable, terms = self._variable(size, steps, source), self._terms(size, index * self.batch, source)
         replaced: Mapping[str, Replacement] = swing(self.graph, self.model, source) if self.recipe.swing else {}
         losses = []
         for step in range(steps):
@@ -260,11 +260,11 @@ class _Maker:
             return JitteredPixels(start, self.recipe.rate, steps, BOUNDS, source)
         return Pixels(start, self.recipe.rate, patience=max(5, steps // 5))
 
-    def _terms(self, size: int, source: torch.Generator) -> list[tuple[float, Term]]:
+    def _terms(self, size: int, first: int, source: torch.Generator) -> list[tuple[float, Term]]:
         """What is minimised, with weights."""
         recipe, terms = self.recipe, list[tuple[float, Term]]()
         if recipe.statistics:
-            terms += [(1.0, self._match(source)), (1.0, StandardInputs(recipe.per_sample or recipe.generator))]
+            terms += [(1.0, self._match(first, source)), (1.0, StandardInputs(recipe.per_sample or recipe.generator))]
         if recipe.entropy:
             terms.append((recipe.entropy, self.attention))
         if recipe.classes and self.logits is not None:
@@ -279,12 +279,12 @@ class _Maker:
             )
         return terms
 
-    def _match(self, source: torch.Generator) -> MatchStatistics:
+    def _match(self, first: int, source: torch.Generator) -> MatchStatistics:
         slack = []
         if self.recipe.slack:
             with torch.no_grad():
                 noise = torch.randn(SLACK_SAMPLES, *self.shape, generator=source).to(self.graph.device)
                 slack = slack_of(self._run(noise, {}), self.layers, self.recipe.slack)
         return MatchStatistics(
-            self.layers, self.recipe.per_sample, self.recipe.mean_of_channels, slack, self.recipe.emphasis
+            self.layers, self.recipe.per_sample, self.recipe.mean_of_channels, slack, self.recipe.emphasis, first
         )

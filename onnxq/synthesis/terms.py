@@ -42,6 +42,7 @@ class MatchStatistics:
         mean_of_channels: Mean instead of sum over channels, so that wide layers weigh no more than narrow ones.
         slack: What is free in each layer (DSG, section 3.2); empty: nothing.
         emphasis: How much more sample i gives to layer i (DSG, section 3.3); per sample only.
+        first: The number of the batch's first sample among all.
     """
 
     layers: Sequence[Remembered]
@@ -49,11 +50,12 @@ class MatchStatistics:
     mean_of_channels: bool
     slack: Sequence[Slack] = ()
     emphasis: float = 0.0
+    first: int = 0
 
     def __call__(self, inputs: Tensor, taps: Taps) -> Tensor:
         """The term, a scalar."""
         total = torch.zeros((), device=inputs.device)
-        rows = torch.arange(len(inputs), device=inputs.device)
+        rows = self.first + torch.arange(len(inputs), device=inputs.device)
         for index, layer in enumerate(self.layers):
             free = self.slack[index] if self.slack else Slack()
             values = taps[layer.value]
