@@ -30,6 +30,7 @@ def calibration_inputs(
     recipe: object = None,
     *,
     judged_only: bool = False,
+    checkpoint: Path | None = None,
 ) -> tuple[Source, list[str]]:
     """The samples to calibrate on, and what the user should know about them.
 
@@ -41,6 +42,7 @@ def calibration_inputs(
         progress: Where to say what is being done.
         recipe: The recipe, which may say which steps of a denoiser's trajectories it wants.
         judged_only: Whether nothing is learned from the samples; random ones then do to judge the result.
+        checkpoint: A folder that keeps batches of made inputs, so that an interrupted run goes on with the next.
 
     Raises:
         OnnxqError: the data is not what the model needs, or the model has inputs that nothing can be made up for.
@@ -63,13 +65,18 @@ def calibration_inputs(
             "judged on random inputs, because no --data was given; quantizing itself needed none"
         ]
     if data is None:
-        return _made_up(model, specs, settings, progress, recipe)
+        return _made_up(model, specs, settings, progress, recipe, checkpoint)
     preprocess = settings.preprocess.model_dump()
     return open_source(data, specs, Preprocessing(**preprocess)), []
 
 
 def _made_up(
-    model: ir.Model, specs: Sequence[InputSpec], settings: Settings, progress: Progress, recipe: object
+    model: ir.Model,
+    specs: Sequence[InputSpec],
+    settings: Settings,
+    progress: Progress,
+    recipe: object,
+    checkpoint: Path | None,
 ) -> tuple[Source, list[str]]:
     """Inputs made from the model: by the method that was asked for, the recipe's own, or what suits the model."""
     asked = settings.synthesis if settings.synthesis != "auto" else getattr(recipe, "synthesis", "auto")
@@ -96,6 +103,7 @@ def _made_up(
                     budget=settings.budget,
                     seed=settings.seed,
                     device=settings.device,
+                    checkpoint=checkpoint,
                     progress=progress,
                 )
                 return made, []

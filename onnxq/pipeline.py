@@ -104,7 +104,10 @@ def quantize(
         models.check_float(loaded)
     learns = any(hasattr(recipe, knob) for knob in ("samples", "sensitivity_samples", "images"))
     reads_data = scheme.activations.enabled or learns or getattr(recipe, "bias_correction", False)
-    source, warnings = calibration_inputs(loaded, path, data, settings, progress, recipe, judged_only=not reads_data)
+    kept = None if output is None else checkpoint_folder(Path(output), "inputs")
+    source, warnings = calibration_inputs(
+        loaded, path, data, settings, progress, recipe, judged_only=not reads_data, checkpoint=kept
+    )
     recipe = _with_range_rule(recipe, source, {**entry.knobs, **settings.knobs})
     with progress.stage("load", "Loading"):
         job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings, path=path)
@@ -126,7 +129,8 @@ def quantize(
     if output is not None:
         with progress.stage("save", "Saving"):
             subgraphs.save(loaded, job.subgraphs, output)
-        shutil.rmtree(checkpoint_folder(Path(output)), ignore_errors=True)
+        for folder in (checkpoint_folder(Path(output)), checkpoint_folder(Path(output), "inputs")):
+            shutil.rmtree(folder, ignore_errors=True)
         numbers["output"] = str(output)
         if job.subgraphs:
             numbers["subgraphs"] = str(subgraphs.index_path(output))
@@ -142,9 +146,9 @@ def quantize(
     return Result(loaded, settings, numbers, _tensors(job), job.subgraphs)
 
 
-def checkpoint_folder(output: Path) -> Path:
-    """Where a recipe that learns keeps finished blocks until the output is written."""
-    return output.parent / f".{output.name}.checkpoint"
+def checkpoint_folder(output: Path, of: str = "checkpoint") -> Path:
+    """Where finished steps are kept until the output is written: blocks that a recipe learns, or made ``inputs``."""
+    return output.parent / f".{output.name}.{of}"
 
 
 def _with_range_rule(recipe: Recipe, source: Source, given: Mapping[str, Any]) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,7 @@ def synthesize(
         arrays: dict[str, Any] = {made.name: made.inputs}
         np.savez(folder / "made.npz", **arrays)
         (folder / "made.npz").replace(output)
+    shutil.rmtree(checkpoint_folder(output), ignore_errors=True)
     if grid is not None:
         low, high = np.percentile(made.inputs, [1, 99]).tolist()
         write_grid(grid, {"made": made.inputs}, (low, high))

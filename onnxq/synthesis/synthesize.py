@@ -132,7 +132,7 @@ def synthesise(
         steps: Steps for each batch instead.
         seed: The same seed makes the same inputs.
         device: ``cpu`` or ``cuda``.
-        checkpoint: A folder for finished batches.
+        checkpoint: A folder for finished batches, which the caller removes when it has what it wants of them.
         progress: Where to say what is being done.
 
     Raises:
@@ -160,7 +160,6 @@ def synthesise(
                 kept.save(f"batch {index}", finished)
             made.append(finished["inputs"])
             losses.append(finished["losses"].tolist())
-    kept.remove()
     inputs = np.concatenate(made).astype(specs[0].dtype)
     noise = maker.noise(len(inputs))
     return Synthesised(
