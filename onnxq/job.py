@@ -18,6 +18,7 @@ from onnxq.calibration import calibrate
 from onnxq.calibration.data import InputSpec, Source, input_specs
 from onnxq.calibration.observers import Range, Statistics
 from onnxq.config import Settings
+from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.errors import OnnxqError
 from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.insert_qdq import InsertQDQ
@@ -49,6 +50,7 @@ class Job:
         step_sqnr_db: SQNR of a denoiser in each sampler step, on calibration samples; empty where there are no steps.
         reasons: Why a recipe left a layer in float, by the name of the node.
         measurements: What a recipe found out, by the key that it gets in ``--json``.
+        subgraphs: A denoiser's graphs for groups of its steps, written beside the model; empty where one serves all.
         path: The float model's file, beside which a denoiser's schedule may lie.
         workers: Who shares the work; ``None``: nobody.
         checkpoint: A folder in which recipes that learn keep finished steps, ``None`` to keep nothing.
@@ -69,6 +71,7 @@ class Job:
     reasons: dict[str, str] = field(default_factory=dict)
     step_sqnr_db: dict[int, float] = field(default_factory=dict)
     measurements: dict[str, Any] = field(default_factory=dict)
+    subgraphs: list[Subgraph] = field(default_factory=list)
     path: Path | None = None
     checkpoint: Path | None = None
     workers: Workers | None = None

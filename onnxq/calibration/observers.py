@@ -172,7 +172,7 @@ def mse(statistics: Statistics, number_format: NumberFormat, symmetric: bool) ->
         return minmax(statistics, number_format, symmetric)
     values, counts = statistics.distribution()
     levels = number_format.high - number_format.low
-    sums = _Moments(values, counts)
+    sums = Moments(values, counts)
     low, high = min(statistics.low, 0.0), max(statistics.high, 0.0)
     shrink = np.linspace(1.0, 0.1, CANDIDATES)
     if symmetric:
@@ -196,7 +196,7 @@ def mse(statistics: Statistics, number_format: NumberFormat, symmetric: bool) ->
     return Range(float(lows[best_index]), float(highs[best_index]))
 
 
-class _Moments:
+class Moments:
     """Prefix sums of 1, x and x² over sorted values: any clip's error is a few look-ups."""
 
     def __init__(self, values: Array, counts: Array) -> None:

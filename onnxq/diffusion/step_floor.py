@@ -105,7 +105,7 @@ class _Search:
         schemes = schemes_of(job.scheme, job.exceptions)
         self.layers: list[Layer] = layers_of(job.model.graph, schemes, placement.left_float)
         self.statistics: dict[str, Statistics] = {}
-        self._record(_roots(placement) | set(activations_of(job.model.graph, self.layers)))
+        self._record(activation_roots(placement) | set(activations_of(job.model.graph, self.layers)))
         self._float = Session(job.model, device=job.settings.device)
         self._part = 4 if models.initializer_bytes(job.model) > LARGE_BYTES else 1
         self.samples: list[Judged] = judged_samples(self._float, job.source, job.specs, ROWS // self._part)
@@ -150,7 +150,9 @@ class _Search:
     def _candidate(self, in_float: Sequence[str]) -> ir.Model:
         model = self.job.model.clone()
         placement = self.job.place(model.graph, dict.fromkeys(in_float, self.float_scheme))
-        self._record(_roots(placement) - self.statistics.keys())  # a float layer may move its neighbours' pairs
+        self._record(
+            activation_roots(placement) - self.statistics.keys()
+        )  # a float layer may move its neighbours' pairs
         InsertQDQ(placement.sites)(model)
         calibrate.set_activation_scales(model, self.statistics, self.observer)
         calibrate.set_weight_scales(model, self.search)
@@ -166,7 +168,7 @@ class _Search:
         self.statistics |= recording.statistics
 
 
-def _roots(placement: Placement) -> set[str]:
+def activation_roots(placement: Placement) -> set[str]:
     """Names of the activations whose ranges a placement needs."""
     values = [site.like or site.value for site in placement.sites if not site.value.is_initializer()]
     return {value.name or "" for value in values}

@@ -1,0 +1,112 @@
+"""Run a denoiser that has one graph for each group of sampler steps as if it were one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxq import model as models
+from onnxq.calibration.data import Array
+from onnxq.diffusion import denoiser as denoisers
+from onnxq.errors import OnnxqError
+from onnxq.runtime import Session
+
+
+class Router:
+    """Send every call to the graph that serves its timestep.
+
+    A sampler goes through the groups one after the other, so that one open session is enough.
+
+    Args:
+        index: The ``.groups.json`` that ``onnxq quantize --set lowering=subgraphs`` wrote.
+        device: ``cpu`` or ``cuda``.
+        most_open: How many sessions stay open; each holds the weights once more.
+
+    Raises:
+        OnnxqError: the index is damaged, or a file that it names is missing.
+    """
+
+    def __init__(self, index: str | os.PathLike[str], device: str = "cpu", most_open: int = 1) -> None:
+        path = Path(index)
+        entries = _read(path)
+        self.files = [path.parent / entry["file"] for entry in entries]
+        for file in self.files:
+            if not file.is_file():
+                raise OnnxqError(f"expected the graph {file}, found none", hint="move all files of the index together")
+        pairs = [(float(time), number) for number, entry in enumerate(entries) for time in entry["timesteps"]]
+        self.timesteps = np.asarray([time for time, _ in pairs])
+        self.groups = np.asarray([number for _, number in pairs])
+        self.denoiser = denoisers.find(models.read(self.files[0]))
+        self.device, self.most_open = device, max(1, most_open)
+        self._sessions: dict[int, Session] = {}
+
+    def group(self, timestep: float) -> int:
+        """Which graph serves a timestep; one that the sampler does not visit gets that of the nearest."""
+        return int(self.groups[np.abs(self.timesteps - timestep).argmin()])
+
+    def predict(self, sample: Array, timestep: float | Array, **conditions: Array) -> Array:
+        """What the denoiser predicts for a batch.
+
+        Args:
+            sample: The noisy samples [batch, channels, …].
+            timestep: One number for all of them, as samplers call a network.
+            **conditions: The other inputs by name.
+
+        Returns:
+            The prediction [batch, channels, …].
+
+        Raises:
+            OnnxqError: the batch mixes timesteps of different groups, or an input is missing or another.
+        """
+        times = np.unique(np.asarray(timestep, np.float64))
+        numbers = {self.group(float(time)) for time in times}
+        if len(numbers) != 1:
+            raise OnnxqError(
+                f"expected timesteps of one group in a batch, found {len(numbers)}: {times[0]:g} … {times[-1]:g}",
+                hint="call predict for each timestep, as samplers do",
+            )
+        names = {item.spec.name for item in self.denoiser.conditions}
+        if names != conditions.keys():
+            raise OnnxqError(
+                f"expected the conditions {', '.join(sorted(names)) or 'none'}, "
+                f"found {', '.join(sorted(conditions)) or 'none'}",
+                hint="pass them by the names of the model's inputs",
+            )
+        spec = self.denoiser.timestep
+        given = np.asarray(timestep, spec.dtype)
+        count = len(sample)
+        feed: dict[str, Array] = {
+            self.denoiser.sample.name: np.asarray(sample, self.denoiser.sample.dtype),
+            spec.name: given.reshape(-1)[0] if not spec.shape else np.broadcast_to(given.reshape(-1), (count,)),
+            **{
+                item.spec.name: np.asarray(conditions[item.spec.name], item.spec.dtype)
+                for item in self.denoiser.conditions
+            },
+        }
+        return self.denoiser.predict(self._session(numbers.pop()), feed)
+
+    def _session(self, number: int) -> Session:
+        session = self._sessions.pop(number, None) or Session(self.files[number], device=self.device)
+        self._sessions[number] = session  # the last one used stands last
+        while len(self._sessions) > self.most_open:
+            self._sessions.pop(next(iter(self._sessions)))
+        return session
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        entries: list[dict[str, Any]] = found["groups"]
+        complete = bool(entries) and all(entry["file"] and entry["timesteps"] for entry in entries)
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise OnnxqError(
+            f"expected an index of subgraphs at {path}, found {' '.join(str(error).split())[:120]}",
+            hint="write it with `onnxq quantize … --set lowering=subgraphs`",
+        ) from error
+    if not complete:
+        raise OnnxqError(f"expected groups in {path}, found none", hint="write it again")
+    return entries

@@ -1,0 +1,84 @@
+"""One graph for each group of sampler steps: the weights stored once, and an index that says which serves what."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnxq import model as models
+
+SMALLEST_SHARED_BYTES = 256  # onnx-ir leaves smaller tensors in the graph's own file
+
+
+@dataclass(frozen=True)
+class Subgraph:
+    """The denoiser for some steps.
+
+    Attributes:
+        model: With the scales of those steps.
+        steps: Their numbers, 0 being the noisiest.
+        timesteps: What the network is told in them.
+    """
+
+    model: ir.Model
+    steps: tuple[int, ...]
+    timesteps: tuple[float, ...]
+
+
+def index_path(path: str | os.PathLike[str]) -> Path:
+    """Where the index of a model's subgraphs is."""
+    file = Path(path)
+    return file.with_name(f"{file.stem}.groups.json")
+
+
+def save(model: ir.Model, subgraphs: Sequence[Subgraph], path: str | os.PathLike[str]) -> Path:
+    """Write a model and its subgraphs beside each other, whole or not at all.
+
+    ``NAME.onnx`` is the model for all steps; ``NAME.onnx.data`` the weights of all; ``NAME.group0.onnx`` and so on the
+    subgraphs; ``NAME.groups.json`` the index. The index is written last: while it is missing, nothing is.
+
+    Args:
+        model: The graph for all steps, whose weights the subgraphs share.
+        subgraphs: In the order of steps.
+        path: Where the model goes.
+
+    Returns:
+        The path of the model.
+
+    Raises:
+        OnnxqError: the folder does not exist or cannot be written.
+    """
+    file = Path(path)
+    index = index_path(file)
+    if not subgraphs:
+        return models.save(model, file)
+    entries = []
+    with models.atomic_folder(file) as folder:
+        models.save(model, folder / file.name, external_data=True)
+        stored = ir.load(folder / file.name)
+        written = [file.name, f"{file.name}.data"]
+        for number, subgraph in enumerate(subgraphs):
+            name = f"{file.stem}.group{number}.onnx"
+            part = subgraph.model.clone()
+            part.metadata_props.update({f"onnxq.{key}": text for key, text in models.get_metadata(model).items()})
+            for key, value in part.graph.initializers.items():
+                shared = stored.graph.initializers.get(key)
+                original = model.graph.initializers.get(key)
+                if shared is None or original is None or not isinstance(shared.const_value, ir.ExternalTensor):
+                    continue
+                if value.const_value is original.const_value:
+                    value.const_value = shared.const_value
+            ir.save(part, folder / name)
+            written.append(name)
+            entries.append({"file": name, "steps": list(subgraph.steps), "timesteps": list(subgraph.timesteps)})
+        text = json.dumps({"weights": f"{file.name}.data", "groups": entries}, indent=1)
+        (folder / index.name).write_text(text + "\n", encoding="utf-8")
+        index.unlink(missing_ok=True)
+        for name in [*reversed(written), index.name]:
+            os.replace(folder / name, file.parent / name)
+    return file
