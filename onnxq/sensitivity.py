@@ -88,11 +88,13 @@ class Judged:
         feed: The inputs.
         steps: The sampler step of each row, 0 where there are no steps.
         expected: The float outputs.
+        labels: The right classes, where the data has them.
     """
 
     feed: dict[str, Array]
     steps: Array
     expected: list[Array]
+    labels: Array | None = None
 
 
 class Switchboard:
@@ -164,7 +166,7 @@ def judged_samples(
     for batch in batches(Spread(source, rows, None if steps is None else set(steps)), specs, batch_size=BATCH):
         feed = inputs_of(batch, specs)
         keys = np.atleast_1d(batch.get(STEP_KEY, np.zeros(len(next(iter(feed.values()))), np.int64)))
-        found.append(Judged(feed, keys, session.run(feed, session.own_output_names)))
+        found.append(Judged(feed, keys, session.run(feed, session.own_output_names), batch.get("labels")))
     return found
 
 

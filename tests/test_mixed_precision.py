@@ -167,3 +167,14 @@ def test_sensitivity_falls_with_the_width_on_a_real_network() -> None:
         knobs = {"weight_bits": bits, "sensitivity_samples": 16, "budget_bits": 8.0}
         losses[bits] = onnxq.quantize(path, [{value.name: x}], recipe="mixed", knobs=knobs).numbers["predicted_loss"]
     assert losses["2"] > 10 * losses["4"] > 100 * losses["8"]
+
+
+def test_the_narrowest_widths_that_lose_no_more_than_allowed() -> None:
+    found = {}
+    for drop in (0.5, 8.0):
+        knobs = QUICK | {"max_drop": drop, "judging_samples": 128}
+        found[drop] = onnxq.quantize(*FASHION, recipe="mixed", knobs=knobs).numbers
+        assert found[drop]["points_lost"] <= drop
+    assert found[8.0]["mean_weight_bits"] < found[0.5]["mean_weight_bits"] < 8
+    with pytest.raises(OnnxqError, match="lost by the widest"):
+        onnxq.quantize(*FASHION, recipe="mixed", knobs=QUICK | {"max_drop": 0.5, "weight_bits": "2"})

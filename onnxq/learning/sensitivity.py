@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from onnxq.calibration.data import InputSpec
 from onnxq.calibration.observers import Observer, Statistics
+from onnxq.errors import OnnxqError
 from onnxq.learning.outputs import Compared
 from onnxq.scheme import Scheme
 from onnxq.sensitivity import Judged, Layer, Switchboard
@@ -96,6 +97,30 @@ def alone(
 def together(probe: Probe, schemes: Mapping[str, Scheme]) -> float:
     """The distance when all layers have their schemes: what the sum over :func:`alone` predicts."""
     return probe.distance(probe.board(schemes), list(schemes))
+
+
+def points_lost(probe: Probe, schemes: Mapping[str, Scheme]) -> float:
+    """Points of top-1 lost when all layers have their schemes; without labels, answers that change, in percent.
+
+    Raises:
+        OnnxqError: no output is logits.
+    """
+    judged = next((item for item in probe.outputs if item.kind == "kl"), None)
+    if judged is None:
+        raise OnnxqError(
+            "expected a classifier or a language model for max_drop, found no logits among the outputs",
+            hint="give a budget instead: --set budget_bits=5",
+        )
+    board = probe.board(schemes)
+    lost, rows = 0.0, 0
+    for sample in probe.samples:
+        found = dict(zip(probe.output_names, board.run(sample.feed, list(schemes)), strict=False))
+        expected = dict(zip(probe.output_names, sample.expected, strict=True))
+        before, after = (part[judged.output].argmax(axis=-1) for part in (expected, found))
+        right = before if sample.labels is None or sample.labels.shape != before.shape else sample.labels
+        lost += float(np.sum(before == right)) - float(np.sum(after == right))
+        rows += before.size
+    return 100 * lost / max(rows, 1)
 
 
 def difference(item: Compared, expected: Array, found: Array) -> float:

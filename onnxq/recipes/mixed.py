@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onnxq import recipes
@@ -11,13 +11,16 @@ from onnxq.calibration import observers, weight_ranges
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.learning.mixed_precision import Choice, Point, allocate, pareto_front
-from onnxq.learning.sensitivity import Probe, alone, together
+from onnxq.learning.sensitivity import Probe, alone, points_lost, together
 from onnxq.learning.widths import Widths, probe_of, widths_of
 from onnxq.recipes.static import Static
+from onnxq.runtime import Session
+from onnxq.sensitivity import judged_samples
 
 ROUNDINGS = ("nearest", "adaround", "brecq", "qdrop")
 SOLVERS = ("ilp", "pareto")
 DEFAULT_BITS = 5.0
+HALVINGS = 7  # of the interval of mean widths: a twentieth of a bit
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Mixed:
        quantized (ZeroQ, equation 5).
     2. Losses of layers add up: take the widths with the least sum that keep the budgets, by integer programming
        (HAWQ-V3) or from ZeroQ's Pareto front. Measure all chosen widths together beside the sum that was predicted.
+       With ``max_drop`` the budget is found: the least mean width with which no more is lost, by bisection.
     3. Quantize with a format for each layer, rounding to the nearest or by a recipe that learns.
 
     Source: Y. Cai, Z. Yao, Z. Dong, A. Gholami, M. W. Mahoney, K. Keutzer, ZeroQ: A Novel Zero Shot Quantization
@@ -50,6 +54,9 @@ class Mixed:
         budget_bits: The mean width of weights; 5 where no budget is given.
         budget_mib: Size of all weights in the file.
         budget_bops: Bit operations of one sample in units of 10⁹: multiplications times both widths.
+        max_drop: Instead of a budget: the points of top-1 that may be lost on the calibration samples, by their labels;
+            without labels, the answers that may change, in percent.
+        judging_samples: How many samples ``max_drop`` is judged on, at most.
         solver: ``ilp``, or ``pareto`` (one budget at a time).
         rounding: ``nearest``, ``adaround``, ``brecq`` or ``qdrop``.
         iterations: Of a rounding that learns; 0: what ``--budget`` says.
@@ -64,6 +71,8 @@ class Mixed:
     budget_bits: float = 0.0
     budget_mib: float = 0.0
     budget_bops: float = 0.0
+    max_drop: float = 0.0
+    judging_samples: int = 512
     solver: str = "ilp"
     rounding: str = "nearest"
     iterations: int = 0
@@ -80,7 +89,7 @@ class Mixed:
         widths = Widths(job, widths_of(self.weight_bits), widths_of(self.activation_bits))
         probe = probe_of(job, widths, self.loss, observer, search, self.sensitivity_samples)
         choices = self._choices(job, probe, widths)
-        chosen = self._solve(choices, widths)
+        chosen = self._within_drop(job, probe, choices, widths) if self.max_drop else self._solve(choices, widths)
         for group, label in zip(widths.groups, chosen.labels, strict=True):
             job.exceptions |= {name: widths.schemes[label] for name in group.nodes}
         with job.progress.stage("sensitivity", "Checking the sum"):
@@ -100,9 +109,11 @@ class Mixed:
                 raise OnnxqError(
                     f"expected {knob} of {', '.join(known)}, found {value!r}", hint=f"--set {knob}={known[0]}"
                 )
-        for knob in ("budget_bits", "budget_mib", "budget_bops"):
+        for knob in ("budget_bits", "budget_mib", "budget_bops", "max_drop"):
             if getattr(self, knob) < 0:
                 raise OnnxqError(f"expected a positive {knob}, found {getattr(self, knob)}", hint="0 means no budget")
+        if self.max_drop and (self.budget_bits or self.budget_mib or self.budget_bops):
+            raise OnnxqError("expected max_drop or a budget, found both", hint="leave one out")
         if self.solver == "pareto" and len(self._budgets()) > 1:
             raise OnnxqError(
                 f"expected one budget for solver=pareto, found {', '.join(self._budgets())}",
@@ -134,6 +145,39 @@ class Mixed:
             ]
             for group in widths.groups
         ]
+
+    def _within_drop(self, job: Job, probe: Probe, choices: Sequence[Sequence[Choice]], widths: Widths) -> Point:
+        """The allocation of the least mean width that loses no more than ``max_drop``."""
+        session = Session(job.model, device=job.settings.device)
+        count = min(self.judging_samples, job.settings.samples or self.judging_samples)
+        judging = replace(probe, samples=judged_samples(session, job.source, job.specs, count))
+
+        def lost(point: Point) -> float:
+            pairs = zip(widths.groups, point.labels, strict=True)
+            schemes = {name: widths.measured(widths.schemes[label]) for group, label in pairs for name in group.nodes}
+            return points_lost(judging, schemes)
+
+        narrow, wide = (sum(pick(item.costs["bits"] for item in group) for group in choices) for pick in (min, max))
+        with job.progress.stage("sensitivity", "Searching", HALVINGS + 1, "allocations") as advance:
+            best = allocate(choices, {"bits": wide})
+            drop = lost(best)
+            if drop > self.max_drop:
+                raise OnnxqError(
+                    f"expected widths that lose at most {self.max_drop} points, found {drop:.2f} lost by the widest",
+                    hint="raise max_drop, allow wider weight_bits, or try --set rounding=brecq with a budget",
+                )
+            for index in range(HALVINGS):
+                advance(index + 1)
+                middle = (narrow + wide) / 2
+                tried = allocate(choices, {"bits": middle})
+                found = lost(tried)
+                if found <= self.max_drop:
+                    best, drop, wide = tried, found, middle
+                else:
+                    narrow = middle
+            advance(HALVINGS + 1)
+        job.measurements["points_lost"] = drop
+        return best
 
     def _solve(self, choices: Sequence[Sequence[Choice]], widths: Widths) -> Point:
         budgets = self._budgets()
