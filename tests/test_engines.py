@@ -10,6 +10,8 @@ import psutil
 import pytest
 
 from onnxq.engines import build, parse_layers, parse_shapes, prove, runtimes, shapes, wishes
+from onnxq.engines.groups import build_groups
+from onnxq.engines.other_tools import command_lines
 from onnxq.errors import OnnxqError
 
 needs_compiler = pytest.mark.skipif(
@@ -301,3 +303,28 @@ def test_the_list_of_layers_of_full_tensorrt_is_read():
 def test_nothing_listed_is_nothing_claimed():
     proof = prove(wishes(ir.from_onnx_text(QUANTIZED_CONV)), [])
     assert proof.promised_but_float == ("conv",)
+
+
+@needs_compiler
+def test_an_engine_for_each_group_of_steps(tmp_path):
+    for number in (0, 1):
+        ir.save(ir.from_onnx_text(QUANTIZED_CONV), tmp_path / f"unet.group{number}.onnx")
+    entries = [{"file": f"unet.group{n}.onnx", "steps": [n], "timesteps": [9.0 - n]} for n in (0, 1)]
+    (tmp_path / "unet.groups.json").write_text(json.dumps({"groups": entries}))
+    for _ in range(2):  # a second time into the same folder
+        built = build_groups(tmp_path / "unet.groups.json", tmp_path / "engines", runtime="tensorrt-rtx")
+    assert [item.low_precision_nodes for item in built] == [("conv",), ("conv",)]
+    listed = json.loads((tmp_path / "engines" / "unet.groups.json").read_text())["groups"]
+    assert [entry["timesteps"] for entry in listed] == [[9.0], [8.0]]
+    assert all((tmp_path / "engines" / entry["engine"]).is_file() for entry in listed)
+    with pytest.raises(OnnxqError, match="expected an index of subgraphs"):
+        build_groups(tmp_path / "none.groups.json", tmp_path / "engines")
+
+
+def test_command_lines_for_other_tools(tmp_path):
+    model, path = ir.from_onnx_text(BATCHED_CONV), tmp_path / "my model.onnx"
+    lines = command_lines(model, path, tmp_path / "m.engine", {"x": ((1, 16, 8, 8), (2, 16, 8, 8), (4, 16, 8, 8))})
+    assert f"'--onnx={path}' --stronglyTyped" in lines["trtexec"]
+    assert lines["trtexec"].endswith("--optShapes=x:2x16x8x8 --maxShapes=x:4x16x8x8")
+    assert "--trt-min-shapes 'x:[1,16,8,8]'" in lines["polygraphy"]
+    assert "Shapes" not in command_lines(ir.from_onnx_text(QUANTIZED_CONV), path, path)["trtexec"]

@@ -32,7 +32,7 @@ class Router:
 
     def __init__(self, index: str | os.PathLike[str], device: str = "cpu", most_open: int = 1) -> None:
         path = Path(index)
-        entries = _read(path)
+        entries = read_index(path)
         self.files = [path.parent / entry["file"] for entry in entries]
         for file in self.files:
             if not file.is_file():
@@ -81,7 +81,7 @@ class Router:
         count = len(sample)
         feed: dict[str, Array] = {
             self.denoiser.sample.name: np.asarray(sample, self.denoiser.sample.dtype),
-            spec.name: given.reshape(-1)[0] if not spec.shape else np.broadcast_to(given.reshape(-1), (count,)),
+            spec.name: given.reshape(-1)[:1].reshape(()) if not spec.shape else np.broadcast_to(given.reshape(-1), (count,)),
             **{
                 item.spec.name: np.asarray(conditions[item.spec.name], item.spec.dtype)
                 for item in self.denoiser.conditions
@@ -97,7 +97,12 @@ class Router:
         return session
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_index(path: Path) -> list[dict[str, Any]]:
+    """The entries of an index: ``file``, ``steps`` and ``timesteps`` of each group.
+
+    Raises:
+        OnnxqError: the file is no such index.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         entries: list[dict[str, Any]] = found["groups"]

@@ -1,0 +1,62 @@
+"""Engines for all graphs of a denoiser that has one for each group of sampler steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from onnxq import model as models
+from onnxq.diffusion.router import read_index
+from onnxq.engines.tensorrt import EngineBuild, build
+from onnxq.errors import OnnxqError
+
+INDEX_ENDING = ".groups.json"
+
+
+def is_index(path: Path) -> bool:
+    """Whether the file is an index of subgraphs rather than a model."""
+    return path.name.endswith(INDEX_ENDING)
+
+
+def build_groups(
+    index: Path, output: Path, on_group: Callable[[int], None] | None = None, **options: Any
+) -> list[EngineBuild]:
+    """Compile every graph of an index into ``output``, and write the index of the engines last.
+
+    The index of the engines is that of the graphs with ``engine`` beside each ``file``; engines hold the weights each
+    for itself, because TensorRT builds them in.
+
+    Args:
+        index: The ``.groups.json``.
+        output: The folder for the engines; it is made if it is not there.
+        on_group: Called with the number of engines that are done.
+        **options: As for :func:`onnxq.engines.build`.
+
+    Returns:
+        What was built, in the order of the groups.
+
+    Raises:
+        OnnxqError: the index is damaged, or a graph cannot be compiled.
+    """
+    entries = read_index(index)
+    try:
+        output.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OnnxqError(
+            f"expected a folder for the engines at {output}, found none that can be made ({error.strerror})",
+            hint="choose another with -o",
+        ) from error
+    built = []
+    for number, entry in enumerate(entries):
+        engine = output / f"{Path(entry['file']).stem}.engine"
+        built.append(build(index.parent / entry["file"], engine, **options))
+        if on_group is not None:
+            on_group(number + 1)
+    listed = [entry | {"engine": item.engine_path.name} for entry, item in zip(entries, built, strict=True)]
+    target = output / index.name
+    with models.atomic_folder(target) as folder:
+        (folder / index.name).write_text(json.dumps({"groups": listed}, indent=1) + "\n", encoding="utf-8")
+        (folder / index.name).replace(target)
+    return built
