@@ -18,7 +18,7 @@ from onnxq.diffusion.denoiser import Denoiser
 from onnxq.diffusion.temporal_region import TemporalRegion
 from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
-from onnxq.learning.quantizers import Grid, Quantizer, as_float
+from onnxq.learning.quantizers import Grid, Quantizer, as_float, read
 from onnxq.learning.reconstruct import Reconstruction, descend, output_error
 from onnxq.learning.rounding import LearnedRounding
 from onnxq.learning.walk import inside
@@ -75,10 +75,10 @@ class TemporalInputs:
 
 
 def features(
-    graph: TorchGraph, region: TemporalRegion, inputs: TemporalInputs, replaced: Mapping[str, Replacement], rows: Array
+    graph: TorchGraph, names: Sequence[str], inputs: TemporalInputs, replaced: Mapping[str, Replacement], rows: Array
 ) -> list[dict[str, Tensor]]:
-    """The values of the frontier for each group of rows that runs at once."""
-    names, found = region.features, []
+    """Values of the region for each group of rows that runs at once."""
+    found = []
     for group in inputs.groups(rows):
         given = {name: value.to(graph.device) for name, value in inputs.feed(group).items()}
         found.append(graph.run(given, names, replaced=replaced))
@@ -127,8 +127,8 @@ def reconstruct_temporal(
     def error() -> Tensor:
         rows = np.sort(choice.choice(len(inputs), min(options.batch, len(inputs)), replace=False))
         with torch.no_grad():
-            wanted = features(graph, region, inputs, exact, rows)
-        found = features(graph, region, inputs, soft, rows)
+            wanted = features(graph, region.features, inputs, exact, rows)
+        found = features(graph, region.features, inputs, soft, rows)
         parts = [
             torch.stack([output_error(value, target[name]) for name, value in group.items()]).sum()
             for group, target in zip(found, wanted, strict=True)
@@ -139,3 +139,37 @@ def reconstruct_temporal(
         descend(error, roundings, [], options)
         found_quantizers.store(graph, {item.grid.quantizer.source: item.decided()[0] for item in roundings})
     return settled
+
+
+def finite_set_scales(job: Job, region: TemporalRegion, inputs: TemporalInputs) -> dict[str, Array]:
+    """A scale for each step of the sampler for every activation of the region: the widest range in that step.
+
+    The set of inputs is finite and known, so that the ranges are not estimated, and nothing is ever clipped.
+
+    Source: TFMQ-DM (arXiv 2311.16503), section 4.3: finite set calibration.
+
+    Args:
+        job: After the region's weights are settled.
+        region: Of the float graph, before ``insert``.
+        inputs: Timesteps and labels.
+
+    Returns:
+        Scales [steps] by the name of the scale that they replace; zero points stay.
+    """
+    graph = TorchGraph(job.model, job.settings.device)
+    quantizers = found_quantizers.find(job.model.graph)
+    own = [item for item in quantizers_of(graph, region, quantizers) if not (item.is_weight or item.is_float_format)]
+    names, exact = sorted({item.source for item in own}), as_float(quantizers)
+    tables = {item.scale: np.zeros(len(inputs.timesteps)) for item in own if item.axis is None}
+    for step in range(len(inputs.timesteps)) if names else ():
+        with torch.no_grad():
+            (values,) = features(graph, names, inputs, exact, np.flatnonzero(inputs.steps == step))
+        for item in own:
+            if item.scale not in tables:
+                continue
+            middle = float(read(graph, item.zero_point))
+            value, ends = values[item.source], (item.low - middle, item.high - middle)
+            needed = [float(bound) / end for bound, end in zip(value.aminmax(), ends, strict=True) if end]
+            tables[item.scale][step] = max(tables[item.scale][step], *needed)
+    current = {name: float(read(graph, name)) for name in tables}
+    return {name: np.where(table > 0, table, current[name]) for name, table in tables.items()}

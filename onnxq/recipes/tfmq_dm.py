@@ -14,8 +14,9 @@ from onnxq.diffusion.temporal_tables import tabulate
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.learning.reconstruct import Reconstruction, iterations_of, reconstruct, rounding_rate
-from onnxq.learning.temporal import TemporalInputs, reconstruct_temporal
+from onnxq.learning.temporal import TemporalInputs, finite_set_scales, reconstruct_temporal
 from onnxq.passes.cache_temporal_features import CacheTemporalFeatures
+from onnxq.passes.time_conditioned_scales import TimeConditionedScales
 
 MAINTENANCE = ("reconstruct", "cache", "smaller", "frozen")
 
@@ -28,6 +29,7 @@ class TfmqDm:
     2. Calibrate; weight steps by the least error.
     3. Learn the rounding of all weights of the region together, on the timesteps of the sampler.
     4. Block by block, learn the rounding of the rest; the region's weights stay, its features are inputs.
+    5. Activations of the region get a scale for each step of the sampler, from the range that they have there.
 
     With ``maintenance=cache`` (the journal's) the features become tables before anything else, and nothing of the
     region is left to quantize. Timesteps that the sampler does not visit then get the nearest row. How well the
@@ -39,7 +41,8 @@ class TfmqDm:
     Departures:
         - The region is found by reachability and includes class labels that are added to the embedding; the authors
           name its modules. Its first layer is quantized too; theirs stays float.
-        - Activations of the region have one scale for all steps, not one for each (section 4.3); the cache needs none.
+        - A scale that changes with the step is a factor before a constant scale, taken back behind the product: the
+          same codes, and a graph that compilers take. Labels of a step share its scale.
         - All steps of the sampler are learned from, the authors' code takes every fifth to twenty-fifth.
         - The journal's cache holds float32; it chooses by the error between computing and looking up, which is then
           always the table. ``smaller`` chooses by the bytes of the file instead.
@@ -51,6 +54,7 @@ class TfmqDm:
         maintenance: ``reconstruct``; ``cache``: all tables; ``smaller``: tables where they are smaller than the weights
             they save, the rest reconstructed; ``frozen``: the region is rounded to nearest and left alone.
         labels: Whether features may depend on class labels too.
+        finite_set: Whether activations of the region have a scale for each step of the sampler.
         iterations: Steps of Adam for each block; 0: what ``--budget`` says.
         temporal_iterations: Steps for the region, which cost little; 0: three times as many as for a block.
         batch: Samples, or timesteps, in a step.
@@ -64,6 +68,7 @@ class TfmqDm:
 
     maintenance: str = "reconstruct"
     labels: bool = True
+    finite_set: bool = True
     iterations: int = 0
     temporal_iterations: int = 0
     batch: int = 32
@@ -113,9 +118,13 @@ class TfmqDm:
         )
         more = 0 if self.maintenance == "frozen" else self.temporal_iterations or 3 * iterations
         temporal = dataclasses.replace(rounding, iterations=more, rounding_rate=rounding_rate(max(more, 1)))
-        settled = reconstruct_temporal(job, region, TemporalInputs(denoiser, region, timesteps), temporal)
+        temporal_inputs = TemporalInputs(denoiser, region, timesteps)
+        settled = reconstruct_temporal(job, region, temporal_inputs, temporal)
         samples = min(self.samples, job.settings.samples or len(job.source), len(job.source))
         reconstruct(job, blocks, rounding, samples=samples, cache_mib=self.cache_mib, settled=settled)
+        if self.finite_set:
+            scales = finite_set_scales(job, region, temporal_inputs)
+            TimeConditionedScales(denoiser.timestep.name, timesteps, scales, "rescale")(job.model)
         job.lower()
         found = tabulate(job.model, [name for name in exact if name in region.features], inputs, denoiser, timesteps)
         error = temporal_error(exact, found, len(timesteps))
