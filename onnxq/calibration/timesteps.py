@@ -15,7 +15,7 @@ from onnxq.runtime import Session
 Array = np.ndarray[Any, Any]
 
 BATCH = 16
-SAMPLED_VALUES = 1 << 17  # per tensor over all steps: what bounds memory
+SAMPLED_VALUES = 1 << 19  # per tensor over all steps: what bounds memory; tails of a single step need many
 LEAST_SAMPLED = 256  # of a tensor in each sample
 
 

@@ -77,11 +77,11 @@ class Router:
                 hint="pass them by the names of the model's inputs",
             )
         spec = self.denoiser.timestep
-        given = np.asarray(timestep, spec.dtype)
-        count = len(sample)
+        given = np.asarray(timestep, spec.dtype).reshape(-1)
+        given = given[:1].reshape(()) if not spec.shape else np.broadcast_to(given, (len(sample),))
         feed: dict[str, Array] = {
             self.denoiser.sample.name: np.asarray(sample, self.denoiser.sample.dtype),
-            spec.name: given.reshape(-1)[:1].reshape(()) if not spec.shape else np.broadcast_to(given.reshape(-1), (count,)),
+            spec.name: given,
             **{
                 item.spec.name: np.asarray(conditions[item.spec.name], item.spec.dtype)
                 for item in self.denoiser.conditions

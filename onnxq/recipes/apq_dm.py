@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.diffusion import time_scales
 from onnxq.diffusion.source import sampler_of
 from onnxq.diffusion.step_floor import hold_floor
+from onnxq.errors import OnnxqError
 from onnxq.job import Job
+
+Array = np.ndarray[Any, Any]
+ROUNDS = {"quick": 2, "default": 10, "paper": 100}
 
 
 @dataclass(frozen=True)
@@ -20,15 +27,21 @@ class ApqDm:
        histogram; dynamic programming cuts the steps into the groups with the least loss, for each activation alone
        (``scope=layer``) or for all at once.
     3. Round weights to the nearest code, store them, lint, check.
-    4. Write the scales in the form that the target runs: ``lowering``.
+    4. With ``partition=learned``, the paper's search, from there: each quantizer becomes a mixture of G, weighted by a
+       softmax for each step. Weights of the mixtures and scales are learned from the error of the prediction and the
+       entropy of the choice, on steps where that entropy is high or that were picked seldom. Then each step takes the
+       group of the highest weight, if that is better on held-out samples than what it started from.
+    5. Write the scales in the form that the target runs: ``lowering``.
 
     Source: C. Wang, Z. Wang, X. Xu, Y. Tang, J. Zhou, J. Lu, Towards Accurate Post-training Quantization for Diffusion
     Models, CVPR 2024 (arXiv 2305.18723).
 
     Departures:
-        - Groups are contiguous and found by dynamic programming on each activation's own error; the paper relaxes the
-          choice of a group to a softmax that it learns, with the quantizers, from the error of the prediction, on
-          steps that it picks by the entropy of their choice. That search is not here.
+        - By default groups are contiguous and found by dynamic programming on each activation's own error alone,
+          which takes no gradients; the paper's search starts at random.
+        - The search mimics the float network's prediction on recorded inputs; the paper's loss is the noise of
+          training, and it samples anew for every step that it picks. Errors are relative, entropies between 0 and 1.
+        - Weights stay as they are while groups are learned (in the authors' code too), and zero points.
         - The authors' code has groups of channels that change with every step and takes no hard choice; this is the
           paper's method, groups of steps.
         - Everything that the target has kernels for is quantized; their code quantizes the convolutions of residual
@@ -38,7 +51,10 @@ class ApqDm:
 
     Attributes:
         groups: How many groups of steps (8 in the paper); 1 is static.
-        partition: ``optimal`` or ``uniform``.
+        partition: ``optimal``, ``uniform``, or ``learned``.
+        iterations: Steps of the optimiser for ``learned``, each on samples of one step of the sampler; 0: so many for
+            each of its steps as ``--budget`` says (2, 10 or 100).
+        undecided: Weight of the entropy of the choice, for ``learned``.
         scope: ``layer`` or ``global``; ``subgraphs`` are for global groups, whatever is said here.
         lowering: ``rescale``: one graph with constant scales, and a factor by step before each quantizer and behind
             each product; ``subgraphs``: a graph for each group beside the file, sharing its weights; ``none``: scales
@@ -53,6 +69,8 @@ class ApqDm:
 
     groups: int = 8
     partition: str = "optimal"
+    iterations: int = 0
+    undecided: float = 0.8
     scope: str = "layer"
     lowering: str = "rescale"
     powers_of_two: bool = False
@@ -65,6 +83,11 @@ class ApqDm:
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
         time_scales.check_lowering(self.lowering)
+        if self.partition == "learned" and (self.lowering == "subgraphs" or self.scope == "global"):
+            raise OnnxqError(
+                "expected groups of each activation's own for partition=learned, found groups that all share",
+                hint="use --set lowering=rescale --set scope=layer, or partition=optimal",
+            )
         observe, search = observers.get(self.observer), weight_ranges.get("mse")
         sampler = sampler_of(job)
         job.prepare()
@@ -79,10 +102,23 @@ class ApqDm:
             sampler,
             observe,
             groups=self.groups,
-            partition=self.partition,
+            partition="optimal" if self.partition == "learned" else self.partition,
             scope="global" if self.lowering == "subgraphs" else self.scope,
             powers_of_two=self.powers_of_two,
         )
-        job.measurements["time_scales"] = {"values": len(scales.tables), "error": scales.error}
+        tables = scales.tables
+        job.measurements["time_scales"] = {"values": len(tables), "error": scales.error}
+        if self.partition == "learned" and tables:
+            tables = self.learn(job, scales, len(sampler.schedule.timesteps))
         job.lower()
-        time_scales.lower(job, sampler, scales.tables, self.lowering)
+        time_scales.lower(job, sampler, tables, self.lowering)
+
+    def learn(self, job: Job, scales: time_scales.TimeScales, steps: int) -> dict[str, Array]:
+        """Step 4."""
+        from onnxq.learning.step_groups import GroupSearch, learn_groups  # needs torch
+
+        search = GroupSearch(self.iterations or ROUNDS[job.settings.budget] * steps, undecided=self.undecided)
+        found = learn_groups(job, scales.tables, scales.groups, search, steps)
+        numbers = {key: value for key, value in vars(found).items() if key != "tables"}
+        job.measurements["time_scales"] |= {"learned": numbers}
+        return found.tables
