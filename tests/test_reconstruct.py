@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from conftest import DATA, MODELS
@@ -189,3 +190,11 @@ def test_a_transformer_learns_too(tmp_path: Path) -> None:
     nearest = onnxq.quantize(path, data, recipe="int8", knobs=knobs, **formats)
     learned = onnxq.quantize(path, data, recipe="brecq", knobs=QUICK | {"samples": 16, "iterations": 25}, **formats)
     assert sqnr(learned) > sqnr(nearest)
+
+
+def test_an_export_of_one_sample_learns_with_quantization_dropped(network: Path, calibration: Path) -> None:
+    model = models.read(network)
+    model.graph.inputs[0].shape = ir.Shape((1, 3, 16, 16))
+    models.save(model, network)
+    knobs = {"iterations": 3, "batch": 4, "samples": 8}
+    assert sqnr(onnxq.quantize(network, calibration, recipe="qdrop", weights="int4", knobs=knobs)) > 10

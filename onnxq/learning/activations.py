@@ -93,7 +93,6 @@ def gradient_factor(values: int, highest: float) -> float:
 def random_mask(shape: torch.Size, probability: float, generator: torch.Generator) -> Tensor:
     """True with the given probability, in steps of 1/256: a random byte each, four times as fast as a random float."""
     count = math.prod(shape)
-    words = torch.empty(-(-count // 8), dtype=torch.int64, device=generator.device)
-    return (words.random_(-(1 << 63), None, generator=generator).view(torch.uint8)[:count] < 256 * probability).view(
-        shape
-    )
+    # A call that makes a tensor, unlike one that fills it, gives each sample its own where an export fixes the batch.
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, (-(-count // 8),), device=generator.device, generator=generator)
+    return (words.view(torch.uint8)[:count] < 256 * probability).view(shape)
