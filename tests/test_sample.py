@@ -16,8 +16,11 @@ from test_trajectory import CLOCK
 from onnxq import model as models
 from onnxq.config import make_settings
 from onnxq.diffusion.comparison import FeatureNetwork, Features, frechet_distance
+from onnxq.diffusion.router import Router
 from onnxq.diffusion.source import open_sampler
+from onnxq.errors import OnnxqError
 from onnxq.passes.cache_temporal_features import CacheTemporalFeatures
+from onnxq.runtime import Session
 
 UNET = MODELS / "fashion_unet_guided.onnx"
 FEATURES = ("--features", MODELS / "fashion_features.onnx", "--reference", MODELS / "fashion_features_reference.npz")
@@ -116,3 +119,21 @@ def test_a_model_with_tables_wants_its_own_timesteps(tmp_path: Path, capsys: pyt
     assert code == 0 and all(ratio == "inf" or ratio > 100 for ratio in ratios)
     found = run(capsys, "sample", cached, "--against", UNET, "-n", 2, "--steps", 5, "-q")
     assert_two_lines(*found, "expected the 4 timesteps that the model has tables for", "--steps 4")
+
+
+def test_a_loop_over_diffusers_schedulers_runs_the_network() -> None:
+    """What the README shows."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    unet, session, labels = Router(UNET), Session(UNET), np.array([3, 7])
+    scheduler = diffusers.DDIMScheduler.from_config(json.loads(UNET.with_suffix(".scheduler.json").read_text()))
+    scheduler.set_timesteps(4)
+    sample = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    for timestep in scheduler.timesteps:
+        predicted = unet.predict(sample.numpy(), int(timestep), y=labels)
+        feed = {"x": sample.numpy(), "t": np.full(2, int(timestep)), "y": labels}
+        np.testing.assert_array_equal(predicted, session.run(feed)[0])
+        sample = scheduler.step(torch.from_numpy(predicted), timestep, sample).prev_sample
+    assert float(sample.abs().max()) <= 1.01
+    with pytest.raises(OnnxqError, match="expected the conditions y"):
+        unet.predict(sample.numpy(), 5)

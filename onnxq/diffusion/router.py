@@ -22,7 +22,8 @@ class Router:
     A sampler goes through the groups one after the other, so that one open session is enough.
 
     Args:
-        index: The ``.groups.json`` that ``onnxq quantize --set lowering=subgraphs`` wrote.
+        index: The ``.groups.json`` that ``onnxq quantize --set lowering=subgraphs`` wrote, or the ``.onnx`` of a
+            denoiser that is one graph.
         device: ``cpu`` or ``cuda``.
         most_open: How many sessions stay open; each holds the weights once more.
 
@@ -32,7 +33,7 @@ class Router:
 
     def __init__(self, index: str | os.PathLike[str], device: str = "cpu", most_open: int = 1) -> None:
         path = Path(index)
-        entries = read_index(path)
+        entries = read_index(path) if path.suffix == ".json" else [{"file": path.name, "timesteps": [0.0]}]
         self.files = [path.parent / entry["file"] for entry in entries]
         for file in self.files:
             if not file.is_file():
