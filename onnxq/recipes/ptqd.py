@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxq import model as models
 from onnxq.calibration.data import STEP_KEY, Array, Source, batches, inputs_of
 from onnxq.config import build_knobs
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion.noise_correction import Correction, OutputError, fit_held_out
+from onnxq.diffusion.source import sampler_of
+from onnxq.diffusion.step_precision import choose, forward_snr_db, subgraphs_of
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.passes.correct_prediction import CorrectPrediction
 from onnxq.runtime import Session
+from onnxq.scheme import Scheme
 
 ROWS = 16
 
@@ -41,17 +48,22 @@ class Ptqd:
           errors, count as 0; a step whose correction does not help on the other half of the samples is left alone.
         - Variance is one number for a step, as in the authors' code. The coefficient of the prediction keeps the
           sampler's own sigma; their code recomputes it, which undoes most of the correction.
-        - Bits that change with the step (section 3.4) are not chosen here.
+        - Bits that change with the step (section 3.4) are chosen between two formats of activations, each calibrated on
+          all steps; each has a graph, with an index that says which serves what, and weights that are equal are stored
+          once. Both ratios are of powers.
 
     Attributes:
         base: The recipe that quantizes.
         least_r_squared: Below it the slope counts as 0.
         clip_slope: Whether a negative slope counts as 0 (the paper).
+        low_activations: A second, cheaper format of activations (``int4``, or ``int8`` beside ``int16`` or ``float``)
+            for the steps whose own noise hides what it loses; none if empty.
     """
 
     base: str = "q-diffusion"
     least_r_squared: float = 0.05
     clip_slope: bool = True
+    low_activations: str = ""
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
@@ -60,9 +72,27 @@ class Ptqd:
         denoiser = denoisers.find(job.model)
         _need_steps(job.source)
         entry = recipes.get(self.base)
+        base = build_knobs(entry.load(), entry.knobs, self.base)
         exact = Session(job.model, device=job.settings.device)
-        build_knobs(entry.load(), entry.knobs, self.base).run(job)
-        self.correct(job, exact, denoiser)
+        if not self.low_activations:
+            base.run(job)
+            return self.correct(job, exact, denoiser)
+        sampler = sampler_of(job)
+        forward = forward_snr_db(sampler.schedule)
+        scheme = Scheme(job.scheme.weights, job.target.scheme(None, self.low_activations).activations)
+        low = dataclasses.replace(job, model=job.model.clone(), scheme=scheme, checkpoint=None)
+        low.exceptions, low.reasons, low.ranges = dict(job.exceptions), {}, {}
+        fits = []
+        for item in (low, job):
+            base.run(item)
+            fits.append(self._fit(item, exact, denoiser))
+            fits[-1].append_to(item.model, denoiser)
+        chosen = choose([fit.sqnr_db for fit in fits], forward)
+        job.subgraphs = subgraphs_of([low.model, job.model], chosen, sampler.schedule.timesteps)
+        job.measurements["activations_by_step"] = [
+            (low, job)[setting].scheme.activations.format.name for setting in chosen
+        ]
+        _remember(job, _mixed(fits, chosen))
 
     def correct(self, job: Job, exact: Session, denoiser: denoisers.Denoiser) -> None:
         """Steps 2 and 3, on a job whose model is quantized; its inputs have steps.
@@ -72,6 +102,11 @@ class Ptqd:
             exact: The float network, as it was before anything was changed.
             denoiser: Its roles.
         """
+        fit = self._fit(job, exact, denoiser)
+        fit.append_to(job.model, denoiser)
+        _remember(job, fit)
+
+    def _fit(self, job: Job, exact: Session, denoiser: denoisers.Denoiser) -> Fit:
         with job.progress.stage("correct", "Measuring the error of each step"):
             quantized = Session(job.model, device=job.settings.device, optimize=job.target.name == "cpu")
             halves, timesteps = _compare(exact, quantized, job, denoiser)
@@ -79,38 +114,66 @@ class Ptqd:
                 step: fit_held_out(*pair, least_r_squared=self.least_r_squared, clip_slope=self.clip_slope)
                 for step, pair in sorted(halves.items())
             }
-        self._append(job, denoiser, corrections, timesteps)
-        job.step_sqnr_db = {step: _joined(halves[step]).sqnr_db(correction) for step, correction in corrections.items()}
+            ratios = {step: _joined(halves[step]).sqnr_db(correction) for step, correction in corrections.items()}
+        return Fit(corrections, timesteps, ratios)
 
-    def _append(
-        self, job: Job, denoiser: denoisers.Denoiser, corrections: dict[int, Correction], times: dict[int, float]
-    ) -> None:
-        steps = sorted(corrections)
-        if denoiser.channels != corrections[steps[0]].mean.size:
+
+@dataclass(frozen=True)
+class Fit:
+    """What was found of a quantized denoiser, by step.
+
+    Attributes:
+        corrections: How its prediction is corrected.
+        timesteps: What the network is told.
+        sqnr_db: Of the corrected prediction.
+    """
+
+    corrections: dict[int, Correction]
+    timesteps: dict[int, float]
+    sqnr_db: dict[int, float]
+
+    def append_to(self, model: ir.Model, denoiser: denoisers.Denoiser) -> None:
+        """Correct the model's prediction."""
+        steps = sorted(self.corrections)
+        found = [self.corrections[step] for step in steps]
+        if denoiser.channels != found[0].mean.size:
             raise OnnxqError(
                 f"expected {denoiser.channels} channels in the prediction {denoiser.output!r}, "
-                f"found {corrections[steps[0]].mean.size}",
+                f"found {found[0].mean.size}",
                 hint="use a recipe without correction, for example --recipe int8",
             )
-        CorrectPrediction(
-            denoiser.output,
-            denoiser.timestep.name,
-            np.asarray([times[step] for step in steps]),
-            np.asarray([corrections[step].factor for step in steps]),
-            np.stack([corrections[step].offset for step in steps]),
-        )(job.model)
-        table = [
+        times = np.asarray([self.timesteps[step] for step in steps])
+        factors, offsets = np.asarray([item.factor for item in found]), np.stack([item.offset for item in found])
+        CorrectPrediction(denoiser.output, denoiser.timestep.name, times, factors, offsets)(model)
+
+    def table(self) -> list[dict[str, Any]]:
+        """What a sampler needs to know."""
+        return [
             {
                 "step": step,
-                "timestep": times[step],
-                "slope": corrections[step].slope,
-                "mean": corrections[step].mean.tolist(),
-                "deviation": corrections[step].deviation,
-                "r_squared": corrections[step].r_squared,
+                "timestep": self.timesteps[step],
+                "slope": correction.slope,
+                "mean": correction.mean.tolist(),
+                "deviation": correction.deviation,
+                "r_squared": correction.r_squared,
             }
-            for step in steps
+            for step, correction in sorted(self.corrections.items())
         ]
-        models.set_metadata(job.model, noise_correction=json.dumps(table))
+
+
+def _remember(job: Job, fit: Fit) -> None:
+    models.set_metadata(job.model, noise_correction=json.dumps(fit.table()))
+    job.step_sqnr_db = fit.sqnr_db
+
+
+def _mixed(fits: Sequence[Fit], chosen: Sequence[int]) -> Fit:
+    """Of each step, what was found of the graph that serves it."""
+    pick = {step: fits[chosen[step]] for step in fits[-1].corrections}
+    return Fit(
+        {step: fit.corrections[step] for step, fit in pick.items()},
+        fits[-1].timesteps,
+        {step: fit.sqnr_db[step] for step, fit in pick.items()},
+    )
 
 
 def _need_steps(source: Source) -> None:
