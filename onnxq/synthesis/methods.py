@@ -70,6 +70,7 @@ METHODS = {
         "images whose patches a transformer tells apart; needs no BatchNorm (PSAQ-ViT, arXiv 2203.02250)",
         rate=0.2,
         steps=1000,
+        per_sample=False,
         statistics=False,
         entropy=1.0,
         classes=1.0,

@@ -27,11 +27,13 @@ def input_scale(
     which. Starting from normalised inputs, scale and shift are learned from the first BatchNormalization layers.
 
     Returns:
-        Two tensors [1, channels, 1, …]; 1 and 0 for normalised images, nearly.
+        Two tensors [1, channels, 1, …]; 1 and 0 for normalised images, nearly, and where no layer remembers anything.
     """
     noise = smooth_noise((SAMPLES, *shape), source).to(graph.device)
     broadcast = (1, shape[0], *[1] * (len(shape) - 1))
     best = (torch.ones(broadcast, device=graph.device), torch.zeros(broadcast, device=graph.device))
+    if not layers:
+        return best
     lowest = float("inf")
     for first in (1.0, 64.0):  # normalised, or raw bytes: the two basins
         logarithm = torch.full(broadcast, float(torch.tensor(first).log()), device=graph.device, requires_grad=True)

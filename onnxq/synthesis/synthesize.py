@@ -33,7 +33,8 @@ BATCH_ELEMENTS = 32 * 3 * 64 * 64  # pixels of one batch, at most: what is large
 SMALLEST_BATCH = 16
 SLACK_SAMPLES = 64
 BOUNDS = (-2.2, 2.7)  # of pixels after the usual normalisation
-VARIATIONS = (2500.0, 3000.0)  # of natural images, see TotalVariation
+VARIATIONS = (2500.0, 3000.0)  # of natural images of 224², see TotalVariation
+VARIATION_GROWTH = 0.13  # exponent: the same images, averaged down to 32², vary 1.3 times as much from pixel to pixel
 
 
 @dataclass
@@ -263,7 +264,8 @@ class _Maker:
         """What is minimised, with weights."""
         recipe, terms = self.recipe, list[tuple[float, Term]]()
         if recipe.statistics:
-            terms += [(1.0, self._match(first, source)), (1.0, StandardInputs(recipe.per_sample or recipe.generator))]
+            terms.append((1.0, self._match(first, source)))
+        terms.append((1.0, StandardInputs(recipe.per_sample or recipe.generator)))
         if recipe.entropy:
             terms.append((recipe.entropy, self.attention))
         if recipe.classes and self.logits is not None:
@@ -273,9 +275,9 @@ class _Maker:
             terms.append((recipe.classes, PredictClasses(self.logits, labels)))
         if recipe.variation and len(self.shape) == 3:
             low, high = VARIATIONS
-            terms.append(
-                (recipe.variation, TotalVariation(low + (high - low) * float(torch.rand(1, generator=source))))
-            )
+            wanted = low + (high - low) * float(torch.rand(1, generator=source))
+            wanted *= (224 / min(self.shape[1:])) ** VARIATION_GROWTH
+            terms.append((recipe.variation, TotalVariation(wanted)))
         return terms
 
     def _match(self, first: int, source: torch.Generator) -> MatchStatistics:

@@ -1,0 +1,246 @@
+"""Recipes without data: the terms of transformers, the properties of the papers, and what a user gets."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import MODELS, add_weights
+
+import onnxq
+from onnxq import OnnxqError
+from onnxq import model as models
+
+torch = pytest.importorskip("torch", reason="synthesis needs torch: pip install 'onnxq[learn]'")
+
+from torch_networks import NETWORKS, make  # noqa: E402
+
+from onnxq.autograd.interpreter import TorchGraph  # noqa: E402
+from onnxq.synthesis.attention import (  # noqa: E402
+    PatchEntropy,
+    attention_outputs,
+    differential_entropy,
+    patch_similarities,
+)
+from onnxq.synthesis.statistics import Remembered, remembered  # noqa: E402
+from onnxq.synthesis.synthesize import BOUNDS, synthesise  # noqa: E402
+from onnxq.synthesis.terms import MatchStatistics, Slack, TotalVariation, slack_of  # noqa: E402
+
+FASHION = MODELS / "fashion_resnet.onnx"
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vision transformer without BatchNormalization, as torch exports it."""
+    path = tmp_path_factory.mktemp("transformer") / "vit.onnx"
+    inputs = NETWORKS["vit"][1](2)
+    torch.onnx.export(make("vit"), inputs, path, input_names=["x"], dynamo=False, dynamic_axes={"x": {0: "N"}})
+    return path
+
+
+ATTENTION = """
+<ir_version: 10, opset_import: ["" : 21]>
+attention (float[N,2,4,8] q, float[N,2,8,4] k, float[N,2,4,8] v, float[4,4] mask) => (float[N,2,4,8] y)
+<float scale = {0.5}>
+{
+    SCORES
+    p = Softmax (t)
+    POSTPROCESS
+    y = MatMul (r, v)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("scores", "after"),
+    list(
+        itertools.product(
+            [
+                "s = MatMul (q, k)\n t = Mul (s, scale)",
+                "u = Mul (q, scale)\n t = MatMul (u, k)",
+                "s = MatMul (q, k)\n m = Div (s, scale)\n t = Add (m, mask)",
+            ],
+            ["r = Identity (p)", "c = Cast <to=1> (p)\n r = Identity (c)"],
+        )
+    ),
+)
+def test_attention_is_found_wherever_scale_and_mask_are(scores: str, after: str) -> None:
+    model = ir.from_onnx_text(ATTENTION.replace("SCORES", scores).replace("POSTPROCESS", after))
+    assert attention_outputs(model) == ["y"]
+
+
+def test_an_exported_transformer_has_one_for_each_layer(transformer: Path) -> None:
+    assert len(attention_outputs(models.load(transformer))) == 2
+    assert attention_outputs(models.load(FASHION)) == []
+
+
+def test_similarities_leave_out_the_class_token() -> None:
+    source = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 2, 17, 8, generator=source)
+    found = patch_similarities(values, 3)
+    assert found.shape == (3, 16 * 16)
+    changed = values.clone()
+    changed[:, :, 0] += 5
+    assert torch.equal(found, patch_similarities(changed, 3))
+    alike = values[:, :, 1:2].expand(3, 2, 16, 8)
+    torch.testing.assert_close(patch_similarities(alike, 3), torch.ones(3, 256))
+
+
+def test_windows_and_merged_heads_belong_to_their_image() -> None:
+    source = torch.Generator().manual_seed(0)
+    windows = torch.randn(6, 2, 16, 8, generator=source)  # three of each of two images
+    assert patch_similarities(windows, 2).shape == (2, 3 * 256)
+    torch.testing.assert_close(patch_similarities(windows, 2)[0], patch_similarities(windows[:3], 1)[0])
+    heads = torch.randn(4, 16, 8, generator=source)
+    torch.testing.assert_close(patch_similarities(heads, 2), patch_similarities(heads.reshape(2, 2, 16, 8), 2))
+
+
+def test_the_entropy_is_that_of_known_densities() -> None:
+    """A uniform density; two points, whose kernels are cut in half by the ends of the grid; a normal one; a point."""
+    source = torch.Generator().manual_seed(0)
+    uniform = torch.linspace(-1, 1, 4096)[None]
+    points = torch.cat([torch.full((1, 2048), 0.1), torch.full((1, 2048), 0.95)], 1)
+    narrow = 0.9 + 0.02 * torch.randn(1, 4096, generator=source)
+    equal = torch.full((1, 4096), 0.9)
+    kernel = math.log(0.05 * math.sqrt(2 * math.pi * math.e))
+    entropy = [float(differential_entropy(values, 0.05, 50)) for values in (uniform, points, narrow, equal)]
+    assert entropy[0] == pytest.approx(math.log(2), abs=0.01)
+    assert entropy[1] == pytest.approx((kernel + math.log(2)) / 2, abs=0.01)
+    assert entropy[2] == pytest.approx(math.log(math.hypot(0.05, 0.02) / 0.05) + kernel, abs=0.06)
+    assert entropy == sorted(entropy, reverse=True)  # equal similarities are no way out
+
+
+def test_variation_is_measured_in_one_unit_for_all_sizes() -> None:
+    """Noise of any size is as far from the variation of pictures; a constant image by all of it."""
+    source = torch.Generator().manual_seed(0)
+    far = [float(TotalVariation(0.0)(torch.randn(*shape, generator=source), {}))
+           for shape in ((8, 3, 64, 64), (4, 3, 224, 224))]  # fmt: skip
+    assert far[0] == pytest.approx(far[1], rel=0.03)
+    assert float(TotalVariation(2700.0)(torch.ones(2, 3, 32, 32), {})) == 2700
+
+
+def test_entropy_rises_within_the_bounds_of_pixels(transformer: Path) -> None:
+    """By a quarter nat for each attention at least."""
+    made = synthesise(models.load(transformer), "psaq-vit", count=8, steps=80)
+    assert made.distance is None and made.entropy is not None and made.noise_entropy is not None
+    assert made.entropy > made.noise_entropy + 0.5
+    assert made.inputs.min() >= BOUNDS[0] and made.inputs.max() <= BOUNDS[1]
+    again = synthesise(models.load(transformer), "psaq-vit", count=8, steps=80)
+    assert made.inputs.tobytes() == again.inputs.tobytes()
+
+
+def test_transformers_without_statistics_choose_it_by_themselves(transformer: Path) -> None:
+    result = onnxq.quantize(transformer, samples=4, budget="quick", target="cpu")
+    assert "psaq-vit" in result.numbers["samples_from"] and not result.numbers["warnings"]
+
+
+@pytest.mark.parametrize("recipe", ["zeroq", "dsg", "genie", "psaq-vit"])
+def test_a_recipe_brings_its_own_inputs(recipe: str, transformer: Path, network: Path) -> None:
+    model = transformer if recipe == "psaq-vit" else network
+    knobs = {"iterations": 20} if recipe == "genie" else {}
+    numbers = onnxq.quantize(model, recipe=recipe, samples=4, budget="quick", target="cpu", knobs=knobs).numbers
+    assert f"({recipe})" in numbers["samples_from"] and numbers["sqnr_db"] > 15
+
+
+def test_what_a_model_lacks_is_said(transformer: Path) -> None:
+    with pytest.raises(OnnxqError, match="expected attention"):
+        onnxq.quantize(FASHION, recipe="psaq-vit")
+    with pytest.raises(OnnxqError, match="expected BatchNormalization nodes"):
+        onnxq.quantize(transformer, recipe="genie")
+
+
+def test_zeroq_keeps_its_budget(network: Path) -> None:
+    numbers = onnxq.quantize(
+        network, recipe="zeroq", samples=4, budget="quick", target="cpu", knobs={"budget_bits": 5.0}
+    ).numbers
+    assert numbers["mean_weight_bits"] <= 5
+    assert len(set(numbers["layer_formats"].values())) > 1
+
+
+def test_synthesis_changes_nothing_in_the_model() -> None:
+    model = models.load(FASHION)
+    before = {name: value.const_value.numpy().tobytes() for name, value in model.graph.initializers.items()}
+    synthesise(model, "zeroq", count=4, steps=3)
+    assert before == {name: value.const_value.numpy().tobytes() for name, value in model.graph.initializers.items()}
+
+
+def test_one_layer_is_matched_exactly() -> None:
+    """Where BatchNormalization reads the input itself, the best samples have its mean and deviation each."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    single (float[N,3,8,8] x) => (float[N,3,8,8] y) { [b] y = BatchNormalization (x, g, b, m, v) }
+    """
+    model = add_weights(text, {name: (3,) for name in "gbmv"})
+    layer = remembered(model)[0]
+    start = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, deviation = start.mean((2, 3), keepdim=True), start.var((2, 3), keepdim=True, correction=0).sqrt()
+    exact = (start - mean) / deviation * layer.deviation[:, None, None] + layer.mean[:, None, None]
+    match = MatchStatistics([layer], per_sample=True, mean_of_channels=False)
+    assert float(match(exact, {"x": exact})) < 1e-8 < 1e-2 < float(match(start, {"x": start}))
+
+
+def test_no_gradient_within_the_slack() -> None:
+    source = torch.Generator().manual_seed(0)
+    layer = Remembered("v", torch.zeros(3), torch.ones(3))
+    values = torch.randn(4, 3, 5, 5, generator=source)
+    means = values.mean((2, 3)).abs()
+    free = Slack(float(means.median()), 10.0)
+    values.requires_grad_(True)
+    MatchStatistics([layer], True, False, [free])(values, {"v": values}).backward()
+    touched = values.grad.abs().sum((2, 3)) > 0
+    assert torch.equal(touched, means > free.mean) and touched.any() and not touched.all()
+
+
+def test_slack_grows_with_the_part_that_is_free() -> None:
+    source = torch.Generator().manual_seed(0)
+    layer = Remembered("v", torch.randn(16, generator=source), torch.ones(16))
+    taps = {"v": torch.randn(8, 16, 5, 5, generator=source)}
+    free = [slack_of(taps, [layer], part)[0] for part in (0.0, 0.5, 0.9, 1.0)]
+    for values in ([item.mean for item in free], [item.deviation for item in free]):
+        assert values == sorted(values) and values[0] >= 0
+
+
+def diversity(inputs: np.ndarray, model: ir.Model) -> float:
+    """The spread over samples of each channel's mean, in remembered deviations: the mean over layers and channels."""
+    layers = remembered(model)
+    taps = TorchGraph(model).run({"x": torch.from_numpy(inputs)}, [layer.value for layer in layers])
+    return float(torch.cat([taps[layer.value].mean((2, 3)).std(0) / layer.deviation for layer in layers]).mean())
+
+
+def test_slack_keeps_samples_apart() -> None:
+    """DSG against the homogenisation by ZeroQ."""
+    model = models.load(FASHION)
+    found = {name: diversity(synthesise(model, name, count=12, steps=50).inputs, model) for name in ("zeroq", "dsg")}
+    assert found["dsg"] > 1.1 * found["zeroq"]
+
+
+def test_a_generator_makes_smoother_images_than_pixels() -> None:
+    """GENIE: images of a generator have fewer high frequencies."""
+
+    def high_frequencies(name: str) -> float:
+        inputs = synthesise(models.load(FASHION), name, count=16, steps=40).inputs
+        power = np.abs(np.fft.fftshift(np.fft.fft2(inputs - inputs.mean((2, 3), keepdims=True)), axes=(2, 3))) ** 2
+        rows, columns = np.indices(power.shape[2:]) - np.array(power.shape[2:])[:, None, None] // 2
+        return float(power[:, :, np.hypot(rows, columns) > power.shape[2] / 4].sum() / power.sum())
+
+    assert high_frequencies("genie") < 0.7 * high_frequencies("pixels")
+
+
+def test_entropy_of_a_real_hybrid(shared_data: Path) -> None:
+    """Images made for the CIFAR-10 hybrid are told apart patch by patch; noise less."""
+    model = models.load(shared_data / "models" / "r20vit_hybrid_cifar10.onnx")
+    assert len(attention_outputs(model)) == 6
+    made = synthesise(model, "psaq-vit", count=8, steps=40)
+    assert made.entropy is not None and made.noise_entropy is not None and made.entropy > made.noise_entropy + 1
+
+
+def test_the_term_adds_attentions_up() -> None:
+    source = torch.Generator().manual_seed(0)
+    taps = {name: torch.randn(4, 2, 16, 8, generator=source) for name in "ab"}
+    inputs = torch.zeros(4, 3, 8, 8)
+    alone = [float(PatchEntropy([name])(inputs, taps)) for name in "ab"]
+    assert float(PatchEntropy(["a", "b"])(inputs, taps)) == pytest.approx(sum(alone), rel=1e-5)
