@@ -19,6 +19,7 @@ from onnxq.diffusion.selection import ActiveSelection
 from onnxq.job import Job
 from onnxq.learning.quantizers import Quantizer, as_float, find, read, round_through
 
+DECISION = 100.0  # by how much the weight of entropy grows
 HELD_OUT = 4  # every fourth sample of a step judges what the others taught
 
 
@@ -32,16 +33,16 @@ class GroupSearch:
         choice_rate: Adam's rate of the logits that choose a group.
         scale_rate: Adam's rate of the logarithms of scales.
         sharpness: Logit of the group that a step starts in; the others have 0.
-        undecided: Weight λ of the entropy of choices, as part of its largest value; 0.8 in the paper.
+        undecided: Weight λ of the entropy of choices at first; 0.8 in the paper, throughout.
         bonus: Of steps that were seen less (see :class:`ActiveSelection`).
         samples: How many samples are kept in memory, at most.
     """
 
     iterations: int
     batch: int = 8
-    choice_rate: float = 0.3
-    scale_rate: float = 0.01
-    sharpness: float = 2.0
+    choice_rate: float = 0.2
+    scale_rate: float = 0.002
+    sharpness: float = 3.0
     undecided: float = 0.8
     bonus: float = 1.5
     samples: int = 512
@@ -185,7 +186,9 @@ def learn_groups(
             picked = generator.permutation(len(rows))[: search.batch]
             loss = error(_stacked([rows[index] for index in picked]), step)
             # The error is a small part of the signal; λ weighs entropy against the error that there was at first.
-            total = loss / max(first, 1e-12) + search.undecided * _entropy(grouped, step)
+            # It grows, because a mixture is finer than any of its quantizers: the error alone would leave all open.
+            weight = search.undecided * DECISION ** (iteration / search.iterations)
+            total = loss / max(first, 1e-12) + weight * _entropy(grouped, step)
             optimizer.zero_grad(set_to_none=True)  # choices of other steps keep their moments
             torch.autograd.backward(total)
             optimizer.step()

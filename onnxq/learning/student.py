@@ -163,9 +163,18 @@ def _parameters_of(node: ir.Node) -> Sequence[ir.Value | None]:
         return node.inputs[1:3]  # never the statistics
     if graphs.is_op(node, "Add", "Mul"):
         producers = [value.producer() for value in node.inputs if value is not None]
+        producers += [source for item in producers for source in _before_factor(item)]
         if any(item is not None and (_is_layer(item) or graphs.is_op(item, *NORMALISATIONS)) for item in producers):
             return node.inputs
     return ()
+
+
+def _before_factor(node: ir.Node | None) -> list[ir.Node | None]:
+    """What a factor that was looked up by the sampler's step multiplies: a layer's bias then stands behind it."""
+    if node is None or not graphs.is_op(node, "Mul"):
+        return []
+    sources = [None if value is None else value.producer() for value in node.inputs]
+    return sources if any(graphs.is_op(source, "Gather") for source in sources) else []
 
 
 def _is_layer(node: ir.Node) -> bool:

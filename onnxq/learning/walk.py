@@ -46,6 +46,12 @@ class Walk:
 
     def fill(self, source: Source, specs: Sequence[InputSpec], samples: int) -> None:
         """Read the calibration inputs."""
+        scalars = [spec.name for spec in specs if not spec.shape]
+        if scalars:
+            raise OnnxqError(
+                f"expected inputs with a row for each sample, found {', '.join(map(repr, scalars))} of rank 0",
+                hint="export the timestep with shape [batch] to learn in batches, or use --recipe default",
+            )
         self.samples = samples
         start = 0
         for batch in batches(source, specs, batch_size=ROWS, samples=samples):

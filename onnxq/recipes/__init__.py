@@ -71,6 +71,7 @@ RECIPES: dict[str, Entry] = {
     "q-diffusion": Entry("q_diffusion", "QDiffusion", "denoisers: blocks learned on inputs from all steps"),
     "tfmq-dm": Entry("tfmq_dm", "TfmqDm", "denoisers: what depends on time alone is learned, or tabulated, apart"),
     "apq-dm": Entry("apq_dm", "ApqDm", "denoisers: steps in groups that share scales; the groups are searched for"),
+    "q-dm": Entry("q_dm", "QDm", "denoisers: trained to predict what the float one does, activations of one range"),
     "ptqd": Entry("ptqd", "Ptqd", "denoisers: the error of each step measured and taken back, over another recipe"),
     "diffusion": Entry("diffusion", "Diffusion", "denoisers: our composition of what pays, learned block by block"),
     "zeroquant": Entry("zeroquant", "ZeroQuant", "transformers: activations token by token, layers distilled"),

@@ -1,0 +1,103 @@
+"""Q-DM: a low-bit denoiser trained to predict what the float one does, on activations brought to one range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.diffusion import time_scales
+from onnxq.diffusion.source import sampler_of
+from onnxq.errors import OnnxqError
+from onnxq.job import Job
+from onnxq.learning.distillation import distil_network
+from onnxq.learning.finetune import FineTuning
+from onnxq.passes.time_conditioned_scales import TimeConditionedScales
+from onnxq.targets import scheme_of_ends
+from onnxq.targets.placement import first_and_last
+
+STEPS = {"quick": 100, "default": 500, "paper": 20000}
+TAQ = ("table", "none")
+
+
+@dataclass(frozen=True)
+class QDm:
+    """Quantization-aware training of a denoiser, without its training data.
+
+    1. Calibrate; weight steps by the least error; first and last layers have 8 bits.
+    2. Timestep-aware quantization (TaQ): activations are divided by what they reach at the step before they are
+       rounded, and the product is multiplied by it behind, so that one learned step suits all of the sampler.
+    3. Noise-estimating mimicking (NeM): train weights behind straight-through rounding, biases and all steps on
+       E ‖ε_float(x_t, t) − ε_quantized(x_t, t)‖², over all steps of the sampler.
+    4. Store weights as codes, lint, check.
+
+    Source: Y. Li, S. Xu, X. Cao, X. Sun, B. Zhang, Q-DM: An Efficient Low-bit Quantized Diffusion Model, NeurIPS 2023.
+    There is no code by the authors, and only its abstract and what others write of it were at hand. From these are the
+    problem, the two ingredients and what they are for; **inferred** are the formula of TaQ and where it stands, all
+    numbers, and that the loss of NeM has no term of the noise itself.
+
+    Departures:
+        - TaQ divides every activation that products read by a table over the steps, and multiplies back: the float
+          network's function is kept. Others describe the paper's as a normalisation of attention's queries and keys by
+          their own mean and deviation, with which the network is trained: that would be another function.
+        - Inputs are those of the sampler's own trajectories (or recorded ones, as ``--data``), not noised images; they
+          are what the network will see. They are few, so training is short, and weights are not averaged.
+        - Steps are learned as logarithms (recipe ``lsq``), and start at the least error.
+
+    Attributes:
+        taq: ``table`` or ``none``.
+        groups: How many groups of steps the table has; 0: every step its own.
+        steps: Steps of the optimiser; 0: what ``--budget`` says.
+        batch: Samples in a step.
+        weight_rate: Adam's rate of weights and biases.
+        step_rate: Adam's rate of steps.
+        selection: Which steps are kept where no data is given.
+        trajectories: How many samples the sampler makes.
+        kept_steps: Steps kept of each.
+        observer: How the first range follows from the statistics of an activation.
+        samples: How many inputs to learn from, at most.
+        cache_mib: Memory for inputs and what the float network makes of them; what is more goes to files.
+    """
+
+    taq: str = "table"
+    groups: int = 8
+    steps: int = 0
+    batch: int = 16
+    weight_rate: float = 3e-4
+    step_rate: float = 1e-3
+    selection: str = "uniform"
+    trajectories: int = 64
+    kept_steps: int = 8
+    observer: str = "mse"
+    samples: int = 2048
+    cache_mib: int = 1024
+
+    def run(self, job: Job) -> None:
+        """Quantize the job's model."""
+        if self.taq not in TAQ:
+            raise OnnxqError(f"expected taq of {', '.join(TAQ)}, found {self.taq!r}", hint="use --set taq=table")
+        observe, search = observers.get(self.observer), weight_ranges.get("mse")
+        sampler = sampler_of(job)
+        denoiser, times = sampler.denoiser, sampler.schedule.timesteps
+        job.prepare()
+        if job.settings.first_last is None and 0 < job.scheme.weights.format.bits < 8:
+            ends = scheme_of_ends(job.target, job.scheme, "int8")
+            job.exceptions |= {name: ends for name in first_and_last(job.model.graph)}
+        statistics = time_scales.record(job) if self.taq == "table" else {}
+        job.insert()
+        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
+        if statistics:
+            groups = min(self.groups or len(times), len(times))
+            found = time_scales.scales_by_step(job, statistics, sampler, observe, groups=groups)
+            TimeConditionedScales(denoiser.timestep.name, times, found.tables, "rescale")(job.model)
+        calibrate.set_weight_scales(job.model, search)
+        options = FineTuning(
+            self.steps or STEPS[job.settings.budget],
+            self.batch,
+            weight_rate=self.weight_rate,
+            step_rate=self.step_rate,
+        )
+        samples = min(self.samples, len(job.source), job.settings.samples or self.samples)
+        distil_network(
+            job, {denoiser.output: "mse"}, options, temperature=1.0, samples=samples, cache_mib=self.cache_mib
+        )
+        job.lower()

@@ -1,0 +1,117 @@
+"""q-dm: what training on the float network's predictions is worth, and activations of one range."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import add_weights
+from test_temporal_features import NETWORK, SHAPES
+
+import onnxq
+from onnxq import graph as graphs
+from onnxq import model as models
+from onnxq.diffusion.partition import uniform
+from onnxq.errors import OnnxqError
+from onnxq.formats import FORMATS, fake_quantize
+from onnxq.runtime import Session
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("denoiser") / "denoiser.onnx"
+    ir.save(add_weights(NETWORK.replace("int64 t,", "int64[N] t,"), SHAPES), path)
+    return path
+
+
+OPTIONS = {"steps": 10, "samples": 80, "weights": "int4", "activations": "int4"}
+KNOBS = {"trajectories": 8, "kept_steps": 10, "steps": 150}
+
+
+def held_out_error(path: Path, result: onnxq.Result) -> float:
+    """Squared error of the prediction as part of its power, on inputs that nothing was learned from."""
+    generator, total = np.random.default_rng(11), []
+    exact, found = Session(path), Session(result.model, optimize=False)
+    for time in (900, 500, 100, 0):
+        feed = {
+            "x": generator.standard_normal((8, 1, 4, 4)).astype(np.float32),
+            "t": np.full(8, time),
+            "y": generator.integers(0, 2, 8),
+        }
+        wanted = exact.run(feed)[0]
+        total.append(((found.run(feed)[0] - wanted) ** 2).sum() / (wanted**2).sum())
+    return float(np.mean(total))
+
+
+def test_training_beats_rounding_at_four_bits_and_one_range_helps(denoiser: Path) -> None:
+    rounded = onnxq.quantize(denoiser, recipe="int8", knobs={"step_floor_db": 0.0}, **OPTIONS)
+    errors = {"rounded": held_out_error(denoiser, rounded)}
+    for taq in ("none", "table"):
+        trained = onnxq.quantize(denoiser, recipe="q-dm", knobs={**KNOBS, "taq": taq}, **OPTIONS)
+        errors[taq] = held_out_error(denoiser, trained)
+        assert any(node.op_type == "ArgMin" for node in trained.model.graph) == (taq == "table")
+        assert not any(graphs.is_quantize(node) and graphs.is_constant(node.inputs[0]) for node in trained.model.graph)
+    assert errors["table"] < errors["none"] < errors["rounded"]
+    assert errors["table"] <= 0.5 * errors["rounded"]
+
+
+def test_without_quantizers_the_teacher_is_the_float_network(denoiser: Path) -> None:
+    """Function preservation of the tables, and NeM's zero: teacher and student agree where nothing is rounded."""
+    from onnxq.autograd.interpreter import TorchGraph
+    from onnxq.learning.quantizers import as_float, find
+    from onnxq.passes.insert_qdq import InsertQDQ
+    from onnxq.passes.time_conditioned_scales import TimeConditionedScales, conditionable
+    from onnxq.targets import get
+
+    model = models.load(denoiser)
+    target = get("tensorrt")
+    target.prepare(model)
+    InsertQDQ(target.place(model.graph, target.scheme("int4", "int4")).sites)(model)
+    times = [900.0, 500.0, 100.0, 0.0]
+    tables = {name: np.asarray([0.1, 0.2, 0.7, 1.3]) for name in conditionable(model.graph)}
+    TimeConditionedScales("t", times, tables, "rescale")(model)
+    graph = TorchGraph(model)
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((3, 1, 4, 4)).astype(np.float32)
+    for time in (900, 120):
+        feed = {"x": x, "t": np.full(3, time), "y": np.asarray([0, 1, 2])}
+        wanted = Session(denoiser).run(feed)[0]
+        given = {name: torch.from_numpy(np.asarray(array)) for name, array in feed.items()}
+        found = graph.run(given, ["eps"], replaced=as_float(find(model.graph)))["eps"].numpy()
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_one_step_suits_activations_that_are_divided_by_what_they_reach() -> None:
+    """Ranges that drift from 1 to 20 at four bits: about what a scale for each step gains."""
+    generator = np.random.default_rng(0)
+    reach = np.geomspace(1, 20, 50)
+    values = [generator.standard_normal(4000) * deviation for deviation in reach]
+    number_format = FORMATS["int4"]
+
+    def error(groups: np.ndarray) -> float:
+        means = np.asarray([reach[groups == group].mean() for group in groups])
+        scale = max(np.abs(value / mean).max() for value, mean in zip(values, means, strict=True)) / 7
+        rounded = [
+            fake_quantize(value / mean, scale, 0, number_format) * mean
+            for value, mean in zip(values, means, strict=True)
+        ]
+        return float(np.mean([((a - b) ** 2).mean() / (b**2).mean() for a, b in zip(rounded, values, strict=True)]))
+
+    assert error(uniform(50, 50)) <= error(np.zeros(50, int)) / 7
+    assert error(uniform(50, 8)) <= error(np.zeros(50, int)) / 5
+
+
+def test_one_timestep_for_the_batch_is_refused_in_two_lines(tmp_path: Path) -> None:
+    path = tmp_path / "scalar.onnx"
+    ir.save(add_weights(NETWORK, SHAPES), path)
+    with pytest.raises(OnnxqError, match="'t' of rank 0"):
+        onnxq.quantize(path, recipe="q-dm", knobs=KNOBS, **OPTIONS)
+
+
+def test_taq_is_table_or_none(denoiser: Path) -> None:
+    with pytest.raises(OnnxqError, match="taq of table, none"):
+        onnxq.quantize(denoiser, recipe="q-dm", knobs={"taq": "norm"}, **OPTIONS)
