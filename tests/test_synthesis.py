@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch", reason="synthesis needs torch: pip install 
 
 from onnxq.autograd.interpreter import TorchGraph  # noqa: E402
 from onnxq.synthesis.scale import input_scale  # noqa: E402
-from onnxq.synthesis.statistics import Remembered, moments, remembered  # noqa: E402
+from onnxq.synthesis.statistics import Remembered, distance, moments, remembered  # noqa: E402
 from onnxq.synthesis.swing import swing  # noqa: E402
 from onnxq.synthesis.synthesize import synthesise  # noqa: E402
 from onnxq.synthesis.terms import MatchStatistics, Slack, slack_of  # noqa: E402
@@ -204,6 +204,29 @@ def test_the_command_writes_what_quantize_reads(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [grid, made]  # finished batches are no longer kept
     assert grid.is_file() and "BatchNorm statistics are off by" in done.output
     assert onnxq.quantize(FASHION, made).numbers["samples"] == 8
+
+
+def test_channels_may_come_last() -> None:
+    """A network that turns its input at once gets the same inputs, turned."""
+    turned = add_weights(
+        NETWORK.replace("float[N,3,16,16] x", "float[N,16,16,3] x").replace(
+            "[conv1] c1 = Conv <pads=[1,1,1,1]> (x, w1)",
+            "t = Transpose <perm=[0,3,1,2]> (x)\n    [conv1] c1 = Conv <pads=[1,1,1,1]> (t, w1)",
+        ),
+        SHAPES,
+    )
+    first, last = (synthesise(model, "pixels", count=4, steps=5) for model in (add_weights(NETWORK, SHAPES), turned))
+    assert last.inputs.shape == (4, 16, 16, 3)
+    np.testing.assert_array_equal(last.inputs.transpose(0, 3, 1, 2), first.inputs)
+    assert last.distance == pytest.approx(first.distance)
+
+
+def test_a_channel_that_never_changed_does_not_outweigh_all_others() -> None:
+    layer = Remembered("v", torch.zeros(8), torch.ones(8))
+    dead = Remembered("v", torch.zeros(8), torch.tensor([1e-3] + [1.0] * 7))
+    values = torch.randn(64, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    values[:, 0] *= 0.01
+    assert distance({"v": values}, [dead]) < distance({"v": values}, [layer])
 
 
 def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:

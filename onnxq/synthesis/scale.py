@@ -67,6 +67,6 @@ def _loss(taps: dict[str, Tensor], layers: Sequence[Remembered]) -> Tensor:
     total = torch.zeros(())
     for layer in layers:
         mean, deviation = moments(taps[layer.value], per_sample=False)
-        total = total + ((mean - layer.mean) / layer.deviation).square().mean()
+        total = total + ((mean - layer.mean) / layer.unit).square().mean()
         total = total + (deviation / layer.deviation).log().square().mean()
     return total

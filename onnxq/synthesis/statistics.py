@@ -14,6 +14,7 @@ from onnxq import graph as graphs
 from onnxq.folding import array_of
 
 EPSILON = 1e-6
+DEAD_CHANNEL = 1e-2
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,15 @@ class Remembered:
     value: str
     mean: Tensor
     deviation: Tensor
+
+    @property
+    def unit(self) -> Tensor:
+        """In what errors of each channel are counted, [channels].
+
+        Its deviation, but a hundredth of the layer's median at least: a channel that never changed would else outweigh
+        all others.
+        """
+        return self.deviation.clamp(min=DEAD_CHANNEL * float(self.deviation.median()))
 
 
 def remembered(model: ir.Model, device: str = "cpu") -> list[Remembered]:
@@ -69,7 +79,7 @@ def distance(taps: Mapping[str, Tensor], layers: Sequence[Remembered]) -> float:
     for layer in layers:
         mean, deviation = moments(taps[layer.value], per_sample=False)
         for found, wanted in ((mean, layer.mean), (deviation, layer.deviation)):
-            off = (found - wanted) / layer.deviation
+            off = (found - wanted) / layer.unit
             total += float(off.square().clamp(max=1e6).sum())
             count += off.numel()
     return math.sqrt(total / max(count, 1))

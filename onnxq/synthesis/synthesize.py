@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from onnxq import graph as graphs
 from onnxq.autograd.interpreter import Replacement, TorchGraph
 from onnxq.calibration.data import InputSpec, Sample, input_specs
 from onnxq.errors import OnnxqError
@@ -181,12 +182,28 @@ def _batches(count: int, size: int) -> list[int]:
     return [count // number + (index < count % number) for index in range(number)]
 
 
+def _channels_first(model: ir.Model, name: str) -> tuple[str, tuple[int, ...]]:
+    """The value in which an input's channels are on axis 1, and how its axes are turned to make it; () if not at all.
+
+    Networks from TensorFlow read [batch, height, width, channels] and turn it at once; inputs are made behind that.
+    """
+    value = next(value for value in model.graph.inputs if value.name == name)
+    readers = [node for node, _ in graphs.consumers(value)]
+    if len(readers) == 1 and graphs.is_op(readers[0], "Transpose") and value not in model.graph.outputs:
+        axes = readers[0].attributes.get("perm")
+        if axes is not None and axes.as_ints()[0] == 0:
+            return readers[0].outputs[0].name or "", tuple(axes.as_ints())
+    return name, ()
+
+
 class _Maker:
     """The network, its remembered statistics, and the units of its inputs."""
 
     def __init__(self, model: ir.Model, spec: InputSpec, recipe: Method, seed: int, device: str) -> None:
         self.graph, self.model, self.recipe, self.seed = TorchGraph(model, device), model, recipe, seed
-        self.name, self.shape = spec.name, tuple(size or 1 for size in spec.shape[1:])
+        self.input, sizes = spec.name, tuple(size or 1 for size in spec.shape[1:])
+        self.name, self.axes = _channels_first(model, spec.name)
+        self.shape = tuple(sizes[axis - 1] for axis in self.axes[1:]) if self.axes else sizes
         self.layers: list[Remembered] = remembered(model, device)
         self.attention = PatchEntropy(attention_outputs(model))
         classes = [item.value for item in compared(model) if item.kind == "kl"] if recipe.classes else []
@@ -216,17 +233,18 @@ class _Maker:
             losses.append(float(loss.detach()))
             advance(index * steps + step + 1)
         with torch.no_grad():
-            return (self.scale * variable.made() + self.shift).cpu().numpy(), losses
+            return self._array(variable.made()), losses
 
     def noise(self, count: int) -> Array:
         """Normal inputs in the network's units."""
         source = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
-            return (
-                (self.scale * torch.randn(count, *self.shape, generator=source).to(self.graph.device) + self.shift)
-                .cpu()
-                .numpy()
-            )
+            return self._array(torch.randn(count, *self.shape, generator=source).to(self.graph.device))
+
+    def _array(self, inputs: Tensor) -> Array:
+        """In the units and in the order of axes that the file asks for."""
+        array: Array = (self.scale * inputs + self.shift).cpu().numpy()
+        return array.transpose(np.argsort(self.axes)) if self.axes else array
 
     def distance(self, inputs: Array) -> float | None:
         """How far some inputs are from what is remembered, judged on one batch of them."""
@@ -245,7 +263,7 @@ class _Maker:
     def _look(self, inputs: Array, values: Sequence[str]) -> dict[str, Tensor]:
         with torch.no_grad():
             chunk = torch.from_numpy(inputs[: max(self.batch, 64)].astype(np.float32)).to(self.graph.device)
-            return self.graph.run({self.name: chunk}, values)
+            return self.graph.run({self.input: chunk}, values)
 
     def _run(self, inputs: Tensor, replaced: Mapping[str, Replacement]) -> dict[str, Tensor]:
         return self.graph.run({self.name: self.scale * inputs + self.shift}, self.taps, replaced=replaced)
