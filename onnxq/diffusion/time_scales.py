@@ -45,6 +45,16 @@ class TimeScales:
         """Scales [steps], by the name of the scale that they replace."""
         return {name: self.costs[name].table(groups) for name, groups in self.groups.items()}
 
+    def paying(self, least_gain_db: float) -> TimeScales:
+        """Only those whose error falls by so much against one scale for all steps: each costs some time to run."""
+        kept = {}
+        for name, groups in self.groups.items():
+            static = float(self.costs[name].costs[:, 0].sum())
+            moving = self.costs[name].error(self.costs[name].table(groups))
+            if 0 < moving <= static * 10 ** (-least_gain_db / 10):
+                kept[name] = groups
+        return TimeScales({name: self.costs[name] for name in kept}, kept)
+
     @property
     def error(self) -> float:
         """The sum over layers and steps of the squared error as part of the mean square."""

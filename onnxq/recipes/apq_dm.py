@@ -61,6 +61,7 @@ class ApqDm:
         lowering: ``rescale``: one graph with constant scales, and a factor by step before each quantizer and behind
             each product; ``subgraphs``: a graph for each group beside the file, sharing its weights; ``none``: scales
             are looked up, which TensorRT does not build.
+        least_gain_db: By how much the error of a value has to fall for ``rescale`` to give it factors, which cost time.
         powers_of_two: Whether the scales of a value are powers of two apart, so that factors are exact.
         selection: Which steps are kept where no data is given.
         trajectories: How many samples the sampler makes.
@@ -75,6 +76,7 @@ class ApqDm:
     undecided: float = 0.8
     scope: str = "layer"
     lowering: str = "rescale"
+    least_gain_db: float = 2.0
     powers_of_two: bool = False
     selection: str = "uniform"
     trajectories: int = 32
@@ -108,8 +110,11 @@ class ApqDm:
             scope="global" if self.lowering == "subgraphs" else self.scope,
             powers_of_two=self.powers_of_two,
         )
+        found = {"values": len(scales.tables), "error": scales.error}
+        if self.lowering == "rescale":
+            scales = scales.paying(self.least_gain_db)
         tables = scales.tables
-        job.measurements["time_scales"] = {"values": len(tables), "error": scales.error}
+        job.measurements["time_scales"] = {**found, "moving": len(tables)}
         if self.partition == "learned" and tables:
             tables = self.learn(job, scales, len(sampler.schedule.timesteps))
         job.lower()
