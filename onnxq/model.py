@@ -283,9 +283,9 @@ def _check_external_data(model: ir.Model, file: Path) -> None:
                 f"expected numbers outside {file.name}, found a tensor of type {tensor.dtype} ({tensor.name!r})",
                 hint="the file is damaged; copy or export it again",
             ) from error
-        if resolved.stat().st_size < end:
+        if not 0 <= (tensor.offset or 0) <= end <= resolved.stat().st_size:
             raise OnnxqError(
-                f"expected at least {end} bytes in {resolved}, found {resolved.stat().st_size} "
+                f"expected bytes {tensor.offset or 0} to {end} in {resolved}, found {resolved.stat().st_size} "
                 f"(tensor {tensor.name!r})",
                 hint="the data file is truncated; copy it again",
             )

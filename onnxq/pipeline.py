@@ -112,9 +112,14 @@ def quantize(
     with progress.stage("load", "Loading"):
         job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings, path=path)
         job.checkpoint = None if output is None else checkpoint_folder(Path(output))
-    with open_workers(settings.workers, settings.ray) as job.workers:
-        recipe.run(job)
-    checked = check(job)
+    try:
+        with open_workers(settings.workers, settings.ray) as job.workers:
+            recipe.run(job)
+        checked = check(job)
+    except OnnxqError:
+        if kept is not None:  # made inputs are kept for a run that goes on, not for a model that is refused
+            shutil.rmtree(kept, ignore_errors=True)
+        raise
     numbers = _numbers(job, path, checked, recipe)
     models.set_metadata(
         loaded,

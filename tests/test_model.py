@@ -77,8 +77,8 @@ def test_large_models_go_through_external_data(network: Path, tmp_path: Path, mo
     again = models.load(saved)
     monkeypatch.setattr(runtime, "IN_MEMORY_LIMIT_BYTES", 1000)
     monkeypatch.setattr(runtime, "LARGE_TENSOR_BYTES", 1000)
-    data, large = runtime.serialize(again)
-    assert large and len(data) < models.initializer_bytes(loaded)
+    serialized = runtime.serialize(again)
+    assert serialized.large and len(serialized.data) < models.initializer_bytes(loaded)
     np.testing.assert_array_equal(Session(again).run(x)[0], expected)
 
 
