@@ -106,8 +106,10 @@ def _made_up(
                     checkpoint=checkpoint,
                     progress=progress,
                 )
-                return made, []
-            if has_statistics:
+                if np.isfinite(made.inputs).all():
+                    return made, []
+                reason = "its weights or statistics are so large that inputs made from them overflow"
+            elif has_statistics:
                 reason = "its inputs are none that can be made from BatchNormalization"
     noise = Noise(specs, count=settings.samples or 32, seed=settings.seed)
     return noise, [f"calibrated on random inputs, because no --data was given ({reason}): ranges are guesses"]

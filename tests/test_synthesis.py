@@ -262,3 +262,12 @@ def test_nothing_is_made_for_recipes_that_read_no_data() -> None:
     numbers = onnxq.quantize(FASHION, recipe="rex", activations="float").numbers
     assert "judged on random inputs" in numbers["warnings"][0] and "synthesise" not in numbers["seconds"]
     assert not onnxq.quantize(FASHION, recipe="rex", budget="quick", samples=8).numbers["warnings"]
+
+
+def test_weights_through_which_nothing_finite_can_be_made_give_noise(network: Path) -> None:
+    model = ir.load(network)
+    weight = model.graph.initializers["w1"]
+    weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1e30), name="w1")
+    ir.save(model, network)
+    warnings = onnxq.quantize(network, samples=2, budget="quick").numbers["warnings"]
+    assert any("random inputs" in line and "overflow" in line for line in warnings)

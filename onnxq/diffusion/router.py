@@ -33,7 +33,8 @@ class Router:
 
     def __init__(self, index: str | os.PathLike[str], device: str = "cpu", most_open: int = 1) -> None:
         path = Path(index)
-        entries = read_index(path) if path.suffix == ".json" else [{"file": path.name, "timesteps": [0.0]}]
+        one: list[dict[str, Any]] = [{"file": path.name, "timesteps": [0.0]}]
+        entries = read_index(path) if path.suffix == ".json" else one
         self.files = [path.parent / entry["file"] for entry in entries]
         for file in self.files:
             if not file.is_file():
