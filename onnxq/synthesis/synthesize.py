@@ -52,8 +52,7 @@ class Synthesised:
         entropy: Of the similarities of patches, summed over attentions, in nats; ``None`` where there are none.
         noise_entropy: The same of random inputs.
         losses: The loss after each step, by batch.
-        observer: The range rule that suits made inputs: their tails are lighter than those of real data, so that a
-            clip at what they seldom reach would cut off what real data needs.
+        observer: The range rule that suits them.
     """
 
     name: str
@@ -150,7 +149,8 @@ def synthesise(
         )
     maker = _Maker(model, specs[0], recipe, seed, device)
     total = steps or max(1, round(recipe.steps * SHARE_OF_STEPS[budget]))
-    sizes = _batches(count, maker.batch)
+    untouched = int(recipe.noise * count)
+    sizes = _batches(count - untouched, maker.batch)
     kept = Checkpoint(checkpoint, "" if checkpoint is None else fingerprint(model, method, count, total, seed))
     made, losses = [], []
     with progress.stage("synthesise", "Making inputs", total * len(sizes), unit="steps") as advance:
@@ -162,17 +162,18 @@ def synthesise(
                 kept.save(f"batch {index}", finished)
             made.append(finished["inputs"])
             losses.append(finished["losses"].tolist())
-    inputs = np.concatenate(made).astype(specs[0].dtype)
-    noise = maker.noise(len(inputs))
+    learned, noise = np.concatenate(made), maker.noise(count)
+    inputs = np.concatenate([learned, noise[:untouched]]).astype(specs[0].dtype)
     return Synthesised(
         specs[0].name,
         inputs,
         method,
-        maker.distance(inputs),
+        maker.distance(learned),
         maker.distance(noise),
-        maker.entropy(inputs),
+        maker.entropy(learned),
         maker.entropy(noise),
         losses,
+        recipe.observer,
     )
 
 
