@@ -30,7 +30,8 @@ class QDm:
        E ‖ε_float(x_t, t) − ε_quantized(x_t, t)‖², over all steps of the sampler.
     4. Store weights as codes, lint, check.
 
-    Source: Y. Li, S. Xu, X. Cao, X. Sun, B. Zhang, Q-DM: An Efficient Low-bit Quantized Diffusion Model, NeurIPS 2023.
+    Source: Y. Li, S. Xu, X. Cao, X. Sun, B. Zhang, Q-DM: An Efficient Low-bit Quantized Diffusion Model, NeurIPS 36
+    (2023), pp. 76680–76691.
     There is no code by the authors, and only its abstract and what others write of it were at hand. From these are the
     problem, the two ingredients and what they are for; **inferred** are the formula of TaQ and where it stands, all
     numbers, and that the loss of NeM has no term of the noise itself.
