@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
-from onnxq.calibration import calibrate
-from onnxq.calibration.observers import Observer
-from onnxq.job import Job
-from onnxq.passes.shift_to_symmetric import ShiftToSymmetric, shiftable_layers
-from onnxq.runtime import Session
-from onnxq.targets.placement import schemes_of
+from collections.abc import Mapping
 
-SAMPLES = 64
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+from onnxq.calibration.observers import Observer, Statistics
+from onnxq.formats import parse_format
+from onnxq.job import Job
+from onnxq.passes.insert_qdq import FORMAT, STATISTICS, SYMMETRIC
+from onnxq.passes.shift_to_symmetric import shiftable_readers
+
 LEAST_GAIN = 1.3  # of the step: 2.3 dB; a value in [-1, 2] is below it
 
 
-def shift_one_sided(job: Job, observe: Observer) -> dict[str, float]:
-    """Shift the activations that symmetric codes would waste codes on; the float function stays.
+def free_zero_points(job: Job, statistics: Mapping[str, Statistics], observe: Observer) -> list[str]:
+    """Give one-sided activations a zero point where codes are symmetric; lowering for TensorRT makes a shift of it.
 
     Args:
-        job: Its graph is prepared and has no Q/DQ yet.
-        observe: How a range follows from statistics.
+        job: Its graph has Q/DQ, without scales yet.
+        statistics: Of the activations.
+        observe: How a range follows from them.
 
     Returns:
-        What was added to each value, by name; empty where the target's codes need not be symmetric.
+        The names of those values; none where all zero points are free anyway.
     """
-    scheme_of = schemes_of(job.scheme, job.exceptions)
-    left_float = job.place(job.model.graph).left_float
-    specs = {}
-    for item in shiftable_layers(job.model.graph):
-        spec = scheme_of(item.node).activations
-        if item.node.name not in left_float and spec.enabled and spec.symmetric and not spec.format.is_float:
-            specs[item.activation.name or ""] = spec
-    if not specs:
-        return {}
-    inputs = {item.name for item in job.specs}
-    session = Session(job.model, taps=[name for name in specs if name not in inputs], device=job.settings.device)
-    total = min(SAMPLES, len(job.source), job.settings.samples or SAMPLES)
-    with job.progress.stage("shift", "Looking for one-sided activations", total) as advance:
-        seen = calibrate.record(session, list(specs), job.source, job.specs, samples=total, on_batch=advance)
-    shifts = {}
-    for name, spec in specs.items():
-        statistics = seen.statistics[name]
-        around = observe(statistics, spec.format, True)
-        beside = observe(statistics, spec.format, False)
+    shared: dict[ir.Value, list[ir.Node]] = {}
+    for node in job.model.graph:
+        if graphs.is_quantize(node) and not graphs.is_constant(node.inputs[0]) and node.inputs[1] is not None:
+            shared.setdefault(node.inputs[1], []).append(node)
+    freed = []
+    for quantizers in shared.values():
+        name = quantizers[0].metadata_props[STATISTICS]
+        number_format, _ = parse_format(quantizers[0].metadata_props[FORMAT])
+        zero_point = quantizers[0].inputs[2]
+        if quantizers[0].metadata_props[SYMMETRIC] != "1" or number_format.is_float or zero_point is None:
+            continue
+        if zero_point.dtype != ir.DataType.INT8 or not all(shiftable_readers(node) for node in quantizers):
+            continue
+        if number_format.bits < 8 and statistics[name].low >= 0:
+            continue  # its container holds the codes 0 ... 2^b - 1 without a zero point
+        around, beside = (observe(statistics[name], number_format, symmetric) for symmetric in (True, False))
         if max(-around.low, around.high) > LEAST_GAIN * (beside.high - beside.low) / 2 > 0:
-            shifts[name] = -(beside.low + beside.high) / 2
-    ShiftToSymmetric(shifts)(job.model)
-    job.measurements["shifted_activations"] = len(shifts)
-    return shifts
+            for node in quantizers:
+                node.metadata_props[SYMMETRIC] = "0"
+            freed.append(name)
+    job.measurements["shifted_activations"] = len(freed)
+    return freed

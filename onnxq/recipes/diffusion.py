@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from onnxq.autograd.blocks import cut
 from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.calibration.data import STEP_KEY
-from onnxq.calibration.one_sided import shift_one_sided
+from onnxq.calibration.one_sided import free_zero_points
 from onnxq.calibration.shortcuts import split_shortcuts
 from onnxq.diffusion.source import sampler_of
 from onnxq.diffusion.step_floor import hold_floor
@@ -30,8 +30,8 @@ class Diffusion:
     3. Layers without which a sampler step loses too much stay float. They are looked for with weights of 8 bits: what
        fewer bits lose is learned back in step 5.
     4. Calibrate on all steps.
-    5. Block by block, learn the rounding of weights and the steps of activations together, on inputs half of which
-       come from the float network (BRECQ, arXiv 2102.05426; QDrop, arXiv 2203.05740).
+    5. Block by block, learn the rounding of weights and the steps of activations together, on what the quantized part
+       of the network makes (BRECQ, arXiv 2102.05426).
     6. Measure what error remains in each step, and take back what follows the prediction (PTQD, arXiv 2305.10657).
 
     Source: the composition is ours; the papers are named above.
@@ -52,8 +52,6 @@ class Diffusion:
         iterations: Steps of Adam for each block; 0: what ``--budget`` says.
         batch: Samples in a step.
         activation_step_rate: Adam's rate for the logarithm of activation steps.
-        mix: Probability that an element of a block's inputs comes from the float network.
-        drop: Probability that an activation inside a block stays float in a step.
         regularisation: Weight of the penalty on undecided roundings.
         observer: How the first range follows from the statistics of an activation.
         samples: How many inputs to learn from, at most.
@@ -63,7 +61,7 @@ class Diffusion:
     cache: bool = True
     split: str = "two_op"
     split_gain_db: float = 2.0
-    shift: bool = False
+    shift: bool = True
     step_floor_db: float = 22.0
     correct: bool = False
     selection: str = "uniform"
@@ -72,8 +70,6 @@ class Diffusion:
     iterations: int = 0
     batch: int = 32
     activation_step_rate: float = 1e-3
-    mix: float = 0.5
-    drop: float = 0.5
     regularisation: float = 0.01
     observer: str = "mse"
     samples: int = 1024
@@ -90,11 +86,12 @@ class Diffusion:
         split_shortcuts(job, self.split, self.split_gain_db)
         if self.step_floor_db > 0:
             hold_floor(self._with_wide_weights(job), observe, search, self.step_floor_db)
-        if self.shift:
-            shift_one_sided(job, observe)
         blocks = cut(job.model.graph)
         job.insert()
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
+        statistics = job.record()
+        if self.shift:
+            free_zero_points(job, statistics, observe)
+        job.ranges = calibrate.set_activation_scales(job.model, statistics, observe)
         calibrate.set_weight_scales(job.model, search)
         iterations = iterations_of(job, self.iterations)
         activations = job.scheme.activations.enabled
@@ -104,8 +101,6 @@ class Diffusion:
             rounding_rate(iterations),
             activation_step_rate=self.activation_step_rate if activations else 0.0,
             quantize_activations=activations,
-            drop=self.drop if activations else 0.0,
-            mix=self.mix,
             regularisation=self.regularisation,
         )
         samples = min(self.samples, job.settings.samples or len(job.source), len(job.source))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxq.calibration import bias_correction, calibrate, observers, weight_ranges
-from onnxq.calibration.one_sided import shift_one_sided
+from onnxq.calibration.one_sided import free_zero_points
 from onnxq.diffusion.step_floor import hold_floor
 from onnxq.job import Job
 from onnxq.passes.equalize_layers import EqualizeLayers
@@ -49,8 +49,6 @@ class Static:
         job.prepare()
         if self.equalize:
             EqualizeLayers()(job.model)
-        if self.shift:
-            shift_one_sided(job, observers.get(self.observer))
         self.quantize(job)
 
     def quantize(self, job: Job) -> None:
@@ -60,6 +58,8 @@ class Static:
         job.insert()
         axes = bias_correction.channel_axes(job.model.graph) if self.bias_correction else {}
         statistics = job.record(axes)
+        if self.shift:
+            free_zero_points(job, statistics, observer)
         job.ranges = calibrate.set_activation_scales(job.model, statistics, observer)
         calibrate.set_weight_scales(job.model, search)
         if self.bias_correction and job.recording is not None:

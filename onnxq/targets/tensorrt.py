@@ -83,11 +83,13 @@ class TensorRT:
         return Placement(_merged(sites), left_float)
 
     def lower(self, model: ir.Model) -> None:
-        """Weights become codes, and the opset the one that onnxruntime optimises without a fault too."""
+        """Weights become codes, zero points a shift, and the opset one that onnxruntime optimises without a fault."""
         from onnxq.passes.lower_opset import LowerOpset
         from onnxq.passes.lower_weights import LowerWeights
+        from onnxq.passes.shift_to_symmetric import ShiftToSymmetric
 
         LowerWeights()(model)
+        ShiftToSymmetric()(model)
         LowerOpset()(model)
 
     def lint(self, model: ir.Model, sm: int | None = None) -> list[Finding]:

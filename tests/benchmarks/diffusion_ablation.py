@@ -30,6 +30,7 @@ LEARNED: dict[str, Any] = {"split": "none"}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "nearest rounding": ("int8", PLAIN),
     "float where a step needs it": ("int8", {}),
+    "one-sided shifted": ("int8", PLAIN | {"shift": True}),
     "noise correction": ("ptqd", {"base": "int8"}),
     "learned blocks": ("q-diffusion", LEARNED),
     "+ all shortcuts split": ("q-diffusion", {"split_gain_db": -100.0}),
@@ -40,6 +41,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "time in tables": ("tfmq-dm", {"maintenance": "cache"}),
     **{f"scales of {groups} groups": ("apq-dm", {"groups": groups}) for groups in (1, 2, 4, 8)},
     "all that pays": ("diffusion", {}),
+    "- shift": ("diffusion", {"shift": False}),
+    "- tables of time": ("diffusion", {"cache": False}),
+    "+ noise corrected": ("diffusion", {"correct": True}),
 }
 
 
@@ -52,7 +56,7 @@ def main() -> None:
     parser.add_argument("--activations", default="int8")
     parser.add_argument("--target", default="tensorrt")
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budget", default="quick")
     parser.add_argument("--iterations", type=int, default=0)

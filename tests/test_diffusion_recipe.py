@@ -1,0 +1,77 @@
+"""Our composition for denoisers: no worse than the papers' recipes alone, every part can be turned off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import add_weights
+from test_denoiser_recipes import NETWORK, SHAPES, held_out_error
+
+import onnxq
+from onnxq import graph as graphs
+from onnxq import model as models
+from onnxq.errors import OnnxqError
+
+OPTIONS = {"steps": 8, "weights": "int4", "activations": "int8", "exclude": ["first", "last"]}
+KNOBS = {"trajectories": 8, "kept_steps": 8, "iterations": 300}
+
+
+@pytest.fixture(scope="module")
+def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("denoiser") / "denoiser.onnx"
+    ir.save(add_weights(NETWORK, SHAPES), path)
+    return path
+
+
+def test_better_than_one_paper_at_the_same_cost(denoiser: Path) -> None:
+    """The same layers, formats, inputs and steps of Adam."""
+    whole = onnxq.quantize(denoiser, recipe="diffusion", knobs=KNOBS | {"step_floor_db": 0.0}, **OPTIONS)
+    single = onnxq.quantize(denoiser, recipe="q-diffusion", knobs=KNOBS, **OPTIONS)
+    assert whole.numbers["quantized_nodes"] >= single.numbers["quantized_nodes"] - 1  # time's layer is a table
+    assert held_out_error(denoiser, whole) < held_out_error(denoiser, single)
+
+
+def test_each_part_can_be_turned_off(denoiser: Path) -> None:
+    plain = {"cache": False, "split": "none", "shift": False, "step_floor_db": 0.0, "correct": False, "iterations": 10}
+    result = onnxq.quantize(denoiser, recipe="diffusion", knobs=KNOBS | plain, **OPTIONS)
+    names = [node.name for node in result.model.graph]
+    assert "embed" in names and not any("_to_symmetric" in (name or "") or "_part1" in (name or "") for name in names)
+    assert "noise_correction" not in models.get_metadata(result.model)
+    parts = {"split_gain_db": -100.0, "correct": True, "iterations": 10}
+    result = onnxq.quantize(denoiser, recipe="diffusion", knobs=KNOBS | parts, **OPTIONS)
+    names = [node.name for node in result.model.graph]
+    assert any("_to_symmetric" in (name or "") for name in names) and "join_part1" in names
+    assert any(graphs.is_op(node, "Gather") for node in result.model.graph)
+    assert "noise_correction" in models.get_metadata(result.model)
+
+
+def test_the_same_seed_gives_the_same_bytes(denoiser: Path) -> None:
+    knobs = KNOBS | {"iterations": 5, "correct": True}
+    first, second = (onnxq.quantize(denoiser, recipe="diffusion", knobs=knobs, **OPTIONS).model for _ in range(2))
+    assert ir.to_proto(first).SerializeToString() == ir.to_proto(second).SerializeToString()
+
+
+def test_fewer_bits_keep_no_more_layers_in_float(denoiser: Path) -> None:
+    """Which layers a step needs in float is found with 8 bits: what fewer lose is learned."""
+    kept = {}
+    for weights in ("int8", "int2"):
+        options = OPTIONS | {"weights": weights}
+        result = onnxq.quantize(denoiser, recipe="diffusion", knobs=KNOBS | {"iterations": 2}, **options)
+        kept[weights] = result.numbers["quantized_nodes"]
+    assert kept["int8"] == kept["int2"]
+
+
+def test_what_is_no_denoiser(network: Path, calibration: Path) -> None:
+    with pytest.raises(OnnxqError) as caught:
+        onnxq.quantize(network, calibration, recipe="diffusion")
+    assert caught.value.hint and len(str(caught.value).splitlines()) == 1
+
+
+def test_the_float_function_is_kept_before_anything_is_rounded(denoiser: Path) -> None:
+    """Tables, splits and shifts with formats of 16 bits: next to nothing is lost."""
+    options = OPTIONS | {"weights": "int8", "activations": "int16", "target": "cpu"}
+    result = onnxq.quantize(denoiser, recipe="diffusion", knobs=KNOBS | {"split_gain_db": -100.0}, **options)
+    assert result.numbers["sqnr_db"] > 30 and np.isfinite(result.numbers["sqnr_db"])
