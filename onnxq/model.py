@@ -104,6 +104,7 @@ def _normalise(model: ir.Model, opset: int) -> None:
         common_passes.RemoveInitializersFromInputsPass(),
         common_passes.TopologicalSortPass(),
         common_passes.NameFixPass(),
+        common_passes.ShapeInferencePass(),  # outputs may come without a type
         common_passes.CheckerPass(),  # so that every pass may take for granted what an op requires
     )(model)
     _name_nodes(model)
