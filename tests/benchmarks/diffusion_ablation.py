@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["int8", "int4"])
     parser.add_argument("--activations", default="int8")
     parser.add_argument("--target", default="tensorrt")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budget", default="quick")
