@@ -38,8 +38,9 @@ class Diffusion:
 
     Departures:
         - Tables and splits are taken where their gain, in bytes or in dB, is measured on the model at hand. The shift
-          is on because it raised every step of the denoisers that it was tried on; noise correction is off, for on
-          top of learned blocks it did not.
+          is on because it raised every step of the denoisers that it was tried on. Noise correction is on because
+          learned rounding leaves a mean error that all steps share: steps look better, and yet images end further
+          away (int4 weights, a guided UNet: squared error 1.5 of nearest rounding's without it, 0.16 with it).
 
     Attributes:
         cache: Whether temporal features become tables.
@@ -65,7 +66,7 @@ class Diffusion:
     split_gain_db: float = 2.0
     shift: bool = True
     step_floor_db: float = 22.0
-    correct: bool = False
+    correct: bool = True
     selection: str = "uniform"
     trajectories: int = 16
     kept_steps: int = 16

@@ -43,7 +43,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "all that pays": ("diffusion", {}),
     "- shift": ("diffusion", {"shift": False}),
     "- tables of time": ("diffusion", {"cache": False}),
-    "+ noise corrected": ("diffusion", {"correct": True}),
+    "- noise correction": ("diffusion", {"correct": False}),
 }
 
 
