@@ -12,17 +12,15 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from onnxq import graph as graphs
-from onnxq.autograd.interpreter import Replacement, TorchGraph
+from onnxq.autograd.interpreter import Replacement
 from onnxq.calibration.data import InputSpec, Sample, input_specs
 from onnxq.errors import OnnxqError
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
-from onnxq.learning.outputs import compared
 from onnxq.progress import Progress
 from onnxq.synthesis.attention import PatchEntropy, attention_outputs
 from onnxq.synthesis.methods import Method, get
-from onnxq.synthesis.scale import input_scale
-from onnxq.synthesis.statistics import Remembered, distance, remembered
+from onnxq.synthesis.network import Network
+from onnxq.synthesis.statistics import distance, remembered
 from onnxq.synthesis.swing import swing
 from onnxq.synthesis.terms import MatchStatistics, PredictClasses, StandardInputs, Term, TotalVariation, slack_of
 from onnxq.synthesis.variables import Generator, JitteredPixels, Pixels, Variable
@@ -147,7 +145,7 @@ def synthesise(
         raise OnnxqError(
             f"expected one float input [batch, channels, …] of known size to make, found {found}", hint="give --data"
         )
-    maker = _Maker(model, specs[0], recipe, seed, device)
+    maker = _Maker(model, recipe, seed, device)
     total = steps or max(1, round(recipe.steps * SHARE_OF_STEPS[budget]))
     untouched = int(recipe.noise * count)
     sizes = _batches(count - untouched, maker.batch)
@@ -183,40 +181,21 @@ def _batches(count: int, size: int) -> list[int]:
     return [count // number + (index < count % number) for index in range(number)]
 
 
-def _channels_first(model: ir.Model, name: str) -> tuple[str, tuple[int, ...]]:
-    """The value in which an input's channels are on axis 1, and how its axes are turned to make it; () if not at all.
-
-    Networks from TensorFlow read [batch, height, width, channels] and turn it at once; inputs are made behind that.
-    """
-    value = next(value for value in model.graph.inputs if value.name == name)
-    readers = [node for node, _ in graphs.consumers(value)]
-    if len(readers) == 1 and graphs.is_op(readers[0], "Transpose") and value not in model.graph.outputs:
-        axes = readers[0].attributes.get("perm")
-        if axes is not None and axes.as_ints()[0] == 0:
-            return readers[0].outputs[0].name or "", tuple(axes.as_ints())
-    return name, ()
-
-
 class _Maker:
-    """The network, its remembered statistics, and the units of its inputs."""
+    """A network that inputs are made for by one method."""
 
-    def __init__(self, model: ir.Model, spec: InputSpec, recipe: Method, seed: int, device: str) -> None:
-        self.graph, self.model, self.recipe, self.seed = TorchGraph(model, device), model, recipe, seed
-        self.input, sizes = spec.name, tuple(size or 1 for size in spec.shape[1:])
-        self.name, self.axes = _channels_first(model, spec.name)
-        self.shape = tuple(sizes[axis - 1] for axis in self.axes[1:]) if self.axes else sizes
-        self.layers: list[Remembered] = remembered(model, device)
+    def __init__(self, model: ir.Model, recipe: Method, seed: int, device: str) -> None:
+        self.network, self.model, self.recipe, self.seed = Network(model, seed, device), model, recipe, seed
+        self.shape, self.layers, self.graph = self.network.shape, self.network.layers, self.network.graph
         self.attention = PatchEntropy(attention_outputs(model))
-        classes = [item.value for item in compared(model) if item.kind == "kl"] if recipe.classes else []
-        self.logits = classes[0] if classes else None
+        self.logits = self.network.logits if recipe.classes else None
         wanted = [layer.value for layer in self.layers] if recipe.statistics or recipe.slack else []
         wanted += self.attention.outputs if recipe.entropy else []
-        self.taps = list(dict.fromkeys([*wanted, *classes[:1]]))
+        wanted += [self.logits] if self.logits is not None else []
+        self.taps = list(dict.fromkeys(wanted))
         elements = int(np.prod(self.shape))
         largest = max(SMALLEST_BATCH, BATCH_ELEMENTS // elements)
         self.batch = min(recipe.batch or len(self.layers), largest)
-        source = torch.Generator().manual_seed(seed)
-        self.scale, self.shift = input_scale(self.graph, self.name, self.shape, self.layers, source)
 
     def make(self, index: int, size: int, steps: int, advance: Callable[[int], None]) -> tuple[Array, list[float]]:
         """One batch, and the loss after each step."""
@@ -234,18 +213,13 @@ class _Maker:
             losses.append(float(loss.detach()))
             advance(index * steps + step + 1)
         with torch.no_grad():
-            return self._array(variable.made()), losses
+            return self.network.array(variable.made()), losses
 
     def noise(self, count: int) -> Array:
         """Normal inputs in the network's units."""
         source = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
-            return self._array(torch.randn(count, *self.shape, generator=source).to(self.graph.device))
-
-    def _array(self, inputs: Tensor) -> Array:
-        """In the units and in the order of axes that the file asks for."""
-        array: Array = (self.scale * inputs + self.shift).cpu().numpy()
-        return array.transpose(np.argsort(self.axes)) if self.axes else array
+            return self.network.array(torch.randn(count, *self.shape, generator=source).to(self.graph.device))
 
     def distance(self, inputs: Array) -> float | None:
         """How far some inputs are from what is remembered, judged on one batch of them."""
@@ -264,10 +238,10 @@ class _Maker:
     def _look(self, inputs: Array, values: Sequence[str]) -> dict[str, Tensor]:
         with torch.no_grad():
             chunk = torch.from_numpy(inputs[: max(self.batch, 64)].astype(np.float32)).to(self.graph.device)
-            return self.graph.run({self.input: chunk}, values)
+            return self.graph.run({self.network.input: chunk}, values)
 
     def _run(self, inputs: Tensor, replaced: Mapping[str, Replacement]) -> dict[str, Tensor]:
-        return self.graph.run({self.name: self.scale * inputs + self.shift}, self.taps, replaced=replaced)
+        return self.graph.run(self.network.given(inputs), self.taps, replaced=replaced)
 
     def _variable(self, size: int, steps: int, source: torch.Generator) -> Variable:
         device = str(self.graph.device)
@@ -288,9 +262,7 @@ class _Maker:
         if recipe.entropy:
             terms.append((recipe.entropy, self.attention))
         if recipe.classes and self.logits is not None:
-            with torch.no_grad():
-                found = self._run(torch.zeros(1, *self.shape, device=self.graph.device), {})[self.logits]
-            labels = torch.randint(found.shape[-1], (size,), generator=source).to(self.graph.device)
+            labels = torch.randint(self.network.classes(), (size,), generator=source).to(self.graph.device)
             terms.append((recipe.classes, PredictClasses(self.logits, labels)))
         if recipe.variation and len(self.shape) == 3:
             low, high = VARIATIONS

@@ -15,6 +15,7 @@ from onnxq.synthesis.statistics import Remembered, moments
 Taps = Mapping[str, Tensor]
 Term = Callable[[Tensor, Taps], Tensor]
 
+SMALLEST_DIFFICULTY = 1e-6
 VARIATION_ELEMENTS = 32 * 3 * 224 * 224
 
 
@@ -43,6 +44,7 @@ class MatchStatistics:
         slack: What is free in each layer (DSG, section 3.2); empty: nothing.
         emphasis: How much more sample i gives to layer i (DSG, section 3.3); per sample only.
         first: The number of the batch's first sample among all.
+        weights: Of each layer; empty: one each.
     """
 
     layers: Sequence[Remembered]
@@ -51,6 +53,7 @@ class MatchStatistics:
     slack: Sequence[Slack] = ()
     emphasis: float = 0.0
     first: int = 0
+    weights: Sequence[float] = ()
 
     def __call__(self, inputs: Tensor, taps: Taps) -> Tensor:
         """The term, a scalar."""
@@ -67,7 +70,7 @@ class MatchStatistics:
             if self.per_sample:
                 weight = 1 + self.emphasis * (rows % len(self.layers) == index).float()
                 error = (error * weight).mean()
-            total = total + error
+            total = total + (self.weights[index] * error if self.weights else error)
         return total
 
 
@@ -97,14 +100,21 @@ class PredictClasses:
     Attributes:
         logits: The value with the logits, [samples, classes].
         labels: The class of each sample, [samples].
+        difficulty: The power of a sample's difficulty 1 − p(class) that weighs it, so that hard samples are not lost
+            among easy ones (HAST, arXiv 2303.13826, section 3.2); 0: all weigh the same.
     """
 
     logits: str
     labels: Tensor
+    difficulty: float = 0.0
 
     def __call__(self, inputs: Tensor, taps: Taps) -> Tensor:
         """The term, a scalar."""
-        return functional.cross_entropy(taps[self.logits], self.labels)
+        entropy = functional.cross_entropy(taps[self.logits], self.labels, reduction="none")
+        if self.difficulty:
+            hardness = (-torch.expm1(-entropy)).clamp(min=SMALLEST_DIFFICULTY)  # whose power has a gradient
+            entropy = entropy * hardness**self.difficulty
+        return entropy.mean()
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class Generator:
         self.codes = torch.randn(samples, LATENT, generator=source).to(device).requires_grad_(True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=source)))
-            self.network = _network(shape).to(device)
+            self.network = generator_network(shape).to(device)
         self.shape = shape
         patience = max(5, steps // 40)
         self.optimizers: list[Optimizer] = [
@@ -177,7 +177,8 @@ class Generator:
         self.decay.step()
 
 
-def _network(shape: tuple[int, int, int]) -> nn.Module:
+def generator_network(shape: tuple[int, int, int]) -> nn.Module:
+    """From latent codes [samples, LATENT] to images of at least that shape, each channel of the batch normalised."""
     channels, height, width = shape
     rows, columns = -(-height // 4), -(-width // 4)
     return nn.Sequential(

@@ -1,0 +1,90 @@
+"""A float network as synthesis sees it: what it remembers, and how its inputs are written."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from onnxq import graph as graphs
+from onnxq.autograd.interpreter import TorchGraph
+from onnxq.calibration.data import input_specs
+from onnxq.learning.outputs import compared
+from onnxq.synthesis.scale import input_scale
+from onnxq.synthesis.statistics import Remembered, remembered
+
+Array = np.ndarray[Any, Any]
+
+
+class Network:
+    """The network, its remembered statistics, and the units and axes of its one input.
+
+    Inputs are made with channels on axis 1 and in units in which the first layers' statistics are met; the file may
+    have them otherwise.
+
+    Args:
+        model: The float model, with one float input of known size.
+        seed: Of the noise that units are found with.
+        device: Where it runs.
+
+    Attributes:
+        graph: The network in torch.
+        input: The name of the file's input.
+        shape: Of one made input, [channels, …].
+        layers: What BatchNormalization remembers, in graph order.
+    """
+
+    def __init__(self, model: ir.Model, seed: int, device: str) -> None:
+        spec = input_specs(model)[0]
+        self.graph, self.input = TorchGraph(model, device), spec.name
+        self.name, self.axes = _channels_first(model, spec.name)
+        sizes = tuple(size or 1 for size in spec.shape[1:])
+        self.shape = tuple(sizes[axis - 1] for axis in self.axes[1:]) if self.axes else sizes
+        self.layers: list[Remembered] = remembered(model, device)
+        self.model = model
+        source = torch.Generator().manual_seed(seed)
+        self.scale, self.shift = input_scale(self.graph, self.name, self.shape, self.layers, source)
+
+    @cached_property
+    def logits(self) -> str | None:
+        """The value with a classifier's logits; ``None`` where there is none."""
+        return next((item.value for item in compared(self.model) if item.kind == "kl"), None)
+
+    def given(self, made: Tensor) -> dict[str, Tensor]:
+        """Made inputs, for this network's graph: behind the node that turns their axes, if there is one."""
+        return {self.name: self.scale * made + self.shift}
+
+    def inputs(self, made: Tensor) -> dict[str, Tensor]:
+        """Made inputs as any form of the network reads them, with gradients."""
+        values = self.scale * made + self.shift
+        return {self.input: values.permute(*np.argsort(self.axes).tolist()) if self.axes else values}
+
+    def array(self, made: Tensor) -> Array:
+        """Made inputs in the units and in the order of axes that the file asks for."""
+        array: Array = self.inputs(made)[self.input].cpu().numpy()
+        return array
+
+    def classes(self) -> int:
+        """How many classes the logits tell apart."""
+        assert self.logits is not None
+        with torch.no_grad():
+            found = self.graph.run(self.given(torch.zeros(1, *self.shape, device=self.graph.device)), [self.logits])
+        return found[self.logits].shape[-1]
+
+
+def _channels_first(model: ir.Model, name: str) -> tuple[str, tuple[int, ...]]:
+    """The value in which an input's channels are on axis 1, and how its axes are turned to make it; () if not at all.
+
+    Networks from TensorFlow read [batch, height, width, channels] and turn it at once; inputs are made behind that.
+    """
+    value = next(value for value in model.graph.inputs if value.name == name)
+    readers = [node for node, _ in graphs.consumers(value)]
+    if len(readers) == 1 and graphs.is_op(readers[0], "Transpose") and value not in model.graph.outputs:
+        axes = readers[0].attributes.get("perm")
+        if axes is not None and axes.as_ints()[0] == 0:
+            return readers[0].outputs[0].name or "", tuple(axes.as_ints())
+    return name, ()
