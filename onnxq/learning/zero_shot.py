@@ -1,0 +1,229 @@
+"""What fine-tuning without data has in common: a float network, its quantized self, and made images between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onnxq.autograd.interpreter import TorchGraph
+from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.calibration.data import input_specs
+from onnxq.errors import OnnxqError
+from onnxq.job import Job
+from onnxq.learning import quantizers as found_quantizers
+from onnxq.learning.checkpoint import Checkpoint, fingerprint
+from onnxq.learning.finetune import Batches, Companion, FineTuning, Term, finetune
+from onnxq.learning.losses import Loss, compared_outputs
+from onnxq.learning.student import Student
+from onnxq.synthesis.features import residual_branches, stage_ends
+from onnxq.synthesis.game import Game, GameTerm
+from onnxq.synthesis.network import Network
+from onnxq.synthesis.player import Player
+from onnxq.synthesis.terms import MatchStatistics, PredictClasses
+
+STEPS = {"quick": 200, "default": 1000, "paper": 80000}
+WARM_UP = 0.1  # of the student's steps, in which the generator moves alone
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a student starts and learns; the knobs that all recipes of fine-tuning without data share.
+
+    Attributes:
+        steps: Steps of the optimiser; 0: what ``--budget`` says.
+        batch: Images in a step.
+        optimizer: ``adam`` or ``sgd``.
+        weight_rate: Rate of weights and biases.
+        step_rate: Rate of steps; 0 keeps the calibrated ones.
+        observer: How the first range follows from the statistics of an activation.
+        weight_ranges: ``mse`` or ``minmax``.
+    """
+
+    steps: int
+    batch: int
+    optimizer: str
+    weight_rate: float
+    step_rate: float
+    observer: str
+    weight_ranges: str
+
+
+class ZeroShot:
+    """A float network and a student that learns from it.
+
+    Made by quantizing the job's model: rewrites, Q/DQ, ranges from its calibration inputs, which are made ones too
+    unless the user has some.
+
+    Args:
+        job: Its model is still float.
+        start: How the student starts and learns.
+        classes: Whether the recipe needs a classifier.
+        statistics: Whether it needs BatchNormalization.
+
+    Raises:
+        OnnxqError: the model has not what the recipe needs, or has more than one input.
+
+    Attributes:
+        network: The float network with its BatchNormalization.
+        student: What learns.
+        outputs: The values that student and teacher are compared by, and how.
+        logits: The classifier's logits; "" where there is none.
+        stages: Values at the ends of the network's stages.
+        branches: Values at the ends of residual branches.
+    """
+
+    def __init__(self, job: Job, start: Start, *, classes: bool, statistics: bool) -> None:
+        self.job, self.start = job, start
+        _check_input(job)
+        observe, search = observers.get(start.observer), weight_ranges.get(start.weight_ranges)
+        self.network = Network(job.model.clone(), job.settings.seed, job.settings.device)
+        if statistics and not self.network.layers:
+            raise OnnxqError(
+                f"expected BatchNormalization nodes with constant statistics for {job.settings.recipe}, found none",
+                hint="export the model with them (torch.onnx.export: dynamo=True, optimize=False), or use --recipe zaq",
+            )
+        job.prepare()
+        self.outputs = compared_outputs(job.model)
+        self.logits = next((name for name, kind in self.outputs.items() if kind == "kl"), "")
+        if classes and not self.logits:
+            raise OnnxqError(
+                f"expected a classifier with logits [batch, classes] for {job.settings.recipe}, found outputs of "
+                "another kind",
+                hint="use --recipe zaq, which compares any outputs, or genie",
+            )
+        self.stages, self.branches = stage_ends(job.model.graph), residual_branches(job.model.graph)
+        job.insert()
+        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
+        calibrate.set_weight_scales(job.model, search)
+        self.graph = TorchGraph(job.model, job.settings.device)
+        self.student = Student(
+            self.graph,
+            found_quantizers.find(job.model.graph),
+            learn_weights=start.weight_rate > 0,
+            learn_steps=start.step_rate > 0,
+            scaled=start.optimizer == "sgd",
+        )
+        self.steps = start.steps or STEPS[job.settings.budget]
+
+    def player(self, rate: float, *, conditional: bool) -> Player:
+        """A generator of the network's inputs."""
+        channels, height, width = self.network.shape
+        classes = self.network.classes() if conditional else 0
+        return Player(
+            (channels, height, width), classes, self.job.settings.seed, rate=rate, device=self.job.settings.device
+        )
+
+    def game(
+        self,
+        player: Player,
+        terms: Sequence[tuple[float, GameTerm]],
+        *,
+        reads_student: bool,
+        features: Sequence[str] = (),
+        student_steps: int = 1,
+    ) -> Game:
+        """Batches from a generator that learns beside the student.
+
+        Args:
+            player: The generator.
+            terms: What it minimises, with weights.
+            reads_student: Whether a term looks at the student's values.
+            features: Values beside the outputs that terms look at.
+            student_steps: Steps of the student for each of the generator.
+        """
+        wanted = [*self.outputs, *features]
+
+        def teacher(images: Tensor) -> dict[str, Tensor]:
+            if features or not self.network.layers or not self.logits:
+                return self.student.teach(self.network.inputs(images), wanted)
+            assert self.network.logits is not None
+            taps = [layer.value for layer in self.network.layers]
+            found = self.network.graph.run(self.network.given(images), [*taps, self.network.logits])
+            return found | {self.logits: found[self.network.logits]}
+
+        def student(images: Tensor) -> dict[str, Tensor]:
+            return self.student.run(self.network.inputs(images), wanted)
+
+        return Game(
+            player,
+            self.network.inputs,
+            teacher,
+            student if reads_student else None,
+            terms,
+            batch=self.start.batch,
+            warm_up=round(WARM_UP * self.steps),
+            student_steps=student_steps,
+        )
+
+    def statistics(self, weights: Sequence[float] = ()) -> GameTerm:
+        """The squared distance to what BatchNormalization remembers, averaged over layers."""
+        term = MatchStatistics(self.network.layers, per_sample=False, mean_of_channels=True, weights=weights)
+        count = len(self.network.layers)
+        return lambda move: term(move.images, move.teacher) / count
+
+    def classes(self) -> GameTerm:
+        """The cross-entropy of what the float network predicts and the classes that were drawn."""
+        return lambda move: PredictClasses(self.logits, move.labels)(move.images, move.teacher)
+
+    def finetune(
+        self,
+        batches: Batches,
+        loss: Loss,
+        *,
+        features: Sequence[str] = (),
+        terms: Sequence[Term] = (),
+        companions: Sequence[Companion] = (),
+        knobs: object = None,
+    ) -> None:
+        """Train the student and write the job's model.
+
+        Args:
+            batches: Where it learns.
+            loss: Of its values and the float network's.
+            features: Values beside the outputs that the loss reads.
+            terms: Further terms.
+            companions: What learns beside it.
+            knobs: The recipe, which a run has to share with the one that it resumes.
+        """
+        job, start = self.job, self.start
+        options = FineTuning(
+            self.steps, start.batch, start.optimizer, start.weight_rate, start.step_rate, weight_decay=0.0
+        )
+        key = fingerprint(job.model, "zero-shot", options, knobs, job.settings.seed)
+        with job.progress.stage("learn", "Fine-tuning", self.steps, "steps") as advance:
+            learned = finetune(
+                self.student,
+                batches,
+                [*self.outputs, *features],
+                loss,
+                options,
+                terms=terms,
+                companions=companions,
+                checkpoint=Checkpoint(job.checkpoint, key),
+                on_step=advance,
+            )
+        found_quantizers.store(self.graph, learned)
+        job.lower()
+
+
+def labelled(loss: Loss, game: Game, logits: str, weight: float) -> Loss:
+    """A loss with the cross-entropy of the student and the classes that a game has drawn (GDFQ, equation 7)."""
+
+    def total(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+        labels = game.labels.to(student[logits].device)
+        return loss(student, teacher) + weight * torch.nn.functional.cross_entropy(student[logits], labels)
+
+    return total
+
+
+def _check_input(job: Job) -> None:
+    specs = input_specs(job.model)
+    if len(specs) != 1 or specs[0].dtype.kind != "f" or len(specs[0].shape) != 4 or None in specs[0].shape[1:]:
+        found = ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in specs)
+        raise OnnxqError(
+            f"expected one float input of images of known size for {job.settings.recipe}, found {found}",
+            hint="use --recipe genie, or lsq with --data",
+        )
