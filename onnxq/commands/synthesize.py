@@ -26,8 +26,9 @@ def synthesize(
         typer.Option(
             help="**pixels**: a batch whose statistics match BatchNormalization's as a whole. **zeroq**: every sample "
             "by itself. **dsg**: the same with slack, and a layer of its own for each sample. **genie**: from a "
-            "generator learned for each batch, with swing convolutions. **psaq-vit**: images whose patches a "
-            "transformer tells apart; needs no BatchNormalization."
+            "generator learned for each batch, with swing convolutions. **hast**: images of drawn classes, hard ones "
+            "weighing more. **texq**: images of drawn classes with rich textures. **psaq-vit**: images whose patches "
+            "a transformer tells apart; needs no BatchNormalization."
         ),
     ] = "pixels",
     samples: Annotated[

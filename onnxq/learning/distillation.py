@@ -121,7 +121,7 @@ def distil_blocks(
             advance(position + 1)
 
 
-def sampled(walk: Walk, blocks: Sequence[Block], kind: str, batch: int, seed: int) -> Batches:
+def sampled(walk: Walk, blocks: Sequence[Block], kind: str, batch: int, seed: int, *, targets: bool = True) -> Batches:
     """Batches of a walk's samples, each sample once before any comes again; the order depends on the seed alone.
 
     Args:
@@ -130,6 +130,7 @@ def sampled(walk: Walk, blocks: Sequence[Block], kind: str, batch: int, seed: in
         kind: Whether inputs are the float network's or the quantized one's.
         batch: Samples in a step.
         seed: Of the order.
+        targets: Whether the float network's values at the ends of the blocks come along.
     """
     size = min(batch, walk.samples)
     per_epoch = walk.samples // size
@@ -141,7 +142,7 @@ def sampled(walk: Walk, blocks: Sequence[Block], kind: str, batch: int, seed: in
         inputs: dict[str, Tensor] = {}
         for block in blocks:
             inputs |= walk.inputs(block, index, kind)
-        return Batch(inputs, {block.output: walk.target(block, index) for block in blocks})
+        return Batch(inputs, {block.output: walk.target(block, index) for block in blocks if targets})
 
     return at
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import TorchGraph
 from onnxq.calibration import calibrate, observers, weight_ranges
-from onnxq.calibration.data import input_specs
+from onnxq.calibration.data import batches as batches_of
+from onnxq.calibration.data import input_specs, inputs_of
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
+from onnxq.learning.cache import ActivationCache
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
+from onnxq.learning.distillation import sampled
 from onnxq.learning.finetune import Batches, Companion, FineTuning, Term, finetune
 from onnxq.learning.losses import Loss, compared_outputs
 from onnxq.learning.student import Student
+from onnxq.learning.walk import FLOAT, ROWS, Walk
+from onnxq.synthesis.centers import Centers
 from onnxq.synthesis.features import residual_branches, stage_ends
 from onnxq.synthesis.game import Game, GameTerm
 from onnxq.synthesis.network import Network
@@ -25,7 +32,7 @@ from onnxq.synthesis.player import Player
 from onnxq.synthesis.terms import MatchStatistics, PredictClasses
 
 STEPS = {"quick": 200, "default": 1000, "paper": 80000}
-WARM_UP = 0.1  # of the student's steps, in which the generator moves alone
+WARM_UP = {"quick": 100, "default": 400, "paper": 800}  # moves of the generator alone
 
 
 @dataclass(frozen=True)
@@ -154,13 +161,48 @@ class ZeroShot:
             student if reads_student else None,
             terms,
             batch=self.start.batch,
-            warm_up=round(WARM_UP * self.steps),
+            warm_up=WARM_UP[self.job.settings.budget],
             student_steps=student_steps,
         )
 
-    def statistics(self, weights: Sequence[float] = ()) -> GameTerm:
+    @contextlib.contextmanager
+    def samples(self, count: int, cache_mib: int) -> Iterator[Batches]:
+        """Batches of the job's calibration inputs.
+
+        Args:
+            count: How many samples, at most.
+            cache_mib: Memory for them; what is more goes to a file.
+        """
+        job, inputs = self.job, (self.network.input,)
+        count = min(count, len(job.source), job.settings.samples or count)
+        with ActivationCache(cache_mib << 20) as cache:
+            whole = [Block(name, inputs, name, ()) for name in self.outputs]
+            walk = Walk(self.graph, self.student.quantizers, whole, cache)
+            walk.fill(job.source, job.specs, count)
+            yield sampled(walk, whole[:1], FLOAT, self.start.batch, job.settings.seed, targets=False)
+
+    def centers(self, count: int) -> Centers:
+        """Statistics by class, of the job's calibration inputs and of what the float network takes them for.
+
+        Args:
+            count: How many samples, at most.
+        """
+        logits = self.network.logits
+        assert logits is not None
+        found = Centers(self.network.layers, self.network.classes())
+        wanted = [layer.value for layer in found.layers] + [logits]
+        for batch in batches_of(self.job.source, self.job.specs, batch_size=ROWS, samples=count):
+            given = {name: torch.from_numpy(array) for name, array in inputs_of(batch, self.job.specs).items()}
+            with torch.no_grad():
+                taps = self.network.graph.run(
+                    {name: value.to(self.network.graph.device) for name, value in given.items()}, wanted
+                )
+            found.add(taps, taps[logits].argmax(1))
+        return found
+
+    def statistics(self) -> GameTerm:
         """The squared distance to what BatchNormalization remembers, averaged over layers."""
-        term = MatchStatistics(self.network.layers, per_sample=False, mean_of_channels=True, weights=weights)
+        term = MatchStatistics(self.network.layers, per_sample=False, mean_of_channels=True)
         count = len(self.network.layers)
         return lambda move: term(move.images, move.teacher) / count
 

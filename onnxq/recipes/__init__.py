@@ -70,6 +70,8 @@ RECIPES: dict[str, Entry] = {
     "gdfq": Entry("gdfq", "Gdfq", "no data: fine-tuned on images from a generator that learns beside"),
     "zaq": Entry("zaq", "Zaq", "no data: fine-tuned where a generator finds that the networks disagree"),
     "adadfq": Entry("adadfq", "AdaDfq", "no data: the same, disagreement kept within bounds"),
+    "hast": Entry("hast", "Hast", "no data: fine-tuned on hard images, made harder while the student learns"),
+    "texq": Entry("texq", "TexQ", "no data: fine-tuned on a generator's images, led by classes' rich textures"),
     "ptq4dm": Entry("ptq4dm", "Ptq4dm", "denoisers: static scales from steps drawn along the sampler"),
     "q-diffusion": Entry("q_diffusion", "QDiffusion", "denoisers: blocks learned on inputs from all steps"),
     "tfmq-dm": Entry("tfmq_dm", "TfmqDm", "denoisers: what depends on time alone is learned, or tabulated, apart"),

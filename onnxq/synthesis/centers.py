@@ -12,11 +12,6 @@ from onnxq.synthesis.game import Move
 from onnxq.synthesis.statistics import Remembered, moments
 
 
-def deep_from(layers: int) -> int:
-    """The first of the deeper half of the layers, as TexQ's followers count: (L + 2) // 2 − 2."""
-    return max(0, (layers + 2) // 2 - 2)
-
-
 class Centers:
     """Mean and deviation of every channel over the images of each class, at the input of every BatchNormalization.
 

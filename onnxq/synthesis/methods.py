@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from onnxq.errors import OnnxqError
 
@@ -25,7 +26,12 @@ class Method:
         statistics: Whether statistics are matched at all.
         entropy: Weight of the entropy of patch similarities; above 0 it needs a transformer.
         classes: Weight of the prediction of classes that are drawn.
+        difficulty: The power of a sample's difficulty that weighs the prediction of its class (HAST).
         variation: Weight of the distance to the variation of natural images.
+        texture: Weight of the texture elements that are too strong or too weak (TexQ).
+        layers: Weights of the shallow and of the deep half of the layers, whose statistics are then averaged.
+        standard: Whether inputs are held to mean 0 and deviation 1 in the units of the first layer.
+        small: What differs for images below 64 pixels a side.
         jitter: Whether pixels are seen through random shifts and flips.
         noise: The part of the inputs that stays noise, at the end: it reaches what made images leave out.
         observer: The range rule that suits the inputs. Made ones have lighter tails than real data: a clip at what
@@ -45,7 +51,12 @@ class Method:
     statistics: bool = True
     entropy: float = 0.0
     classes: float = 0.0
+    difficulty: float = 0.0
     variation: float = 0.0
+    texture: float = 0.0
+    layers: tuple[float, float] | None = None
+    standard: bool = True
+    small: Mapping[str, float] = field(default_factory=dict)
     jitter: bool = False
     noise: float = 0.0
     observer: str = "minmax"
@@ -70,6 +81,30 @@ METHODS = {
         per_sample=False,
         mean_of_channels=True,
         swing=True,
+    ),
+    "hast": Method(
+        "pixels of drawn classes, hard ones weighing more, that match statistics as a batch (HAST, arXiv 2303.13826)",
+        steps=1000,
+        batch=256,
+        per_sample=False,
+        mean_of_channels=True,
+        layers=(1.0, 1.0),
+        classes=0.1,
+        difficulty=0.5,
+        standard=False,
+        small={"classes": 10.0, "difficulty": 2.0},
+    ),
+    "texq": Method(
+        "pixels of drawn classes, loose in shallow and tight in deep layers, of rich texture (TexQ, NeurIPS 2023)",
+        rate=0.05,
+        steps=1500,
+        batch=256,
+        per_sample=False,
+        mean_of_channels=True,
+        layers=(0.2, 1.1),
+        classes=5.0,
+        texture=1.0,
+        standard=False,
     ),
     "psaq-vit": Method(
         "images whose patches a transformer tells apart; needs no BatchNorm (PSAQ-ViT, arXiv 2203.02250)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,16 @@ from onnxq.synthesis.methods import Method, get
 from onnxq.synthesis.network import Network
 from onnxq.synthesis.statistics import distance, remembered
 from onnxq.synthesis.swing import swing
-from onnxq.synthesis.terms import MatchStatistics, PredictClasses, StandardInputs, Term, TotalVariation, slack_of
+from onnxq.synthesis.terms import (
+    MatchStatistics,
+    PredictClasses,
+    StandardInputs,
+    Term,
+    TotalVariation,
+    layer_weights,
+    slack_of,
+)
+from onnxq.synthesis.texture import TextureEnergy
 from onnxq.synthesis.variables import Generator, JitteredPixels, Pixels, Variable
 
 Array = np.ndarray[Any, Any]
@@ -31,6 +40,7 @@ SHARE_OF_STEPS = {"quick": 0.06, "default": 0.15, "paper": 1.0}
 BATCH_ELEMENTS = 32 * 3 * 64 * 64  # pixels of one batch, at most: what is larger is made in more batches
 SMALLEST_BATCH = 16
 SLACK_SAMPLES = 64
+SMALL_SIDE = 64
 BOUNDS = (-2.2, 2.7)  # of pixels after the usual normalisation
 VARIATIONS = (2500.0, 3000.0)  # of natural images of 224², see TotalVariation
 VARIATION_GROWTH = 0.13  # exponent: the same images, averaged down to 32², vary 1.3 times as much from pixel to pixel
@@ -185,7 +195,9 @@ class _Maker:
     """A network that inputs are made for by one method."""
 
     def __init__(self, model: ir.Model, recipe: Method, seed: int, device: str) -> None:
-        self.network, self.model, self.recipe, self.seed = Network(model, seed, device), model, recipe, seed
+        self.network, self.model, self.seed = Network(model, seed, device), model, seed
+        small = len(self.network.shape) == 3 and max(self.network.shape[1:]) < SMALL_SIDE
+        self.recipe = recipe = replace(recipe, **recipe.small) if small else recipe  # type: ignore[arg-type]
         self.shape, self.layers, self.graph = self.network.shape, self.network.layers, self.network.graph
         self.attention = PatchEntropy(attention_outputs(model))
         self.logits = self.network.logits if recipe.classes else None
@@ -258,18 +270,27 @@ class _Maker:
         recipe, terms = self.recipe, list[tuple[float, Term]]()
         if recipe.statistics:
             terms.append((1.0, self._match(first, source)))
-        terms.append((1.0, StandardInputs(recipe.per_sample or recipe.generator)))
+        if recipe.standard:
+            terms.append((1.0, StandardInputs(recipe.per_sample or recipe.generator)))
         if recipe.entropy:
             terms.append((recipe.entropy, self.attention))
         if recipe.classes and self.logits is not None:
-            labels = torch.randint(self.network.classes(), (size,), generator=source).to(self.graph.device)
-            terms.append((recipe.classes, PredictClasses(self.logits, labels)))
+            labels = self._labels(first, size).to(self.graph.device)
+            terms.append((recipe.classes, PredictClasses(self.logits, labels, recipe.difficulty)))
+        if recipe.texture:
+            terms.append((recipe.texture, TextureEnergy()))
         if recipe.variation and len(self.shape) == 3:
             low, high = VARIATIONS
             wanted = low + (high - low) * float(torch.rand(1, generator=source))
             wanted *= (224 / min(self.shape[1:])) ** VARIATION_GROWTH
             terms.append((recipe.variation, TotalVariation(wanted)))
         return terms
+
+    def _labels(self, first: int, size: int) -> Tensor:
+        """All classes in turn, in an order that is drawn."""
+        classes = self.network.classes()
+        order = torch.randperm(classes, generator=torch.Generator().manual_seed(self.seed))
+        return order[(first + torch.arange(size)) % classes]
 
     def _match(self, first: int, source: torch.Generator) -> MatchStatistics:
         slack = []
@@ -278,5 +299,11 @@ class _Maker:
                 noise = torch.randn(SLACK_SAMPLES, *self.shape, generator=source).to(self.graph.device)
                 slack = slack_of(self._run(noise, {}), self.layers, self.recipe.slack)
         return MatchStatistics(
-            self.layers, self.recipe.per_sample, self.recipe.mean_of_channels, slack, self.recipe.emphasis, first
+            self.layers,
+            self.recipe.per_sample,
+            self.recipe.mean_of_channels,
+            slack,
+            self.recipe.emphasis,
+            first,
+            () if self.recipe.layers is None else layer_weights(len(self.layers), *self.recipe.layers),
         )

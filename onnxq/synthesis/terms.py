@@ -150,3 +150,14 @@ def slack_of(taps: Taps, layers: Sequence[Remembered], part: float) -> list[Slac
         off = [(mean - layer.mean).abs(), (deviation - layer.deviation).abs()]
         found.append(Slack(*(float(torch.quantile(item, part)) for item in off)))
     return found
+
+
+def deep_from(layers: int) -> int:
+    """The first layer of the deep half, as TexQ's followers count: (L + 2) // 2 − 2."""
+    return max(0, (layers + 2) // 2 - 2)
+
+
+def layer_weights(layers: int, shallow: float, deep: float) -> list[float]:
+    """The weight of each layer in a mean over them: shallow ones leave room for texture, deep ones say what it is."""
+    start = deep_from(layers)
+    return [(shallow if index < start else deep) / layers for index in range(layers)]

@@ -1,0 +1,98 @@
+"""TexQ: images of rich texture say what each class looks like inside, and guide the generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from onnxq.job import Job
+from onnxq.learning.augmentation import mixed
+from onnxq.learning.losses import distillation
+from onnxq.learning.zero_shot import Start, ZeroShot
+from onnxq.synthesis.centers import MatchCenters
+from onnxq.synthesis.game import GameTerm
+from onnxq.synthesis.terms import deep_from
+
+
+@dataclass(frozen=True)
+class TexQ:
+    """Fine-tuning on images of a generator that is led by calibration images of every class; no data is needed.
+
+    1. Make calibration images: cross-entropy of their class, loose statistics in shallow layers and tight ones in deep
+       layers, and no texture element that outweighs or misses.
+    2. Quantize with ranges from these images; keep each class's statistics in the deep layers as its center.
+    3. In every step the generator makes images for drawn classes, and learns: their cross-entropy, the distance to
+       what BatchNormalization remembers, and to the center of each image's class.
+    4. The student learns the float network's prediction of these images and of mixtures of their pairs.
+    5. Store weights as codes, lint, check.
+
+    Source: X. Chen, Y. Wang, R. Yan, Y. Liu, T. Guan, Y. He, TexQ: Zero-shot Network Quantization with Texture
+    Feature Distribution Calibration, NeurIPS 36 (2023), pp. 274–287.
+    There is no code by the authors, and only the abstract and what later work (SynQ, ICLR 2025) says of it were at
+    hand. From these are the three stages, the images' rate, steps and weights; **inferred** are the formula of the
+    texture term, what a center holds, and the weight of its term.
+
+    Departures: those of the recipe ``gdfq``, and
+        - Classes without a calibration image have no center and no term; there are fewer images than classes for
+          ImageNet unless ``--set images=1000`` says otherwise.
+        - A class is what the float network takes an image for.
+
+    Attributes:
+        images: How many calibration images are made, of all classes in turn.
+        steps: Steps of the optimiser; 0: what ``--budget`` says.
+        batch: Images of the generator in a step.
+        statistics: Weight of the distance to remembered statistics in the generator's loss.
+        centers: Weight of the distance to the classes' centers.
+        mix: Whether the student sees mixtures of pairs too.
+        temperature: Of the logits.
+        generator_rate: Adam's rate of the generator.
+        optimizer: Of the student: ``adam`` or ``sgd``.
+        weight_rate: Rate of weights and biases.
+        step_rate: Rate of steps; 0 keeps the calibrated ones.
+        observer: How the first range follows from the statistics of an activation.
+        weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
+        samples: How many calibration images to take, at most.
+    """
+
+    synthesis: ClassVar[str] = "texq"
+
+    images: int = 128
+    steps: int = 0
+    batch: int = 32
+    statistics: float = 0.4
+    centers: float = 0.04
+    mix: bool = True
+    temperature: float = 20.0
+    generator_rate: float = 1e-3
+    optimizer: str = "adam"
+    weight_rate: float = 1e-4
+    step_rate: float = 1e-3
+    observer: str = "mse"
+    weight_ranges: str = "mse"
+    samples: int = 1024
+
+    def run(self, job: Job) -> None:
+        """Quantize the job's model."""
+        start = Start(
+            self.steps,
+            self.batch,
+            self.optimizer,
+            self.weight_rate,
+            self.step_rate,
+            self.observer,
+            self.weight_ranges,
+        )
+        zero_shot = ZeroShot(job, start, classes=True, statistics=True)
+        centers = zero_shot.centers(self.samples)
+        terms: list[tuple[float, GameTerm]] = [
+            (1.0, zero_shot.classes()),
+            (self.statistics, zero_shot.statistics()),
+            (self.centers, MatchCenters(centers, deep_from(len(centers.layers)))),
+        ]
+        game = zero_shot.game(zero_shot.player(self.generator_rate, conditional=True), terms, reads_student=False)
+        zero_shot.finetune(
+            mixed(game, job.settings.seed) if self.mix else game,
+            distillation(zero_shot.outputs, self.temperature),
+            companions=[game],
+            knobs=self,
+        )
