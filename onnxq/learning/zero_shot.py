@@ -33,6 +33,7 @@ from onnxq.synthesis.terms import MatchStatistics, PredictClasses
 
 STEPS = {"quick": 200, "default": 1000, "paper": 80000}
 WARM_UP = {"quick": 100, "default": 400, "paper": 800}  # moves of the generator alone
+SAVE_EVERY = 200  # steps between two checkpoints
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ class ZeroShot:
         """
         job, start = self.job, self.start
         options = FineTuning(
-            self.steps, start.batch, start.optimizer, start.weight_rate, start.step_rate, weight_decay=0.0
+            self.steps, start.batch, start.optimizer, start.weight_rate, start.step_rate, save_every=SAVE_EVERY
         )
         key = fingerprint(job.model, "zero-shot", options, knobs, job.settings.seed)
         with job.progress.stage("learn", "Fine-tuning", self.steps, "steps") as advance:

@@ -27,8 +27,8 @@ class AdaDfq:
     sections 3.2 to 3.4.
 
     Departures: those of the recipe ``gdfq`` on ranges, statistics, optimiser and BatchNormalization, and
-        - Classes are embedded into the latent code for large images too, where the authors' code makes the
-          generator's BatchNormalization depend on them.
+        - For large images too classes are in the code, where the authors' make the generator's BatchNormalization
+          depend on them.
         - The least agreement of a batch is its zero (the authors' code).
 
     Attributes:

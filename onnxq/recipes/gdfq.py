@@ -27,7 +27,8 @@ class Gdfq:
         - Ranges come from inputs made before (`--synthesis`), not from a moving average over the first epochs; the
           authors' overshoots by orders of magnitude before some 150 updates. They learn as LSQ's steps do
           (``step_rate=0`` keeps them).
-        - Standard deviations are matched, not variances.
+        - Standard deviations are matched, not variances. Classes are added to latent codes, not multiplied with them
+          (see :class:`onnxq.synthesis.player.Player`).
         - Adam at a rate that falls along a cosine; the authors' SGD has a rate for each data set. Fewer steps, unless
           ``--budget paper``.
         - BatchNormalization is folded, so its scale and shift train in weights and biases. Weights are symmetric, and

@@ -18,8 +18,10 @@ Array = np.ndarray[Any, Any]
 class Player:
     """Makes new images in every step, of classes that are drawn (GDFQ, arXiv 2003.03603, section 3.2).
 
-    A class is an embedding that the latent code is multiplied by. Draws depend on the seed and on the number of the
-    draw alone, so that an interrupted game goes on as it would have.
+    A class is an embedding that is added to the latent code. GDFQ multiplies by it, which leaves a class nothing but
+    the sizes of a code's elements: after 240 moves its images of ten classes were told apart no better than by chance,
+    those of a sum all of them after 40 (shipped Fashion-MNIST classifier).
+    Draws depend on the seed and on the number of the draw alone, so that an interrupted game goes on as it would have.
 
     Args:
         shape: [channels, height, width].
@@ -51,7 +53,7 @@ class Player:
         codes = torch.randn(samples, LATENT, generator=source).to(self.device)
         labels = torch.randint(max(self.classes, 1), (samples,), generator=source).to(self.device)
         if self.classes:
-            codes = codes * self.classes_embedded(labels)
+            codes = codes + self.classes_embedded(labels)
         images: Tensor = self.network(codes)
         return images[:, :, : self.shape[1], : self.shape[2]], labels
 
