@@ -56,8 +56,8 @@ class Gdfq:
     temperature: float = 1.0
     generator_rate: float = 1e-3
     optimizer: str = "adam"
-    weight_rate: float = 1e-4
-    step_rate: float = 1e-3
+    weight_rate: float = 1e-5
+    step_rate: float = 1e-4
     observer: str = "mse"
     weight_ranges: str = "mse"
     images: int = 0

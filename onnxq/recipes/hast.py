@@ -65,8 +65,8 @@ class Hast:
     crop: float = 0.5
     temperature: float = 20.0
     optimizer: str = "adam"
-    weight_rate: float = 1e-4
-    step_rate: float = 1e-3
+    weight_rate: float = 1e-5
+    step_rate: float = 1e-4
     observer: str = "mse"
     weight_ranges: str = "mse"
     samples: int = 5120
