@@ -398,7 +398,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short")
 def test_recipes_run_from_a_float_file(recipe: str, tmp_path: Path) -> None:
     output = tmp_path / "quantized.onnx"
-    knobs = {"steps": 6, "batch": 8, "images": 10}
+    made = {"hast": {"hard_images": 10}, "texq": {"class_images": 10}}.get(recipe, {})
+    knobs = {"steps": 6, "batch": 8, "images": 10, **made}
     numbers = onnxq.quantize(FASHION, output=output, recipe=recipe, budget="quick", knobs=knobs, target="cpu").numbers
     assert output.is_file() and not numbers["warnings"] and numbers["sqnr_db"] > 20
 

@@ -29,6 +29,7 @@ from onnxq.synthesis.features import residual_branches, stage_ends
 from onnxq.synthesis.game import Game, GameTerm
 from onnxq.synthesis.network import Network
 from onnxq.synthesis.player import Player
+from onnxq.synthesis.synthesize import Synthesised, synthesise
 from onnxq.synthesis.terms import MatchStatistics, PredictClasses
 
 STEPS = {"quick": 200, "default": 1000, "paper": 80000}
@@ -70,12 +71,15 @@ class ZeroShot:
         start: How the student starts and learns.
         classes: Whether the recipe needs a classifier.
         statistics: Whether it needs BatchNormalization.
+        made: The method and the number of images that the student learns from, where they are made before. Ranges
+            never come from them: images that are sure of their class excite a network less than real ones do.
 
     Raises:
         OnnxqError: the model has not what the recipe needs, or has more than one input.
 
     Attributes:
         network: The float network with its BatchNormalization.
+        made: The images that were made before.
         student: What learns.
         outputs: The values that student and teacher are compared by, and how.
         logits: The classifier's logits; "" where there is none.
@@ -83,7 +87,9 @@ class ZeroShot:
         branches: Values at the ends of residual branches.
     """
 
-    def __init__(self, job: Job, start: Start, *, classes: bool, statistics: bool) -> None:
+    def __init__(
+        self, job: Job, start: Start, *, classes: bool, statistics: bool, made: tuple[str, int] | None = None
+    ) -> None:
         self.job, self.start = job, start
         _check_input(job)
         observe, search = observers.get(start.observer), weight_ranges.get(start.weight_ranges)
@@ -93,6 +99,7 @@ class ZeroShot:
                 f"expected BatchNormalization nodes with constant statistics for {job.settings.recipe}, found none",
                 hint="export the model with them (torch.onnx.export: dynamo=True, optimize=False), or use --recipe zaq",
             )
+        self.made = None if made is None else self._make(*made)
         job.prepare()
         self.outputs = compared_outputs(job.model)
         self.logits = next((name for name, kind in self.outputs.items() if kind == "kl"), "")
@@ -167,32 +174,42 @@ class ZeroShot:
         )
 
     @contextlib.contextmanager
-    def samples(self, count: int, cache_mib: int) -> Iterator[Batches]:
-        """Batches of the job's calibration inputs.
+    def samples(self, cache_mib: int) -> Iterator[Batches]:
+        """Batches of the images that were made before.
 
         Args:
-            count: How many samples, at most.
             cache_mib: Memory for them; what is more goes to a file.
         """
-        job, inputs = self.job, (self.network.input,)
-        count = min(count, len(job.source), job.settings.samples or count)
+        assert self.made is not None
+        inputs = (self.network.input,)
         with ActivationCache(cache_mib << 20) as cache:
             whole = [Block(name, inputs, name, ()) for name in self.outputs]
             walk = Walk(self.graph, self.student.quantizers, whole, cache)
-            walk.fill(job.source, job.specs, count)
-            yield sampled(walk, whole[:1], FLOAT, self.start.batch, job.settings.seed, targets=False)
+            walk.fill(self.made, self.job.specs, len(self.made))
+            yield sampled(walk, whole[:1], FLOAT, self.start.batch, self.job.settings.seed, targets=False)
 
-    def centers(self, count: int) -> Centers:
-        """Statistics by class, of the job's calibration inputs and of what the float network takes them for.
+    def _make(self, method: str, count: int) -> Synthesised:
+        job = self.job
+        made = synthesise(
+            job.model,
+            method,
+            count=count,
+            budget=job.settings.budget,
+            seed=job.settings.seed,
+            device=job.settings.device,
+            checkpoint=None if job.checkpoint is None else job.checkpoint / method,
+            progress=job.progress,
+        )
+        job.measurements["made"] = made.description
+        return made
 
-        Args:
-            count: How many samples, at most.
-        """
+    def centers(self) -> Centers:
+        """Statistics by class of the images that were made before, and of what the float network takes them for."""
         logits = self.network.logits
-        assert logits is not None
+        assert logits is not None and self.made is not None
         found = Centers(self.network.layers, self.network.classes())
         wanted = [layer.value for layer in found.layers] + [logits]
-        for batch in batches_of(self.job.source, self.job.specs, batch_size=ROWS, samples=count):
+        for batch in batches_of(self.made, self.job.specs, batch_size=ROWS):
             given = {name: torch.from_numpy(array) for name, array in inputs_of(batch, self.job.specs).items()}
             with torch.no_grad():
                 taps = self.network.graph.run(

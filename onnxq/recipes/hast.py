@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,11 +16,11 @@ from onnxq.learning.zero_shot import Start, ZeroShot
 
 @dataclass(frozen=True)
 class Hast:
-    """Fine-tuning on hard images that are made before; no data is needed.
+    """Fine-tuning on hard images; no data is needed.
 
-    1. Make images whose batch matches BatchNormalization, of drawn classes; the less sure the float network is of a
+    1. Quantize with ranges from inputs that were made before.
+    2. Make images whose batch matches BatchNormalization, of drawn classes; the less sure the float network is of a
        sample, the more it weighs.
-    2. Quantize with ranges from these images.
     3. In every step take crops of them, and the same moved to where the two networks differ more; the student lowers
        the divergence from the float network's prediction, and the distance between channel attentions at the ends of
        residual branches.
@@ -31,15 +30,15 @@ class Hast:
     Quantization, CVPR 2023 (arXiv 2303.13826), sections 3.2 to 3.4.
 
     Departures: those of the recipe ``gdfq`` on statistics, optimiser and BatchNormalization, and
-        - Ranges come from the images; the authors train a generator for them alone, which is dropped afterwards.
-        - Fewer images (5,120 in the paper) unless ``--set images=5120``; no crops while they are made.
+        - Ranges come from other made inputs; the authors train a generator for them alone, which is dropped afterwards.
+        - Fewer images (5,120 in the paper) unless ``--set hard_images=5120``; no crops while they are made.
         - The divergence weighs 1, and attention what it weighs relative to it in the paper: a common factor is
           nothing to Adam.
         - The radius of the perturbation is in standard deviations of the inputs, so that it means the same for bytes.
-        - With ``--data``, those samples are used and no images are made.
+        - With ``--data``, ranges come from those samples.
 
     Attributes:
-        images: How many images are made.
+        hard_images: How many images are made to learn from.
         steps: Steps of the optimiser; 0: what ``--budget`` says.
         batch: Images in a step, each of which comes twice.
         attention: Weight of the distance between channel attentions.
@@ -51,13 +50,11 @@ class Hast:
         step_rate: Rate of steps; 0 keeps the calibrated ones.
         observer: How the first range follows from the statistics of an activation.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        samples: How many samples to learn from, at most.
-        cache_mib: Memory for them; what is more goes to a file.
+        images: How many inputs are made for the first ranges; 0: the usual number.
+        cache_mib: Memory for the images; what is more goes to a file.
     """
 
-    synthesis: ClassVar[str] = "hast"
-
-    images: int = 512
+    hard_images: int = 256
     steps: int = 0
     batch: int = 32
     attention: float = 100.0
@@ -69,11 +66,11 @@ class Hast:
     step_rate: float = 1e-4
     observer: str = "mse"
     weight_ranges: str = "mse"
-    samples: int = 5120
+    images: int = 0
     cache_mib: int = 1024
 
     def run(self, job: Job) -> None:
-        """Quantize the job's model on images that were made before."""
+        """Quantize the job's model."""
         start = Start(
             self.steps,
             self.batch,
@@ -83,14 +80,14 @@ class Hast:
             self.observer,
             self.weight_ranges,
         )
-        zero_shot = ZeroShot(job, start, classes=True, statistics=False)
+        zero_shot = ZeroShot(job, start, classes=True, statistics=True, made=("hast", self.hard_images))
         features = zero_shot.branches
         prediction = distillation(zero_shot.outputs, self.temperature)
 
         def loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
             return prediction(student, teacher) + self.attention * attention_gap(student, teacher, features)
 
-        with zero_shot.samples(self.samples, self.cache_mib) as batches:
+        with zero_shot.samples(self.cache_mib) as batches:
             if self.crop < 1:
                 batches = cropped(batches, zero_shot.network.axes, self.crop, job.settings.seed)
             if self.perturbation:

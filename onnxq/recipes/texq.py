@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from onnxq.job import Job
 from onnxq.learning.augmentation import mixed
@@ -18,9 +17,10 @@ from onnxq.synthesis.terms import deep_from
 class TexQ:
     """Fine-tuning on images of a generator that is led by calibration images of every class; no data is needed.
 
-    1. Make calibration images: cross-entropy of their class, loose statistics in shallow layers and tight ones in deep
-       layers, and no texture element that outweighs or misses.
-    2. Quantize with ranges from these images; keep each class's statistics in the deep layers as its center.
+    1. Quantize with ranges from inputs that were made before.
+    2. Make calibration images: cross-entropy of their class, loose statistics in shallow layers and tight ones in deep
+       layers, and no texture element that outweighs or misses. Each class's statistics in the deep layers are its
+       center.
     3. In every step the generator makes images for drawn classes, and learns: their cross-entropy, the distance to
        what BatchNormalization remembers, and to the center of each image's class.
     4. The student learns the float network's prediction of these images and of mixtures of their pairs.
@@ -34,11 +34,11 @@ class TexQ:
 
     Departures: those of the recipe ``gdfq``, and
         - Classes without a calibration image have no center and no term; there are fewer images than classes for
-          ImageNet unless ``--set images=1000`` says otherwise.
+          ImageNet unless ``--set class_images=1000`` says otherwise.
         - A class is what the float network takes an image for.
 
     Attributes:
-        images: How many calibration images are made, of all classes in turn.
+        class_images: How many calibration images are made, of all classes in turn.
         steps: Steps of the optimiser; 0: what ``--budget`` says.
         batch: Images of the generator in a step.
         statistics: Weight of the distance to remembered statistics in the generator's loss.
@@ -51,12 +51,10 @@ class TexQ:
         step_rate: Rate of steps; 0 keeps the calibrated ones.
         observer: How the first range follows from the statistics of an activation.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        samples: How many calibration images to take, at most.
+        images: How many inputs are made for the first ranges; 0: the usual number.
     """
 
-    synthesis: ClassVar[str] = "texq"
-
-    images: int = 128
+    class_images: int = 128
     steps: int = 0
     batch: int = 32
     statistics: float = 0.4
@@ -69,7 +67,7 @@ class TexQ:
     step_rate: float = 1e-4
     observer: str = "mse"
     weight_ranges: str = "mse"
-    samples: int = 1024
+    images: int = 0
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
@@ -82,8 +80,8 @@ class TexQ:
             self.observer,
             self.weight_ranges,
         )
-        zero_shot = ZeroShot(job, start, classes=True, statistics=True)
-        centers = zero_shot.centers(self.samples)
+        zero_shot = ZeroShot(job, start, classes=True, statistics=True, made=("texq", self.class_images))
+        centers = zero_shot.centers()
         terms: list[tuple[float, GameTerm]] = [
             (1.0, zero_shot.classes()),
             (self.statistics, zero_shot.statistics()),
