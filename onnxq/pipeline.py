@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnxq
 from onnxq import model as models
 from onnxq import recipes, targets
+from onnxq.calibration import observers, side_car
 from onnxq.calibration.data import Source
 from onnxq.calibration.noise import Noise
 from onnxq.check import Check, bare_float_run, check
@@ -78,7 +79,7 @@ def quantize(
         output: Where to write the result; ``None`` writes nothing.
         settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
             ``activations``, ``first_last``, ``samples``, ``exclude``, ``seed``, ``device``, ``workers``, ``ray``,
-            ``knobs``, ``preprocess``;
+            ``synthesis``, ``statistics``, ``budget``, ``knobs``, ``preprocess``;
             for a denoiser without data ``scheduler``, ``steps``, ``guidance``, ``conditions``.
         progress: Where to say what is being done; by default nowhere.
         **options: The fields of :class:`Settings`.
@@ -102,6 +103,8 @@ def quantize(
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
         models.check_float(loaded)
+        if settings.statistics is not None:
+            side_car.attach(loaded, Path(settings.statistics))
     learns = any(hasattr(recipe, knob) for knob in ("samples", "sensitivity_samples", "images"))
     reads_data = scheme.activations.enabled or learns or getattr(recipe, "bias_correction", False)
     kept = None if output is None else checkpoint_folder(Path(output), "inputs")
@@ -157,9 +160,9 @@ def checkpoint_folder(output: Path, of: str = "checkpoint") -> Path:
 
 
 def _with_range_rule(recipe: Recipe, source: Source, given: Mapping[str, Any]) -> Recipe:
-    """The recipe with the range rule that suits the samples, unless the user or the recipe's entry names one."""
+    """The recipe with the range rule that suits the samples, unless the user or the recipe names another one."""
     rule = getattr(source, "observer", None)
-    if rule is None or "observer" in given or not hasattr(recipe, "observer"):
+    if rule is None or "observer" in given or getattr(recipe, "observer", None) != observers.DEFAULT:
         return recipe
     changed: Recipe = dataclasses.replace(recipe, observer=rule)  # type: ignore[type-var]
     return changed

@@ -302,6 +302,8 @@ OBSERVERS: dict[str, Observer] = {
     "power": power,
 }
 
+DEFAULT = "robust"
+
 
 def get(name: str) -> Observer:
     """The range rule of that name."""
