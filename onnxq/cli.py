@@ -18,6 +18,7 @@ from onnxq.commands import (
     quantize,
     recipes,
     sample,
+    statistics,
     strip,
     synthesize,
     trajectories,
@@ -36,7 +37,8 @@ app = typer.Typer(
 
 for command in (
     quantize.quantize, compare.compare, analyze.analyze, lint.lint, build.build, strip.strip, recipes.recipes,
-    export.export, synthesize.synthesize, trajectories.trajectories, sample.sample, view.view, doctor.doctor,
+    export.export, synthesize.synthesize, statistics.statistics, trajectories.trajectories, sample.sample, view.view,
+    doctor.doctor,
 ):  # fmt: skip
     app.command()(command)
 

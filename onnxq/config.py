@@ -44,7 +44,8 @@ class Settings(BaseModel):
     steps: int | None = Field(default=None, ge=1)
     guidance: float = Field(default=1.0, allow_inf_nan=False)
     conditions: str | None = None
-    synthesis: Literal["auto", "noise", "pixels", "zeroq", "dsg", "genie", "psaq-vit"] = "auto"
+    synthesis: Literal["auto", "noise", "pixels", "zeroq", "dsg", "genie", "hast", "texq", "psaq-vit"] = "auto"
+    statistics: str | None = None
     budget: Literal["quick", "default", "paper"] = "default"
     device: Literal["cpu", "cuda"] = "cpu"
     workers: int = Field(default=1, ge=1, le=1024)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnxq import model as models
 from onnxq.calibration.data import InputSpec, Preprocessing, Source, input_specs, open_source
 from onnxq.calibration.noise import Noise
+from onnxq.calibration.side_car import attached
 from onnxq.config import Settings
 from onnxq.progress import Progress
 
@@ -80,9 +81,11 @@ def _made_up(
 ) -> tuple[Source, list[str]]:
     """Inputs made from the model: by the method that was asked for, the recipe's own, or what suits the model."""
     asked = settings.synthesis if settings.synthesis != "auto" else getattr(recipe, "synthesis", "auto")
-    has_statistics = any(node.op_type == "BatchNormalization" for node in model.graph)
+    has_statistics = any(node.op_type == "BatchNormalization" for node in model.graph) or bool(attached(model))
     reason = (
-        "as asked for" if asked == "noise" else "a model exported with its BatchNormalization nodes would tell more"
+        "as asked for"
+        if asked == "noise"
+        else "a model exported with its BatchNormalization nodes, or --statistics, would tell more"
     )
     if asked not in ("noise", "auto") or (
         asked == "auto" and (has_statistics or models.kind_of(model) is models.Kind.TRANSFORMER)

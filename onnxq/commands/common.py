@@ -82,6 +82,18 @@ SequenceLength = Annotated[
 ]
 
 
+StatisticsPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--statistics",
+        metavar="NPZ",
+        help="Statistics of the model's data, for a model without BatchNormalization (`onnxq statistics` records them "
+        "where the data is).",
+        show_default=False,
+    ),
+]
+
+
 def progress(quiet: bool) -> Progress:
     """What is being done, unless nothing is to be said."""
     from onnxq.progress import Progress

@@ -17,6 +17,7 @@ from onnxq.commands.common import (
     RayAddress,
     Scheduler,
     SequenceLength,
+    StatisticsPath,
     Steps,
     Tokenizer,
     WorkerCount,
@@ -84,6 +85,7 @@ def quantize(
             show_default="auto",
         ),
     ] = None,
+    statistics: StatisticsPath = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -132,6 +134,7 @@ def quantize(
         "exclude": tuple(exclude) if exclude else None,
         "seed": seed,
         "synthesis": synthesis,
+        "statistics": None if statistics is None else str(statistics),
         "budget": budget,
         "device": device,
         "workers": workers,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onnxq.commands.common import JsonPath, ModelPath, Quiet, check_destinations, progress, write_json
+from onnxq.commands.common import JsonPath, ModelPath, Quiet, StatisticsPath, check_destinations, progress, write_json
 
 if TYPE_CHECKING:
     from onnxq.synthesis.synthesize import Synthesised
@@ -31,6 +31,7 @@ def synthesize(
             "a transformer tells apart; needs no BatchNormalization."
         ),
     ] = "pixels",
+    statistics: StatisticsPath = None,
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", min=1, help="How many; 64, or 32 large ones.")
     ] = None,
@@ -49,6 +50,7 @@ def synthesize(
     import numpy as np
 
     from onnxq import model as models
+    from onnxq.calibration import side_car
     from onnxq.calibration.data import input_specs
     from onnxq.config import make_settings
     from onnxq.diffusion.comparison import write_grid
@@ -60,6 +62,8 @@ def synthesize(
     settings = make_settings({"budget": budget, "seed": seed, "device": device})
     get(method)
     loaded = models.load(model)
+    if statistics is not None:
+        side_car.attach(loaded, statistics)
     started = time.perf_counter()
     made = _load()(
         loaded,

@@ -97,7 +97,8 @@ class ZeroShot:
         if statistics and not self.network.layers:
             raise OnnxqError(
                 f"expected BatchNormalization nodes with constant statistics for {job.settings.recipe}, found none",
-                hint="export the model with them (torch.onnx.export: dynamo=True, optimize=False), or use --recipe zaq",
+                hint="export it with them (torch.onnx.export: dynamo=True, optimize=False), give --statistics, or use "
+                "--recipe zaq",
             )
         self.made = None if made is None else self._make(*made)
         job.prepare()

@@ -1,4 +1,4 @@
-"""What BatchNormalization remembers of the training data, and how far some inputs are from it."""
+"""What a model remembers of its data, in BatchNormalization or a side-car file, and how far inputs are from it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from onnxq import graph as graphs
+from onnxq.calibration.side_car import attached
 from onnxq.folding import array_of
 
 EPSILON = 1e-6
@@ -42,7 +43,7 @@ class Remembered:
 
 
 def remembered(model: ir.Model, device: str = "cpu") -> list[Remembered]:
-    """The statistics of every BatchNormalization in graph order; nothing where it was folded away."""
+    """The statistics of every BatchNormalization in graph order, then those of a side-car file; else nothing."""
     found = []
     for node in model.graph:
         if not graphs.is_op(node, "BatchNormalization") or len(node.inputs) < 5 or node.inputs[0] is None:
@@ -51,6 +52,9 @@ def remembered(model: ir.Model, device: str = "cpu") -> list[Remembered]:
             continue
         mean, variance = (torch.from_numpy(array_of(value).astype("float32")).to(device) for value in node.inputs[3:5])
         found.append(Remembered(node.inputs[0].name or "", mean, (variance + EPSILON).sqrt()))
+    for name, kinds in attached(model).items():
+        mean, deviation = (torch.from_numpy(array).to(device) for array in kinds)
+        found.append(Remembered(name, mean, (deviation.square() + EPSILON).sqrt()))
     return found
 
 

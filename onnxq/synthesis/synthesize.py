@@ -112,7 +112,7 @@ def _missing(model: ir.Model, method: Method) -> tuple[str, str] | None:
     if method.statistics and not remembered(model):
         return (
             "BatchNormalization nodes with constant statistics, which inputs are made from",
-            "export it with them (torch.onnx.export: dynamo=True, optimize=False), or give --data",
+            "export it with them (torch.onnx.export: dynamo=True, optimize=False), or give --statistics or --data",
         )
     if method.entropy and not attention_outputs(model):
         return "attention (Softmax → MatMul), whose patches are told apart", "use another --method, or give --data"
