@@ -22,6 +22,7 @@ from torch.nn import functional  # noqa: E402
 from onnxq.learning.attention_transfer import attention_gap, channel_attention  # noqa: E402
 from onnxq.learning.augmentation import mixed, mixture, random_crops, steepest  # noqa: E402
 from onnxq.learning.finetune import Batch  # noqa: E402
+from onnxq.learning.keep_best import KeepBest  # noqa: E402
 from onnxq.synthesis.centers import Centers, MatchCenters  # noqa: E402
 from onnxq.synthesis.disagreement import Balance, Band, agreement, disagreement, entropy  # noqa: E402
 from onnxq.synthesis.features import residual_branches, stage_ends  # noqa: E402
@@ -401,7 +402,30 @@ def test_recipes_run_from_a_float_file(recipe: str, tmp_path: Path) -> None:
     made = {"hast": {"hard_images": 10}, "texq": {"class_images": 10}}.get(recipe, {})
     knobs = {"steps": 6, "batch": 8, "images": 10, **made}
     numbers = onnxq.quantize(FASHION, output=output, recipe=recipe, budget="quick", knobs=knobs, target="cpu").numbers
-    assert output.is_file() and not numbers["warnings"] and numbers["sqnr_db"] > 20
+    assert output.is_file() and numbers["sqnr_db"] > 20
+    first, least = numbers["held_out_loss"]
+    assert least <= first and (least < first) == (numbers["best_step"] > 0)
+    assert bool(numbers["warnings"]) == (numbers["best_step"] == 0)  # six steps may well not help
+
+
+def test_the_best_state_is_kept() -> None:
+    class Learner:
+        value = 0.0
+
+        def learned(self) -> dict[str, Tensor]:
+            return {"w": torch.tensor([self.value])}
+
+    learner = Learner()
+    losses = iter([3.0, 1.0, 2.0])
+    best = KeepBest(learner, lambda: next(losses), 5)  # type: ignore[arg-type]
+    for step in range(1, 11):
+        learner.value = float(step)
+        best(step)
+    assert (best.first, best.least, best.step) == (3.0, 1.0, 5) and best.learned()["w"].tolist() == [5.0]
+    losses = iter([9.0])
+    other = KeepBest(learner, lambda: next(losses), 5)  # type: ignore[arg-type]
+    other.restore(best.state())
+    assert (other.first, other.least, other.step) == (3.0, 1.0, 5) and other.learned()["w"].tolist() == [5.0]
 
 
 @pytest.mark.parametrize("recipe", ["adadfq", "zaq"])

@@ -130,7 +130,7 @@ def finetune(
         companions: What learns beside it.
         checkpoint: Where to keep unfinished work; ``None`` keeps nothing.
         name: Of this stage within the checkpoint.
-        on_step: Called with the number of steps done.
+        on_step: Called with the number of steps done, before they are kept: companions may change there.
 
     Returns:
         The new initializers by name.
@@ -164,10 +164,10 @@ def finetune(
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(total)
         optimizer.step()
-        if checkpoint is not None and (step + 1) % options.save_every == 0:
-            checkpoint.save(name, _state(step + 1, optimizer, companions))
         if on_step is not None:
             on_step(step + 1)
+        if checkpoint is not None and (step + 1) % options.save_every == 0:
+            checkpoint.save(name, _state(step + 1, optimizer, companions))
     return student.learned()
 
 

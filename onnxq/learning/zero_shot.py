@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,8 @@ from onnxq.learning.cache import ActivationCache
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
 from onnxq.learning.distillation import sampled
 from onnxq.learning.finetune import Batches, Companion, FineTuning, Term, finetune
-from onnxq.learning.losses import Loss, compared_outputs
+from onnxq.learning.keep_best import KeepBest
+from onnxq.learning.losses import Loss, compared_outputs, distillation
 from onnxq.learning.student import Student
 from onnxq.learning.walk import FLOAT, ROWS, Walk
 from onnxq.synthesis.centers import Centers
@@ -35,6 +37,8 @@ from onnxq.synthesis.terms import MatchStatistics, PredictClasses
 STEPS = {"quick": 200, "default": 1000, "paper": 80000}
 WARM_UP = {"quick": 100, "default": 400, "paper": 800}  # moves of the generator alone
 SAVE_EVERY = 200  # steps between two checkpoints
+LOOKS = 10  # at the student on its way
+JUDGED = 64  # samples
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ class ZeroShot:
         companions: Sequence[Companion] = (),
         knobs: object = None,
     ) -> None:
-        """Train the student and write the job's model.
+        """Train the student and write the job's model as it was when calibration inputs were predicted best.
 
         Args:
             batches: Where it learns.
@@ -254,20 +258,51 @@ class ZeroShot:
             self.steps, start.batch, start.optimizer, start.weight_rate, start.step_rate, save_every=SAVE_EVERY
         )
         key = fingerprint(job.model, "zero-shot", options, knobs, job.settings.seed)
+        best = KeepBest(self.student, self._judge(), self.steps // LOOKS)
         with job.progress.stage("learn", "Fine-tuning", self.steps, "steps") as advance:
-            learned = finetune(
+
+            def on_step(step: int) -> None:
+                best(step)
+                advance(step)
+
+            finetune(
                 self.student,
                 batches,
                 [*self.outputs, *features],
                 loss,
                 options,
                 terms=terms,
-                companions=companions,
+                companions=[*companions, best],
                 checkpoint=Checkpoint(job.checkpoint, key),
-                on_step=advance,
+                on_step=on_step,
             )
-        found_quantizers.store(self.graph, learned)
+        found_quantizers.store(self.graph, best.learned())
+        job.measurements |= {"held_out_loss": [best.first, best.least], "best_step": best.step}
+        if best.step == 0:
+            job.warnings.append(
+                "fine-tuning did not help: on calibration inputs the network was best before the first step, and is "
+                "what nearest rounding makes of it"
+            )
         job.lower()
+
+    def _judge(self) -> Callable[[], float]:
+        """The loss on calibration inputs, which no student of a game learns from."""
+        loss = distillation(self.outputs)
+        kept = []
+        for batch in batches_of(self.job.source, self.job.specs, batch_size=ROWS, samples=JUDGED):
+            given = {
+                name: torch.from_numpy(array).to(self.graph.device)
+                for name, array in inputs_of(batch, self.job.specs).items()
+            }
+            with torch.no_grad():
+                kept.append((given, self.student.teach(given, self.outputs)))
+
+        def judge() -> float:
+            with torch.no_grad():
+                return float(np.mean([float(loss(self.student.run(given, self.outputs), wanted))
+                                      for given, wanted in kept]))  # fmt: skip
+
+        return judge
 
 
 def labelled(loss: Loss, game: Game, logits: str, weight: float) -> Loss:

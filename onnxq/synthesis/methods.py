@@ -34,6 +34,7 @@ class Method:
         small: What differs for images below 64 pixels a side.
         jitter: Whether pixels are seen through random shifts and flips.
         noise: The part of the inputs that stays noise, at the end: it reaches what made images leave out.
+        smooth: Whether pixels start smooth, as pictures are, and not white.
         observer: The range rule that suits the inputs. Made ones have lighter tails than real data: a clip at what
             they seldom reach would cut off what real data needs.
     """
@@ -59,7 +60,8 @@ class Method:
     small: Mapping[str, float] = field(default_factory=dict)
     jitter: bool = False
     noise: float = 0.0
-    observer: str = "minmax"
+    smooth: bool = False
+    observer: str = "widened"
 
 
 METHODS = {
@@ -71,7 +73,11 @@ METHODS = {
         emphasis=1.0,
     ),
     "pixels": Method(
-        "pixels whose batch matches BatchNorm statistics as a whole", rate=0.1, per_sample=False, mean_of_channels=True
+        "pixels whose batch matches BatchNorm statistics as a whole",
+        rate=0.1,
+        per_sample=False,
+        mean_of_channels=True,
+        smooth=True,
     ),
     "genie": Method(
         "a generator and its codes, learned for each batch, with swing convolutions (GENIE-D, arXiv 2212.04780)",

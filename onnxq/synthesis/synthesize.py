@@ -20,6 +20,7 @@ from onnxq.progress import Progress
 from onnxq.synthesis.attention import PatchEntropy, attention_outputs
 from onnxq.synthesis.methods import Method, get
 from onnxq.synthesis.network import Network
+from onnxq.synthesis.scale import smooth_noise
 from onnxq.synthesis.statistics import distance, remembered
 from onnxq.synthesis.swing import swing
 from onnxq.synthesis.terms import (
@@ -71,7 +72,7 @@ class Synthesised:
     entropy: float | None
     noise_entropy: float | None
     losses: list[list[float]]
-    observer: str = "minmax"
+    observer: str = "widened"
 
     @property
     def description(self) -> str:
@@ -185,6 +186,10 @@ def synthesise(
     )
 
 
+def _normal(shape: Sequence[int], source: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=source)
+
+
 def _batches(count: int, size: int) -> list[int]:
     """Batches of nearly one size, none of them larger than ``size``."""
     number = -(-count // size)
@@ -260,7 +265,8 @@ class _Maker:
         if self.recipe.generator and len(self.shape) == 3 and min(self.shape[1:]) >= 4:
             channels, height, width = self.shape
             return Generator(size, (channels, height, width), source, steps=steps, device=device)
-        start = torch.randn(size, *self.shape, generator=source).to(device)
+        draw = smooth_noise if self.recipe.smooth else _normal
+        start = draw((size, *self.shape), source).to(device)
         if self.recipe.jitter:
             return JitteredPixels(start, self.recipe.rate, steps, BOUNDS, source)
         return Pixels(start, self.recipe.rate, patience=max(5, steps // 5))
