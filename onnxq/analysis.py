@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxq import graph as graphs
 from onnxq import model as models
-from onnxq import sensitivity, targets
+from onnxq import targets
 from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.config import Settings
 from onnxq.errors import OnnxqError
@@ -22,6 +22,8 @@ from onnxq.job import Job
 from onnxq.progress import Progress
 from onnxq.report.metrics import json_safe
 from onnxq.runtime import Session
+from onnxq.sensitivity import ErrorPower, Probe, judged_samples
+from onnxq.switchboard import Layer, Search, activations_of, layers_of
 
 Array = np.ndarray[Any, Any]
 
@@ -120,7 +122,7 @@ def analyze(
     job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings)
     job.prepare()
     placement = job.place(loaded.graph)
-    layers = sensitivity.layers_of(loaded.graph, lambda node: scheme, placement.left_float)
+    layers = layers_of(loaded.graph, lambda node: scheme, placement.left_float)
     if not layers:
         raise OnnxqError(
             f"expected layers that {target.name} can quantize in {path.name}, found none",
@@ -143,46 +145,49 @@ def analyze(
 class _Study:
     """The float model with its statistics, and what is asked of it."""
 
-    def __init__(self, job: Job, layers: list[sensitivity.Layer]) -> None:
+    def __init__(self, job: Job, layers: list[Layer]) -> None:
         self.job = job
         self.nodes = {item.node.name or "": item for item in graphs.weighted_nodes(job.model.graph)}
         self.samples = min(len(job.source), job.settings.samples or len(job.source))
-        taps = sensitivity.activations_of(job.model.graph, layers)
+        taps = activations_of(job.model.graph, layers)
         inputs = {spec.name for spec in job.specs}
         session = Session(job.model, taps=[name for name in taps if name not in inputs], device=job.settings.device)
         with job.progress.stage("calibrate", "Calibrating", self.samples) as advance:
             recording = calibrate.record(session, taps, job.source, job.specs, samples=self.samples, on_batch=advance)
-        self.statistics = recording.statistics
-        self.judged = sensitivity.judged_samples(session, job.source, job.specs, JUDGED_ROWS)
+        judged = judged_samples(session, job.source, job.specs, JUDGED_ROWS)
+        self.probe = Probe(
+            job.model,
+            judged,
+            recording.statistics,
+            job.specs,
+            observers.get("robust"),
+            device=job.settings.device,
+        )
 
-    def alone(
-        self, layers: Sequence[sensitivity.Layer], search: sensitivity.Search | None, message: str
-    ) -> dict[str, sensitivity.ErrorPower]:
+    def alone(self, layers: Sequence[Layer], search: Search | None, message: str) -> dict[str, ErrorPower]:
         """The error of each layer alone."""
         with self.job.progress.stage("analyze", message, len(layers), unit="layers") as advance:
-            return self._board(layers, search).isolated(self.judged, advance)
+            return replace(self.probe, search=search).errors_alone(layers, advance)
 
-    def without(self, layers: Sequence[sensitivity.Layer], left_out: Sequence[str]) -> list[float]:
+    def without(self, layers: Sequence[Layer], left_out: Sequence[str]) -> list[float]:
         """SQNR of the worst step with the first 0, 1, 2, … of some layers in float."""
         with self.job.progress.stage("analyze", "Leaving layers out"):
-            board = self._board(layers, None)
+            board = self.probe.board(layers)
             counts = range(len(left_out) + 1)
-            return [board.error(self.judged, set(board.layers) - set(left_out[:count])).worst_db for count in counts]
+            return [self.probe.error(board, set(board.layers) - set(left_out[:count])).worst_db for count in counts]
 
-    def weights_alone(self, layers: Sequence[sensitivity.Layer], text: str) -> dict[str, sensitivity.ErrorPower]:
+    def weights_alone(self, layers: Sequence[Layer], text: str) -> dict[str, ErrorPower]:
         """The error of each weight alone in another format."""
         scheme = self.job.target.scheme(text, "float")
-        having = [
-            sensitivity.Layer(layer.name, scheme) for layer in layers if self.nodes[layer.name].weight_index is not None
-        ]
+        having = [Layer(layer.name, scheme) for layer in layers if self.nodes[layer.name].weight_index is not None]
         return self.alone(having, weight_ranges.get("mse"), f"Weights in {text}")
 
-    def layer(self, name: str, power: sensitivity.ErrorPower, narrow_db: dict[str, float]) -> LayerAnalysis:
+    def layer(self, name: str, power: ErrorPower, narrow_db: dict[str, float]) -> LayerAnalysis:
         """What was found of a layer."""
         item, steps = self.nodes[name], power.by_step_db
         worst = min(steps, key=lambda step: steps[step]) if len(steps) > 1 else None
         sizes = () if item.weight is None else item.weight.shape or ()
-        seen = self.statistics[item.activation.name or ""]
+        seen = self.probe.statistics[item.activation.name or ""]
         return LayerAnalysis(
             name=name,
             op=item.node.op_type,
@@ -193,17 +198,6 @@ class _Study:
             low=float(seen.low),
             high=float(seen.high),
             narrow_db=narrow_db,
-        )
-
-    def _board(self, layers: Sequence[sensitivity.Layer], search: sensitivity.Search | None) -> sensitivity.Switchboard:
-        return sensitivity.Switchboard(
-            self.job.model,
-            layers,
-            self.statistics,
-            self.job.specs,
-            observer=observers.get("robust"),
-            search=search,
-            device=self.job.settings.device,
         )
 
 

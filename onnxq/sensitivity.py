@@ -1,30 +1,30 @@
-"""How much each layer loses alone when it is quantized, over all samples and in each step of a sampler."""
+"""What each layer costs at the output when it alone is quantized: the error's power, by sampler step, or ZeroQ's Ω.
+
+Source of the latter: Y. Cai et al., ZeroQ, CVPR 2020 (arXiv 2001.00281), equation 5: Ω_i(k) = mean of
+KL(float ‖ only layer i at k bits). Departures: activations are measured like weights, in the width of the value that
+the layer reads; outputs that are no logits count with their relative squared error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxq import graph as graphs
-from onnxq.calibration import calibrate
 from onnxq.calibration.data import STEP_KEY, InputSpec, Source, Spread, batches, inputs_of
 from onnxq.calibration.observers import Observer, Statistics
-from onnxq.formats import NumberFormat
-from onnxq.passes.insert_qdq import InsertQDQ
-from onnxq.passes.lower_weights import LowerWeights
+from onnxq.errors import OnnxqError
+from onnxq.learning.outputs import Compared, difference
 from onnxq.runtime import Session
-from onnxq.scheme import Scheme, Spec
-from onnxq.targets import Site
+from onnxq.scheme import Scheme
+from onnxq.switchboard import Layer, Search, Switchboard
 
 Array = np.ndarray[Any, Any]
-Search = Callable[[Array, NumberFormat, bool], tuple[Array, Array]]
 
 BATCH = 16
-SWITCH = "onnxq_switch_"
 
 
 @dataclass
@@ -68,19 +68,6 @@ def _db(signal: float, error: float) -> float:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer, and the formats of what it reads.
-
-    Attributes:
-        name: The node's name.
-        scheme: Formats of its weight and of its activations.
-    """
-
-    name: str
-    scheme: Scheme
-
-
-@dataclass(frozen=True)
 class Judged:
     """A batch of samples with the float model's outputs.
 
@@ -95,67 +82,6 @@ class Judged:
     steps: Array
     expected: list[Array]
     labels: Array | None = None
-
-
-class Switchboard:
-    """A model in which the quantization of every layer has a switch.
-
-    Each layer reads quantized and float values through a Where of its own, so that one session answers what any set
-    of layers costs.
-
-    Args:
-        model: A float model after the target's rewrites; it is not changed.
-        layers: The layers that get a switch.
-        statistics: Of every activation in :func:`activations_of`, by name.
-        specs: The model's inputs.
-        observer: How a range follows from the statistics of an activation.
-        search: How a range follows from the weights; ``None``: their extremes.
-        device: ``cpu`` or ``cuda``.
-    """
-
-    def __init__(
-        self,
-        model: ir.Model,
-        layers: Sequence[Layer],
-        statistics: dict[str, Statistics],
-        specs: Sequence[InputSpec],
-        *,
-        observer: Observer,
-        search: Search | None = None,
-        device: str = "cpu",
-    ) -> None:
-        self.layers = [layer.name for layer in layers]
-        copy = model.clone()
-        sites = _sites(copy.graph, layers)
-        InsertQDQ(sites)(copy)
-        calibrate.set_activation_scales(copy, statistics, observer)
-        calibrate.set_weight_scales(copy, search)
-        self._switches = _add_switches(copy.graph, sites)
-        LowerWeights()(copy)
-        self._session = Session(copy, optimize=not graphs.holds_float8(copy.graph), device=device)
-        self._specs = list(specs)
-        self._off = {name: np.asarray(False) for name in self._switches.values()}
-
-    def run(self, feed: Mapping[str, Array], on: Iterable[str]) -> list[Array]:
-        """The model's outputs when the named layers are quantized."""
-        switches = self._off | {self._switches[name]: np.asarray(True) for name in on if name in self._switches}
-        return self._session.run({**feed, **switches})
-
-    def error(self, samples: Sequence[Judged], on: Iterable[str]) -> ErrorPower:
-        """The error at the output when the named layers are quantized."""
-        names = list(on)
-        return error_power(lambda feed: self.run(feed, names), samples)
-
-    def isolated(
-        self, samples: Sequence[Judged], on_layer: Callable[[int], None] | None = None
-    ) -> dict[str, ErrorPower]:
-        """The error at the output when one layer alone is quantized, by its name."""
-        found = {}
-        for index, name in enumerate(self.layers):
-            found[name] = self.error(samples, [name])
-            if on_layer is not None:
-                on_layer(index + 1)
-        return found
 
 
 def judged_samples(
@@ -178,58 +104,118 @@ def error_power(run: Callable[[dict[str, Array]], list[Array]], samples: Sequenc
     return power
 
 
-def activations_of(graph: ir.Graph, layers: Sequence[Layer]) -> list[str]:
-    """Names of the activations that the layers read, whose statistics a :class:`Switchboard` needs."""
-    return sorted({site.value.name or "" for site in _sites(graph, layers) if not graphs.is_constant(site.value)})
+@dataclass(frozen=True)
+class Probe:
+    """All that measuring needs, once for every choice of formats.
+
+    Attributes:
+        model: The float model after the target's rewrites.
+        samples: Inputs with the float model's outputs.
+        statistics: Of the activations that are quantized (:func:`onnxq.switchboard.activations_of`), by name.
+        specs: The model's inputs.
+        observer: How a range follows from the statistics of an activation.
+        search: How a range follows from weights; ``None``: their extremes.
+        device: ``cpu`` or ``cuda``.
+        outputs: Which outputs :meth:`distance` compares, and in what measure.
+        output_names: The names of the outputs in ``samples``, in order.
+    """
+
+    model: ir.Model
+    samples: Sequence[Judged]
+    statistics: dict[str, Statistics]
+    specs: Sequence[InputSpec]
+    observer: Observer
+    search: Search | None = None
+    device: str = "cpu"
+    outputs: Sequence[Compared] = ()
+    output_names: Sequence[str] = ()
+
+    def board(self, layers: Iterable[Layer]) -> Switchboard:
+        """The model with a switch for each layer's quantization."""
+        return Switchboard(
+            self.model,
+            list(layers),
+            self.statistics,
+            self.specs,
+            observer=self.observer,
+            search=self.search,
+            device=self.device,
+        )
+
+    def error(self, board: Switchboard, on: Collection[str]) -> ErrorPower:
+        """The error at the outputs when the named layers are quantized."""
+        return error_power(lambda feed: board.run(feed, on), self.samples)
+
+    def errors_alone(
+        self, layers: Sequence[Layer], on_layer: Callable[[int], None] | None = None
+    ) -> dict[str, ErrorPower]:
+        """The error at the outputs when one layer alone is quantized, by its name."""
+        board, found = self.board(layers), {}
+        for index, layer in enumerate(layers):
+            found[layer.name] = self.error(board, [layer.name])
+            if on_layer is not None:
+                on_layer(index + 1)
+        return found
+
+    def distance(self, board: Switchboard, on: Collection[str]) -> float:
+        """How far the outputs are from the float model's when the named layers are quantized."""
+        total, rows = 0.0, 0
+        for sample in self.samples:
+            found = dict(zip(self.output_names, board.run(sample.feed, on), strict=False))
+            expected = dict(zip(self.output_names, sample.expected, strict=True))
+            batch = len(next(iter(sample.feed.values())))
+            total += batch * sum(difference(item, expected[item.output], found[item.output]) for item in self.outputs)
+            rows += batch
+        return total / max(rows, 1)
 
 
-def layers_of(graph: ir.Graph, scheme_of: Callable[[ir.Node], Scheme], left_float: Mapping[str, str]) -> list[Layer]:
-    """The layers that a target would quantize: products whose name is not among those left in float."""
-    return [
-        Layer(item.node.name or "", scheme_of(item.node))
-        for item in graphs.weighted_nodes(graph)
-        if (item.node.name or "") not in left_float
-    ]
+def alone(
+    probe: Probe, groups: Mapping[str, Mapping[str, Scheme]], on_group: Callable[[int], None] | None = None
+) -> dict[str, float]:
+    """Ω of each group of layers: the distance when these layers alone have their schemes.
+
+    Args:
+        probe: What to measure with.
+        groups: The schemes of layers by node name, by the group's name; a layer that shares no weight is a group.
+        on_group: Called with the number of groups done.
+    """
+    board = probe.board(Layer(name, scheme) for schemes in groups.values() for name, scheme in schemes.items())
+    found = {}
+    for index, (name, schemes) in enumerate(groups.items()):
+        found[name] = probe.distance(board, list(schemes))
+        if on_group is not None:
+            on_group(index + 1)
+    return found
 
 
-def _sites(graph: ir.Graph, layers: Sequence[Layer]) -> list[Site]:
-    schemes = {layer.name: layer.scheme for layer in layers}
-    sites = []
-    for item in graphs.weighted_nodes(graph):
-        scheme = schemes.get(item.node.name or "")
-        if scheme is None:
-            continue
-        for index, value in enumerate(item.node.inputs[:2]):
-            if value is None or not graphs.is_float(value):
-                continue
-            if graphs.is_constant(value):
-                axes = {"tensor": None, "channel": item.channel_axis, "block": item.reduction_axis}
-                sites += _site(item.node, index, value, scheme.weights, axes[scheme.weights.granularity])
-            else:
-                sites += _site(item.node, index, value, scheme.activations, None)
-    return sites
+def together(probe: Probe, schemes: Mapping[str, Scheme]) -> float:
+    """The distance when all layers have their schemes: what the sum over :func:`alone` predicts."""
+    return probe.distance(_board(probe, schemes), list(schemes))
 
 
-def _site(node: ir.Node, index: int, value: ir.Value, spec: Spec, axis: int | None) -> list[Site]:
-    return [Site(value, ((node, index),), spec, axis)] if spec.enabled else []
+def points_lost(probe: Probe, schemes: Mapping[str, Scheme]) -> float:
+    """Points of top-1 lost when all layers have their schemes; without labels, answers that change, in percent.
+
+    Raises:
+        OnnxqError: no output is logits.
+    """
+    judged = next((item for item in probe.outputs if item.kind == "kl"), None)
+    if judged is None:
+        raise OnnxqError(
+            "expected a classifier or a language model for max_drop, found no logits among the outputs",
+            hint="give a budget instead: --set budget_bits=5",
+        )
+    board = _board(probe, schemes)
+    lost, rows = 0.0, 0
+    for sample in probe.samples:
+        found = dict(zip(probe.output_names, board.run(sample.feed, list(schemes)), strict=False))
+        expected = dict(zip(probe.output_names, sample.expected, strict=True))
+        before, after = (part[judged.output].argmax(axis=-1) for part in (expected, found))
+        right = before if sample.labels is None or sample.labels.shape != before.shape else sample.labels
+        lost += float(np.sum(before == right)) - float(np.sum(after == right))
+        rows += before.size
+    return 100 * lost / max(rows, 1)
 
 
-def _add_switches(graph: ir.Graph, sites: Sequence[Site]) -> dict[str, str]:
-    """Put a Where behind each pair; the names of the switches by the names of the layers."""
-    switches: dict[str, ir.Value] = {}
-    for site in sites:
-        node, index = site.uses[0]
-        name = node.name or ""
-        if name not in switches:
-            switch = ir.Value(name=f"{SWITCH}{len(switches)}", shape=ir.Shape(()), type=ir.TensorType(ir.DataType.BOOL))
-            graph.inputs.append(switch)
-            switches[name] = switch
-        dequantized = node.inputs[index]
-        assert dequantized is not None
-        tape = ir.tape.Tape()
-        chosen = tape.op("Where", [switches[name], dequantized, site.value])
-        chosen.name, chosen.type, chosen.shape = f"{dequantized.name}_or_not", site.value.type, site.value.shape
-        tape.nodes[0].name = f"{dequantized.name}_where"
-        graph.insert_before(node, tape.nodes)
-        node.replace_input_with(index, chosen)
-    return {name: switch.name or "" for name, switch in switches.items()}
+def _board(probe: Probe, schemes: Mapping[str, Scheme]) -> Switchboard:
+    return probe.board(Layer(name, scheme) for name, scheme in schemes.items())

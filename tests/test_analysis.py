@@ -11,12 +11,13 @@ from conftest import MODELS, add_weights
 from typer.testing import CliRunner
 
 import onnxq
-from onnxq import analysis, sensitivity, targets
+from onnxq import analysis, switchboard, targets
 from onnxq import model as models
 from onnxq.calibration import calibrate, observers
 from onnxq.calibration.data import Spread, input_specs, open_source
 from onnxq.cli import app
 from onnxq.runtime import Session
+from onnxq.sensitivity import Probe, judged_samples
 
 FASHION = (MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibration.npz")
 
@@ -62,15 +63,16 @@ def test_switches_off_are_the_float_model_and_on_the_quantized_one() -> None:
     target.prepare(loaded)
     specs, source = input_specs(loaded), open_source(FASHION[1], input_specs(loaded))
     scheme = target.scheme(None, None)
-    layers = sensitivity.layers_of(loaded.graph, lambda node: scheme, target.place(loaded.graph, scheme).left_float)
-    taps = sensitivity.activations_of(loaded.graph, layers)
+    layers = switchboard.layers_of(loaded.graph, lambda node: scheme, target.place(loaded.graph, scheme).left_float)
+    taps = switchboard.activations_of(loaded.graph, layers)
     session = Session(loaded, taps=[name for name in taps if name != "x"])
     statistics = calibrate.record(session, taps, source, specs, samples=32).statistics
-    board = sensitivity.Switchboard(loaded, layers, statistics, specs, observer=observers.get("minmax"))
-    judged = sensitivity.judged_samples(session, source, specs, 16)
-    assert board.error(judged, []).db > 90
-    alone = board.isolated(judged)
-    together = board.error(judged, board.layers)
+    judged = judged_samples(session, source, specs, 16)
+    probe = Probe(loaded, judged, statistics, specs, observers.get("minmax"))
+    board = probe.board(layers)
+    assert probe.error(board, []).db > 90
+    alone = probe.errors_alone(layers)
+    together = probe.error(board, board.layers)
     errors = [sum(power.error.values()) for power in alone.values()]
     assert max(errors) < sum(together.error.values()) < 4 * sum(errors)
 

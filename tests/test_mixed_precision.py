@@ -14,8 +14,7 @@ import onnxq
 from onnxq import OnnxqError
 from onnxq.learning import mixed_precision
 from onnxq.learning.mixed_precision import Choice, allocate, pareto_front
-from onnxq.learning.outputs import Compared
-from onnxq.learning.sensitivity import difference
+from onnxq.learning.outputs import Compared, difference
 
 FASHION = (MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibration.npz")
 QUICK = {"sensitivity_samples": 8, "weight_bits": "2,4,8"}

@@ -20,17 +20,8 @@ from onnxq.job import Job
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.lower_weights import LowerWeights
 from onnxq.runtime import Session
-from onnxq.sensitivity import (
-    ErrorPower,
-    Judged,
-    Layer,
-    Search,
-    Switchboard,
-    activations_of,
-    error_power,
-    judged_samples,
-    layers_of,
-)
+from onnxq.sensitivity import ErrorPower, Judged, Probe, error_power, judged_samples
+from onnxq.switchboard import Layer, Search, activations_of, layers_of
 from onnxq.targets import Placement
 from onnxq.targets.placement import schemes_of
 
@@ -113,17 +104,10 @@ class _Search:
 
     def rank(self, steps: list[int]) -> None:
         """Order the layers by their own error in these steps, largest first."""
-        board = Switchboard(
-            self.job.model,
-            self.layers,
-            self.statistics,
-            self.job.specs,
-            observer=self.observer,
-            search=self.search,
-            device=self.job.settings.device,
-        )
-        samples = judged_samples(self._float, self.job.source, self.job.specs, RANKING_ROWS // self._part, steps)
-        errors = board.isolated(samples)
+        job = self.job
+        samples = judged_samples(self._float, job.source, job.specs, RANKING_ROWS // self._part, steps)
+        probe = Probe(job.model, samples, self.statistics, job.specs, self.observer, self.search, job.settings.device)
+        errors = probe.errors_alone(self.layers)
         self.ranking = sorted(errors, key=lambda name: (errors[name].worst_db, name))
 
     def shortest(self, floor_db: float) -> int:

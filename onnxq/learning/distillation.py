@@ -87,6 +87,11 @@ def distil_blocks(
         raise OnnxqError(
             f"expected block_inputs of {', '.join(INPUTS)}, found {inputs!r}", hint="use --set block_inputs=student"
         )
+    if options.weight_rate <= 0 >= options.step_rate:
+        raise OnnxqError(
+            "expected weights or steps that learn, found neither",
+            hint="raise weight_rate or step_rate, or use --recipe default",
+        )
     graph = TorchGraph(job.model, job.settings.device)
     quantizers = found_quantizers.find(job.model.graph)
     done = Checkpoint(job.checkpoint, fingerprint(job.model, "blocks", options, inputs, samples, job.settings.seed))

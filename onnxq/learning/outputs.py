@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.model import Kind, kind_of
+
+Array = np.ndarray[Any, Any]
 
 LOSSES = ("auto", "kl", "mse")
 
@@ -57,3 +61,23 @@ def compared(model: ir.Model, kind: str = "auto") -> list[Compared]:
     if not found:
         raise OnnxqError("expected a model with a float output to learn from, found none", hint="use --recipe default")
     return found
+
+
+def difference(item: Compared, expected: Array, found: Array) -> float:
+    """KL(expected ‖ found) per row of classes in nats, or the squared error over the mean square."""
+    if item.kind == "mse":
+        reference = expected.astype(np.float64)
+        error = float(np.mean((reference - found) ** 2))
+        return error / max(float(np.mean(reference**2)), 1e-12)
+    wanted, is_there = (_log_probabilities(array, item.normalised) for array in (expected, found))
+    return float(np.mean(np.sum(np.exp(wanted) * (wanted - is_there), axis=-1)))
+
+
+def _log_probabilities(values: Array, normalised: str) -> Array:
+    values = values.astype(np.float64)
+    if normalised == "LogSoftmax":
+        return values
+    if normalised == "Softmax":
+        return np.asarray(np.log(np.maximum(values, 1e-12)))
+    shifted = values - values.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

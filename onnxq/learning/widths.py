@@ -16,11 +16,11 @@ from onnxq.calibration.observers import Statistics
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.learning.outputs import compared
-from onnxq.learning.sensitivity import Probe
 from onnxq.model import initializer_bytes
 from onnxq.runtime import Session
 from onnxq.scheme import Scheme, Spec
-from onnxq.sensitivity import Layer, activations_of, judged_samples
+from onnxq.sensitivity import Probe, judged_samples
+from onnxq.switchboard import Layer, activations_of
 
 MIB, GIGA = 1 << 20, 1e9
 
@@ -210,11 +210,11 @@ def probe_of(job: Job, widths: Widths, loss: str, observer: Any, search: Any, sa
     return Probe(
         job.model,
         judged,
-        compared(job.model, loss),
-        session.own_output_names,
         statistics,
         job.specs,
         observer,
         search,
         job.settings.device,
+        compared(job.model, loss),
+        session.own_output_names,
     )

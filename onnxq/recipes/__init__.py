@@ -55,7 +55,7 @@ RECIPES: dict[str, Entry] = {
     "adaround": Entry("adaround", "AdaRound", "rounding learned layer by layer"),
     "brecq": Entry("brecq", "Brecq", "rounding and activation steps learned block by block"),
     "qdrop": Entry("qdrop", "QDrop", "the same, with quantization dropped at random while it learns"),
-    "lsq": Entry("lsq", "Lsq", "weights and steps fine-tuned after the float network, end to end or block by block"),
+    "lsq": Entry("lsq", "Lsq", "weights and steps fine-tuned after the float network, block by block or end to end"),
     "mixed": Entry("mixed", "Mixed", "a width for each layer, the least loss within a budget of bits or MiB"),
     "gptq": Entry("gptq", "Gptq", "int4 weights, rounding errors taken up column by column", "int4", "float"),
     "smoothquant": Entry("smoothquant", "SmoothQuant", "outliers of activations moved into weights, then 8 bits"),

@@ -11,11 +11,10 @@ from onnxq.calibration import observers, weight_ranges
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.learning.mixed_precision import Choice, Point, allocate, pareto_front
-from onnxq.learning.sensitivity import Probe, alone, points_lost, together
 from onnxq.learning.widths import Widths, probe_of, widths_of
 from onnxq.recipes.static import Static
 from onnxq.runtime import Session
-from onnxq.sensitivity import judged_samples
+from onnxq.sensitivity import Probe, alone, judged_samples, points_lost, together
 
 ROUNDINGS = ("nearest", "adaround", "brecq", "qdrop")
 SOLVERS = ("ilp", "pareto")

@@ -3,7 +3,7 @@
     python tests/benchmarks/learned_quantization.py --data ../shared/data --models resnet20_cifar10 \
         --formats int4/int8,int4/int4 --recipes nearest,adaround,brecq,qdrop --iterations 200,1000 --out learned.json
 
-`lsq` and `lsq-blocks` (layer-by-layer distillation) take the same number as their steps. The last table is accuracy
+`lsq` and `lsq-network` (distillation end to end) take the same number as their steps. The last table is accuracy
 against seconds, quickest first; a row that costs more than one before it and gives no more is marked with a dash.
 
 Every recipe learns from the same calibration images and is judged on images that none has seen. `nearest` is the
@@ -28,7 +28,7 @@ NEAREST = {"weight_ranges": "mse", "observer": "mse", "bias_correction": False}
 
 
 # Names that stand for a recipe with knobs of its own, and the knob that the number of iterations goes to.
-RECIPES = {"nearest": ("int8", NEAREST), "lsq": ("lsq", {}), "lsq-blocks": ("lsq", {"distil": "blocks"})}
+RECIPES = {"nearest": ("int8", NEAREST), "lsq": ("lsq", {}), "lsq-network": ("lsq", {"distil": "network"})}
 
 
 def knobs_of(recipe: str, iterations: int) -> tuple[str, dict[str, Any]]:
