@@ -27,7 +27,7 @@ class Static:
 
     Attributes:
         observer: How a range follows from the statistics of an activation: ``robust``, ``mse``, ``minmax``,
-            ``mean_extremes``, ``percentile`` or ``entropy``.
+            ``widened`` (for inputs that were made), ``mean_extremes``, ``percentile`` or ``entropy``.
         bias_correction: Whether biases are corrected (M. Nagel et al., ICCV 2019, arXiv 1906.04721).
         equalize: Whether neighbouring layers share their ranges out first (the same paper).
         shift: Whether one-sided activations, as Relu and SiLU make them, are shifted into a symmetric range where codes
