@@ -31,14 +31,14 @@ class Check:
     Attributes:
         sqnr_db: All float outputs together, against the float model.
         optimized_nodes: Nodes that the CPU provider runs after its optimisations, by op.
-        integer_kernels: How many of them compute on codes.
+        integer_kernels: How many of them compute on codes; ``None`` where no optimised session was made.
         layers: Error of each weighted op's input on the first sample, worst first.
         session: The optimised session, where the CPU is the target.
     """
 
     sqnr_db: float
     optimized_nodes: dict[str, int]
-    integer_kernels: int
+    integer_kernels: int | None
     layers: list[dict[str, Any]] = field(default_factory=list)
     session: Session | None = None
 
@@ -57,7 +57,9 @@ def check(job: Job) -> Check:
     float8 = graphs.holds_float8(job.model.graph)
     literal = job.target.name != "cpu" or float8
     with job.progress.stage("check", "Checking"):
-        optimized, nodes = (None, Counter[str]()) if float8 else optimized_session(job.model)
+        # Optimised, a large model is in memory whole: worth it only where that is how it is deployed.
+        unseen = float8 or (job.is_large and job.target.name != "cpu")
+        optimized, nodes = (None, Counter[str]()) if unseen else optimized_session(job.model)
         tapped = [name for name in job.recording.first_taps if name in graphs.values(job.model.graph)]
         inputs = {spec.name for spec in job.specs}
         inner = [name for name in tapped if name not in inputs]
@@ -75,7 +77,7 @@ def check(job: Job) -> Check:
         )
     # The latency of a graph made for TensorRT says nothing when onnxruntime runs it on a CPU.
     deployed = optimized if job.target.name == "cpu" else None
-    return Check(ratio.db, dict(nodes), integer_kernels(nodes), layers, deployed)
+    return Check(ratio.db, dict(nodes), None if optimized is None else integer_kernels(nodes), layers, deployed)
 
 
 class _Ratio:
@@ -138,8 +140,13 @@ def _groups(names: list[str], values: Mapping[str, ir.Value]) -> Iterator[list[s
 
 
 def bare_float_run(job: Job, path: Path, checked: Check) -> dict[str, float]:
-    """What the float model costs alone: per sample on the kept feeds, scaled to all samples; and both latencies."""
+    """What the float model costs alone: per sample on the kept feeds, scaled to all samples; and both latencies.
+
+    Nothing for a large model, which runs in parts here and in no deployment.
+    """
     assert job.recording is not None
+    if job.is_large:
+        return {}
     session = Session(path, device=job.settings.device)
     feeds = [feed for feed, _ in job.recording.kept]
     rows = sum(len(next(iter(feed.values()))) for feed in feeds)

@@ -21,7 +21,7 @@ from onnxq.errors import OnnxqError
 from onnxq.report.layers import common_layers, measure
 from onnxq.report.metrics import json_safe
 from onnxq.report.quality import Quality
-from onnxq.runtime import Array, Session, latency_ms
+from onnxq.runtime import IN_MEMORY_LIMIT_BYTES, Array, Session, latency_ms
 
 Model = ir.Model | str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]  # stage, samples done, samples in all
@@ -125,10 +125,16 @@ def compare(
                 progress(stage, done, total)
 
     float8 = graphs.holds_float8(quantized.graph)  # its latency here would be that of a simulation
+    large = models.initializer_bytes(original) > IN_MEMORY_LIMIT_BYTES
+    if large:  # both run in parts, and the quantized one literally: optimised, all of it would be in memory unpacked
+        models.infer_types(original)
+        models.infer_types(quantized)
     with _blaming("float"):
-        float_session = Session(float_model, device=device)
+        float_session = Session(original if large else float_model, device=device)
     with _blaming("quantized"):
-        quantized_session = Session(quantized_model, device=device, optimize=not float8)
+        quantized_session = Session(
+            quantized if large else quantized_model, device=device, optimize=not (float8 or large)
+        )
     quality = Quality(float_session.output_names)
     first = Quality(float_session.output_names)  # what the literal session will see, so that the two compare
     count = 0
@@ -146,7 +152,9 @@ def compare(
         **quality.summary(),
     )
 
-    if latency and not float8:
+    if latency and large:
+        result.warnings.append("not timed: a model over 512 MiB runs in parts here, and whole where it is deployed")
+    if latency and not float8 and not large:
         feed = next(inputs.batches(source, specs, batch_size=1, samples=1))
         sessions = {
             "float": Session(float_model, device=device, threads=threads),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -142,6 +143,16 @@ def weighted_nodes(graph: ir.Graph) -> Iterator[WeightedNode]:
 DATA_MOVEMENT = (
     "MaxPool", "Identity", "Transpose", "Slice", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Split", "Pad",
 )  # fmt: skip
+
+
+def let_go(value: ir.Value) -> None:
+    """Unmap a weight that lies in a file; it is mapped again when it is read next.
+
+    Mapped pages count as the process's own, and a pass over all weights would gather those of the whole file.
+    """
+    if isinstance(value.const_value, ir.ExternalTensor):
+        with contextlib.suppress(BufferError):  # somebody still looks at it
+            value.const_value.release()
 
 
 def is_dequantized(value: ir.Value | None) -> bool:

@@ -20,10 +20,11 @@ from onnxq.calibration.observers import Range, Statistics
 from onnxq.config import Settings
 from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.errors import OnnxqError
+from onnxq.model import initializer_bytes
 from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.progress import Progress
-from onnxq.runtime import Session, serialize
+from onnxq.runtime import IN_MEMORY_LIMIT_BYTES, Session, serialize
 from onnxq.scheme import Scheme
 from onnxq.targets import Placement, Target, scheme_of_ends
 from onnxq.targets.placement import first_and_last
@@ -54,6 +55,7 @@ class Job:
         path: The float model's file, beside which a denoiser's schedule may lie.
         workers: Who shares the work; ``None``: nobody.
         checkpoint: A folder in which recipes that learn keep finished steps, ``None`` to keep nothing.
+        is_large: Whether the float model is too large for one onnxruntime session (see :mod:`onnxq.parts`).
     """
 
     model: ir.Model
@@ -75,9 +77,13 @@ class Job:
     path: Path | None = None
     checkpoint: Path | None = None
     workers: Workers | None = None
+    is_large: bool = field(init=False)
     _float_session: Session | None = None
     _taps: list[str] = field(default_factory=list)
     _shared: SharedModel | None = None
+
+    def __post_init__(self) -> None:
+        self.is_large = initializer_bytes(self.model) > IN_MEMORY_LIMIT_BYTES
 
     def prepare(self) -> None:
         """Run the target's rewrites, which keep the function."""
@@ -103,7 +109,7 @@ class Job:
         self._taps = sorted(root.name or "" for root in roots)
         inputs = {spec.name for spec in self.specs}
         inner = [name for name in self._taps if name not in inputs]
-        serialized = serialize(self.model, inner)
+        serialized = serialize(self.model, inner, by_path=self.workers is None)
         self._float_session = Session(serialized, device=self.settings.device)
         if self.workers is not None:
             self._shared = self.workers.share(serialized, self.settings.device)

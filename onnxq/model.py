@@ -23,10 +23,14 @@ from onnx_ir.passes import Sequential
 
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
+from onnxq.runtime import IN_MEMORY_LIMIT_BYTES
 
 OLDEST_OPSET = 7
 LOWEST_OPSET = 21  # the first with int4, block scales and output_dtype
-EXTERNAL_DATA_LIMIT_BYTES = 1_900_000_000  # protobuf ends at 2 GiB
+WITHOUT_WEIGHTS_BYTES = 64 << 20  # a file that is larger holds its weights itself
+EXTERNAL_DATA_LIMIT_BYTES = (
+    256 << 20
+)  # far below the 2 GiB of protobuf: data in a file of its own is mapped, not copied
 FOLDED_ELEMENTS = 1 << 26
 SMALL_TENSOR_BYTES = 1 << 12
 METADATA_PREFIX = "onnxq."
@@ -243,6 +247,18 @@ def file_bytes(path: str | os.PathLike[str]) -> int:
     return total + sum((file.parent / location).stat().st_size for location in locations)
 
 
+def is_large(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's weights are too many for one onnxruntime session (see :class:`onnxq.runtime.Session`)."""
+    size = Path(path).stat().st_size
+    return size > IN_MEMORY_LIMIT_BYTES or (size <= WITHOUT_WEIGHTS_BYTES and file_bytes(path) > IN_MEMORY_LIMIT_BYTES)
+
+
+def infer_types(model: ir.Model) -> None:
+    """Give every value a type, as far as shape inference knows it."""
+    with quiet():
+        common_passes.ShapeInferencePass()(model)
+
+
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     for graph in model.graphs():
         for value in graph.initializers.values():
@@ -299,7 +315,10 @@ def _check_tensors(model: ir.Model, file: Path) -> None:
         if tensor is None or isinstance(tensor, ir.ExternalTensor):
             continue
         try:
-            tensor.numpy()  # looks at the bytes where they lie; only the rare lists of numbers are copied
+            if tensor.dtype.bitwidth < 8:
+                tensor.tobytes()  # as an array it would be unpacked
+            else:
+                tensor.numpy()  # looks at the bytes where they lie; only the rare lists of numbers are copied
         except (KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:

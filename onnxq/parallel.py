@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import onnx
 
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Serialized, Session
@@ -69,7 +70,8 @@ class SharedModel:
         place = Path(self.folder)
         names = json.loads((place / "names.json").read_text())
         large = {name: np.load(place / f"{index}.npy", mmap_mode="r") for index, name in enumerate(names["large"])}
-        return Serialized((place / "model.onnx").read_bytes(), large, names["appended"])
+        proto = onnx.ModelProto.FromString((place / "model.onnx").read_bytes())
+        return Serialized(proto, large, names["appended"], weight_bytes=names["weight_bytes"])
 
 
 _SESSIONS: dict[str, Session] = {}
@@ -100,8 +102,9 @@ class Workers:
         if self._ray is not None:
             return SharedModel(key, self.threads, device, reference=[self._ray.put(model)])
         folder = Path(self._folders.enter_context(tempfile.TemporaryDirectory(prefix="onnxq-shared-")))
-        (folder / "model.onnx").write_bytes(model.data)
-        (folder / "names.json").write_text(json.dumps({"large": list(model.large), "appended": model.appended}))
+        (folder / "model.onnx").write_bytes(model.model.SerializeToString())
+        names = {"large": list(model.large), "appended": model.appended, "weight_bytes": model.weight_bytes}
+        (folder / "names.json").write_text(json.dumps(names))
         for index, array in enumerate(model.large.values()):
             np.save(folder / f"{index}.npy", array)
         return SharedModel(key, self.threads, device, folder=str(folder))

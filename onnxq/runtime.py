@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 
 from onnxq.errors import OnnxqError
+from onnxq.parts import Parts
 
 Array = np.ndarray[Any, Any]
 Feed = Mapping[str, Array]
 
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 LARGE_TENSOR_BYTES = 1 << 20  # kept out of the serialised model, which protobuf limits to 2 GiB
-IN_MEMORY_LIMIT_BYTES = 1 << 30
+IN_MEMORY_LIMIT_BYTES = 1 << 29
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # What onnxruntime calls integer kernels: they read codes and never see a float activation.
 INTEGER_OPS = frozenset(
@@ -37,21 +40,30 @@ INTEGER_OPS = frozenset(
 
 @dataclass(frozen=True)
 class Serialized:
-    """A model as bytes (see :func:`serialize`).
+    """A model that a session can be made of (see :func:`serialize`).
 
     Attributes:
-        data: The model.
+        model: The model.
         large: The initializers that are not in it, by name.
         appended: How many of its outputs, at the end, are taps.
+        folder: Where initializers lie that are in neither: ``model`` names their files, relative to it.
+        weight_bytes: Of all initializers, as float32: literal runs unpack codes, all of them before the first layer.
     """
 
-    data: bytes
+    model: onnx.ModelProto
     large: dict[str, Array]
     appended: int
+    folder: str = ""
+    weight_bytes: int = 0
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it runs in parts, because a session would hold copies of all its weights."""
+        return self.weight_bytes > IN_MEMORY_LIMIT_BYTES
 
 
 class Session:
-    """An onnxruntime session over a model in memory or on disk.
+    """An onnxruntime session over a model in memory or on disk; one of over 512 MiB of weights runs in parts.
 
     Args:
         model: A model, the path of one, or its bytes.
@@ -90,10 +102,9 @@ class Session:
         _check_device(device)
         self._keep_alive: list[Array] = []
         self._appended = 0
+        self.in_parts = False
         try:
-            source = self._source(model, taps, options)
-            self._session = onnxruntime.InferenceSession(source, options, providers=PROVIDERS[device])
-            self._session._model_bytes = None  # kept only to start over on another provider, which we never do
+            self._session = self._opened(model, taps, options, device)
         except OnnxqError:
             raise
         except Exception as error:
@@ -105,25 +116,53 @@ class Session:
         self.output_names = [value.name for value in self._session.get_outputs()]
         self.own_output_names = self.output_names[: len(self.output_names) - self._appended]
 
-    def _source(
+    def _opened(
         self,
         model: ir.Model | Serialized | str | os.PathLike[str],
         taps: Sequence[str],
         options: onnxruntime.SessionOptions,
-    ) -> bytes | str:
+        device: str,
+    ) -> Any:
         if not isinstance(model, ir.Model | Serialized):
-            if not taps:
-                return os.fspath(model)
-            from onnxq.model import read
+            from onnxq.model import infer_types, is_large, read
 
+            large = is_large(model)
+            if not taps and (not large or options.optimized_model_filepath):
+                return _inference_session(os.fspath(model), options, device)
             model = read(model)
+            if large:
+                infer_types(model)
         serialized = serialize(model, taps) if isinstance(model, ir.Model) else model
         self._appended = serialized.appended
-        if serialized.large:
-            self._keep_alive = list(serialized.large.values())
-            values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._keep_alive]
-            options.add_external_initializers(list(serialized.large), values)
-        return serialized.data
+        if serialized.folder:
+            options.add_session_config_entry(EXTERNAL_FOLDER, serialized.folder)
+        self._keep_alive = list(serialized.large.values())
+        if not serialized.is_large or options.optimized_model_filepath:
+            if serialized.large:
+                options.add_external_initializers(*_named_values(serialized.large, serialized.large))
+            return _inference_session(serialized.model.SerializeToString(), options, device)
+        self.in_parts = True
+
+        levels = onnxruntime.GraphOptimizationLevel
+        level = options.graph_optimization_level
+        if level == levels.ORT_ENABLE_ALL:  # would re-order weights: too much for a session that lives for one run
+            level = levels.ORT_ENABLE_EXTENDED
+
+        def open_part(data: bytes, initializers: Sequence[str]) -> Any:
+            lean = onnxruntime.SessionOptions()
+            lean.log_severity_level = 4
+            lean.intra_op_num_threads = options.intra_op_num_threads
+            lean.enable_cpu_mem_arena = lean.enable_mem_pattern = False
+            lean.graph_optimization_level = level
+            lean.add_session_config_entry("session.disable_prepacking", "1")
+            if serialized.folder:
+                lean.add_session_config_entry(EXTERNAL_FOLDER, serialized.folder)
+            read = [name for name in initializers if name in serialized.large]
+            if read:
+                lean.add_external_initializers(*_named_values(serialized.large, read))
+            return _inference_session(data, lean, device)
+
+        return Parts(serialized.model, open_part)
 
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[Array]:
         """Run one batch and return the named outputs (all, taps last, if none are named)."""
@@ -138,11 +177,28 @@ class Session:
         return result
 
 
-def serialize(model: ir.Model, taps: Sequence[str] = ()) -> Serialized:
-    """The model as bytes, with ``taps`` as further outputs, and the large initializers left out of them.
+def _inference_session(source: bytes | str, options: onnxruntime.SessionOptions, device: str) -> Any:
+    session = onnxruntime.InferenceSession(source, options, providers=PROVIDERS[device])
+    session._model_bytes = None  # kept only to start over on another provider, which we never do
+    return session
 
-    Models below 1 GiB keep everything in the bytes but what lies outside their file. Larger ones reference their large
-    initializers as external data that the caller hands to onnxruntime as (memory-mapped) arrays, so nothing is copied.
+
+def _named_values(arrays: Mapping[str, Array], names: Iterable[str]) -> tuple[list[str], list[Any]]:
+    chosen = list(names)
+    return chosen, [onnxruntime.OrtValue.ortvalue_from_numpy(arrays[name]) for name in chosen]
+
+
+def serialize(model: ir.Model, taps: Sequence[str] = (), *, by_path: bool = True) -> Serialized:
+    """The model with ``taps`` as further outputs, and the large initializers left out of it.
+
+    Models below 512 MiB keep everything inside but what lies outside their file. Larger ones leave out all large
+    initializers, which the caller hands to onnxruntime as (memory-mapped) arrays.
+
+    Args:
+        model: The model.
+        taps: Names of inner values that become its last outputs.
+        by_path: Whether what lies in files beside the model is named by its path, so that onnxruntime maps it by
+            itself and nothing is copied; ``False`` where another process or machine reads the result.
     """
     from onnxq.graph import values as named_values
 
@@ -156,11 +212,18 @@ def serialize(model: ir.Model, taps: Sequence[str] = ()) -> Serialized:
     kept: dict[str, ir.TensorProtocol] = {}
     try:
         tensors = {name: value.const_value for name, value in graph.initializers.items()}
-        too_large = sum(item.nbytes for item in tensors.values() if item is not None) > IN_MEMORY_LIMIT_BYTES
+        present = [tensor for tensor in tensors.values() if tensor is not None]
+        weight_bytes = sum(max(tensor.nbytes, 4 * tensor.size) for tensor in present)
+        too_large = weight_bytes > IN_MEMORY_LIMIT_BYTES
+        folder = _folder_of_most(tensors.values()) if by_path else ""
         for name, tensor in tensors.items():
-            # A path to external data means nothing beside bytes, so that such tensors come along in any case.
+            # Elsewhere a path to external data means nothing, so that such tensors come along in any case.
             is_external = isinstance(tensor, ir.ExternalTensor)
             if tensor is None or not (is_external or (too_large and tensor.nbytes >= LARGE_TENSOR_BYTES)):
+                continue
+            if not is_external and tensor.dtype.bitwidth < 8:  # as an array it would be unpacked
+                continue
+            if folder and isinstance(tensor, ir.ExternalTensor) and str(tensor.base_dir) == folder:
                 continue
             kept[name] = tensor
             if tensor.nbytes < LARGE_TENSOR_BYTES:
@@ -172,14 +235,20 @@ def serialize(model: ir.Model, taps: Sequence[str] = ()) -> Serialized:
                     "in-memory", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=""
                 )
             graph.initializers[name].const_value = inner
-        data = ir.to_proto(model).SerializeToString()
+        proto = ir.to_proto(model)
     finally:
         for name, tensor in kept.items():
             graph.initializers[name].const_value = tensor
         if wanted:
             for _ in wanted:
                 graph.outputs.pop()  # one by one: deleting a slice would leave the values marked as outputs
-    return Serialized(data, large, len(wanted))
+    return Serialized(proto, large, len(wanted), folder and str(Path(folder).resolve()), weight_bytes)
+
+
+def _folder_of_most(tensors: Iterable[ir.TensorProtocol | None]) -> str:
+    """The folder that most of the tensors that lie in files lie in; empty where none does."""
+    folders = collections.Counter(str(tensor.base_dir) for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+    return max(folders, key=lambda folder: folders[folder]) if folders else ""
 
 
 def optimized_session(

@@ -44,7 +44,7 @@ def test_large_initializers_reach_a_worker(network: Path) -> None:
     serialized = serialize(model)
     with open_workers(2) as workers:
         assert workers is not None
-        shared = workers.share(Serialized(serialized.data, {"a b/c": np.ones(3, np.float32)}, 0))
+        shared = workers.share(Serialized(serialized.model, {"a b/c": np.ones(3, np.float32)}, 0))
         assert list(shared._model().large) == ["a b/c"]
 
 

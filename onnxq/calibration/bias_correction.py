@@ -77,6 +77,7 @@ def _shift(item: graphs.WeightedNode, quantize: ir.Node, means: Array) -> Array 
     assert weight_value is not None and scale is not None and zero_point is not None
     assert weight_value.const_value and scale.const_value and zero_point.const_value
     weight = weight_value.const_value.numpy().astype(np.float32)
+    graphs.let_go(weight_value)
     number_format, _ = parse_format(quantize.metadata_props[FORMAT])
     per_tensor = not scale.const_value.shape
     rounded = fake_quantize(

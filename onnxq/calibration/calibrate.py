@@ -22,6 +22,7 @@ from onnxq.passes.insert_qdq import CLIP, FORMAT, STATISTICS, SYMMETRIC
 from onnxq.runtime import Session
 
 Array = np.ndarray[Any, Any]
+Search = Callable[[Array, NumberFormat, bool], tuple[Array, Array]]
 
 TAPPED_BYTES_PER_BATCH = 16 << 20  # bounds memory, and keeps a batch's activations near the caches
 LARGEST_BATCH = 16
@@ -314,9 +315,7 @@ def _format_for(node: ir.Node, statistics: Statistics, symmetric: bool) -> Numbe
     return number_format
 
 
-def set_weight_scales(
-    model: ir.Model, search: Callable[[Array, NumberFormat, bool], tuple[Array, Array]] | None = None
-) -> None:
+def set_weight_scales(model: ir.Model, search: Search | None = None) -> None:
     """Write scale and zero point of every weight quantizer from the weight itself.
 
     Args:
@@ -333,13 +332,17 @@ def set_weight_scales(
         scale_value = node.inputs[1]
         assert scale_value is not None and scale_value.const_value is not None
         shape = scale_value.const_value.numpy().shape
-        rows = rows_of(weight.const_value.numpy(), shape, node)
-        low, high = (rows.min(axis=1), rows.max(axis=1)) if search is None else search(rows, number_format, symmetric)
-        low, high = np.minimum(low, 0), np.maximum(high, 0)
+        low, high = _clip_of(rows_of(weight.const_value.numpy(), shape, node), number_format, symmetric, search)
+        graphs.let_go(weight)
         scale, zero_point = scale_and_zero_point(
             low.reshape(shape), high.reshape(shape), number_format, symmetric=symmetric
         )
         write_scales(node, scale, zero_point)
+
+
+def _clip_of(rows: Array, number_format: NumberFormat, symmetric: bool, search: Search | None) -> tuple[Array, Array]:
+    low, high = (rows.min(axis=1), rows.max(axis=1)) if search is None else search(rows, number_format, symmetric)
+    return np.minimum(low, 0), np.maximum(high, 0)
 
 
 def rows_of(weight: Array, shape: tuple[int, ...], node: ir.Node) -> Array:
