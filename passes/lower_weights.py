@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
@@ -48,7 +50,8 @@ class LowerWeights(InPlacePass):
             )
             quantized = node.outputs[0]
             stored = ir.Value(name=quantized.name, shape=weight.shape, type=ir.TensorType(number_format.storage))
-            stored.const_value = ir.Tensor(codes, dtype=number_format.storage, name=quantized.name)
+            stored.const_value = _tensor(codes, number_format.storage, quantized.name)
+            graphs.let_go(weight)
             quantized.replace_all_uses_with(stored)
             model.graph.remove(node, safe=True)
             model.graph.register_initializer(stored)
@@ -56,3 +59,13 @@ class LowerWeights(InPlacePass):
         if modified:
             common_passes.RemoveUnusedNodesPass()(model)  # the float weights that nothing reads any more
         return PassResult(model, modified)
+
+
+def _tensor(codes: np.ndarray[Any, Any], dtype: ir.DataType, name: str | None) -> ir.TensorProtocol:
+    """Codes as they are stored: two of four bits in a byte, the first in its lower half."""
+    if dtype.bitwidth != 4:
+        return ir.Tensor(codes, dtype=dtype, name=name)
+    halves = codes.reshape(-1).view(np.uint8) & 0xF
+    if halves.size % 2:
+        halves = np.append(halves, np.uint8(0))
+    return ir.PackedTensor(halves[::2] | halves[1::2] << 4, dtype, shape=ir.Shape(codes.shape), name=name)
