@@ -1,7 +1,8 @@
 """What quantization without data loses, on real classifiers: inputs of every method beside real images.
 
     python tests/benchmarks/data_free.py --models ../shared/data/models --data FOLDER \
-        [--only resnet20_cifar10 …] [--methods noise zeroq …] [--rows 1000] [--budget default] [--learned]
+        [--only resnet20_cifar10 …] [--methods noise zeroq …] [--rows 1000] [--budget default] \
+        [--target cpu] [--learned]
 
 FOLDER holds NAME.calib.npz and NAME.test.npz with labels, as ``prepare.py`` of the shared data writes them. Made inputs
 never see either; top-1 and SQNR are those of the test rows. Without ``--learned``: static W8A8 ranges. With it: W4A8
@@ -21,6 +22,7 @@ import numpy as np
 
 import onnxq
 from onnxq import model as models
+from onnxq.calibration import observers
 from onnxq.calibration.data import input_specs
 from onnxq.inputs import default_count
 from onnxq.synthesis.synthesize import synthesise
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=0, help="inputs to calibrate on; 0: the default of quantize")
     parser.add_argument("--budget", default="default")
     parser.add_argument("--iterations", type=int, default=0, help="of --learned, for each block")
+    parser.add_argument("--target", default="tensorrt")
     parser.add_argument("--learned", action="store_true")
     arguments = parser.parse_args()
     print(HEADER, flush=True)
@@ -62,7 +65,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> Iterator[
     loaded = models.load(model)
     count = arguments.samples or default_count(input_specs(loaded))
     for method in arguments.methods:
-        started, options = time.perf_counter(), dict[str, Any]()
+        started, options, rule = time.perf_counter(), dict[str, Any](), observers.DEFAULT
         data: Path | None = folder / f"{method}.npz"
         if method == "real":
             data, options = arguments.data / f"{name}.calib.npz", {"samples": count}
@@ -71,15 +74,16 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> Iterator[
         else:
             made = synthesise(loaded, method, count=count, budget=arguments.budget)
             np.savez(folder / f"{method}.npz", **{made.name: made.inputs})
+            rule = made.observer  # what quantize takes for such inputs
         seconds = time.perf_counter() - started
         for weights, activations in LEARNED_WIDTHS if arguments.learned else (("int8", "int8"),):
             if arguments.learned:
                 knobs = {"observer": "mse", "iterations": arguments.iterations}
                 options |= {"recipe": "genie", "first_last": "int8", "knobs": knobs}
-            elif method not in ("real", "noise"):  # what quantize takes for made inputs
-                options["knobs"] = {"observer": "minmax"}
+            else:
+                options["knobs"] = {"observer": rule}
             output = folder / "quantized.onnx"
-            options |= {"weights": weights, "activations": activations, "target": "cpu"}
+            options |= {"weights": weights, "activations": activations, "target": arguments.target}
             onnxq.quantize(model, data, output=output, **options)
             found = onnxq.compare(model, output, folder / "test.npz", latency=False, layers=False)
             yield (
