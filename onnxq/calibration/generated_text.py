@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.calibration.data import InputSpec, Sample
-from onnxq.calibration.text import role_of
+from onnxq.calibration.text import check_roles, decoder_feed, fixed_length
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 
@@ -29,7 +29,7 @@ class GeneratedText:
     """Sequences of tokens that the model continues from a random first token.
 
     Args:
-        model: The float model: tokens (and masks and positions) [batch, sequence] to logits.
+        model: The float model: tokens (and masks and positions) [batch, sequence] and an empty cache to logits.
         specs: Its inputs.
         count: How many sequences.
         seed: The same seed gives the same tokens.
@@ -43,13 +43,8 @@ class GeneratedText:
         self, model: ir.Model, specs: Sequence[InputSpec], *, count: int, seed: int, length: int = LENGTH
     ) -> None:
         self.specs = list(specs)
-        if not all(spec.dtype.kind in "iu" and len(spec.shape) == 2 and role_of(spec) for spec in specs):
-            raise OnnxqError(
-                "expected calibration data for a model that reads more than tokens, masks and positions, found no "
-                "--data",
-                hint="give --data FILE.npz keyed by input name",
-            )
-        self.fixed = next((size for spec in specs if (size := spec.shape[1]) is not None), None)
+        check_roles(specs, hint="give --data FILE.npz keyed by input name")
+        self.fixed = fixed_length(specs)
         self.batch = next((spec.batch for spec in specs if spec.batch is not None), None) or BATCH
         self.length = self.fixed or length
         self.count, self.seed = count, seed
@@ -63,7 +58,7 @@ class GeneratedText:
 
     def __iter__(self) -> Iterator[Sample]:
         for row in self._rows:
-            yield {name: value[0] for name, value in self._feed(row[None]).items()}
+            yield {name: value[0] for name, value in decoder_feed(self.specs, row[None]).items()}
 
     def _write(self, start: int) -> Array:
         generator = np.random.default_rng((self.seed, start))
@@ -81,15 +76,10 @@ class GeneratedText:
         """Scores of the token after a position."""
         if self.fixed is not None:
             tokens = np.pad(tokens, ((0, 0), (0, self.fixed - tokens.shape[1])))
-        found = self._session.run(self._feed(tokens), self._session.output_names[:1])[0]
+        found = self._session.run(decoder_feed(self.specs, tokens), self._session.output_names[:1])[0]
         if found.ndim != 3 or found.shape[:2] != tokens.shape:
             raise OnnxqError(
                 f"expected logits [batch, sequence, vocabulary] of a language model, found shape {list(found.shape)}",
                 hint="give --data; text is written only by decoders",
             )
         return np.asarray(found[:, position])
-
-    def _feed(self, tokens: Array) -> dict[str, Array]:
-        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-        values = {"tokens": tokens, "mask": np.ones_like(tokens), "positions": positions}
-        return {spec.name: values[role_of(spec) or ""].astype(spec.dtype) for spec in self.specs}
