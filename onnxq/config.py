@@ -37,6 +37,7 @@ class Settings(BaseModel):
     weights: str | None = None
     activations: str | None = None
     first_last: str | None = None
+    rotate: bool = False
     samples: int | None = Field(default=None, ge=1)
     exclude: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0)

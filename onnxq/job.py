@@ -23,6 +23,8 @@ from onnxq.errors import OnnxqError
 from onnxq.model import initializer_bytes
 from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.insert_qdq import InsertQDQ
+from onnxq.passes.rotate_heads import RotateHeads
+from onnxq.passes.rotate_streams import RotateStreams
 from onnxq.progress import Progress
 from onnxq.runtime import IN_MEMORY_LIMIT_BYTES, Session, serialize
 from onnxq.scheme import Scheme
@@ -89,9 +91,26 @@ class Job:
         """Run the target's rewrites, which keep the function."""
         self.specs = input_specs(self.model)
         self.target.prepare(self.model)
+        if self.settings.rotate:
+            self._rotate()
         if self.settings.first_last is not None:
             ends = scheme_of_ends(self.target, self.scheme, self.settings.first_last)
             self.exceptions |= {name: ends for name in first_and_last(self.model.graph)}
+
+    def _rotate(self) -> None:
+        """Turn residual streams and the values of attention's heads, which keeps the function too."""
+        streams, heads = RotateStreams(self.settings.seed), RotateHeads(self.settings.seed)
+        streams(self.model)
+        heads(self.model)
+        if not streams.rotated and not heads.rotated:
+            reason = streams.refused[0] if streams.refused else "no sum behind a layer with a constant matrix"
+            raise OnnxqError(
+                f"expected a residual stream that can be turned as a whole, found none: {reason}",
+                hint="leave --rotate out; streams end in layers, sums and norms whose factors go into layers",
+            )
+        if streams.refused:
+            self.warnings.append(f"not every residual stream was turned: {streams.refused[0]}")
+        self.measurements["rotations"] = {"streams": streams.rotated, "heads": len(heads.rotated)}
 
     def place(self, graph: ir.Graph, further: Mapping[str, Scheme] = MappingProxyType({})) -> Placement:
         """Where Q/DQ go, with the exceptions of user and recipe, and some further ones."""

@@ -68,6 +68,14 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    rotate: Annotated[
+        bool,
+        typer.Option(
+            "--rotate",
+            help="Transformers: turn the residual stream and the heads' values so that no channel is an outlier, "
+            "before any recipe. Adds no node; a stream that cannot be turned is refused with the node.",
+        ),
+    ] = False,
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="Use so many samples of the data (all of them if not given).")
     ] = None,
@@ -130,6 +138,7 @@ def quantize(
         "weights": weights,
         "activations": activations,
         "first_last": first_last,
+        "rotate": rotate or None,
         "samples": samples,
         "exclude": tuple(exclude) if exclude else None,
         "seed": seed,
