@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -189,3 +189,33 @@ def values(graph: ir.Graph) -> dict[str, ir.Value]:
     for node in graph:
         found |= {value.name: value for value in node.outputs if value.name}
     return found
+
+
+class Names:
+    """The names that values and nodes of a graph have, those of graphs inside it too; and free ones.
+
+    Args:
+        graph: The graph as it is now.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._taken = {value.name or "" for value in graph.inputs} | set(graph.initializers)
+        for node in graph.all_nodes():
+            self._taken.add(node.name or "")
+            self._taken.update(value.name or "" for value in node.outputs)
+            for attribute in node.attributes.values():
+                for inner in _graphs_in(attribute):
+                    self._taken |= {value.name or "" for value in inner.inputs} | set(inner.initializers)
+
+    def free(self, name: str) -> str:
+        """The name, with underscores behind it if it is taken; taken from now on."""
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
+        return name
+
+
+def _graphs_in(attribute: ir.Attr) -> Sequence[ir.Graph]:
+    if attribute.type == ir.AttributeType.GRAPH:
+        return [attribute.as_graph()]
+    return attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else ()

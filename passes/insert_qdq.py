@@ -32,7 +32,7 @@ class InsertQDQ(InPlacePass):
 
     Scales are 1 until calibration sets them. Sites whose values share a scale (``like``) share the initializers.
     A site without uses quantizes the value for all readers; a graph output keeps its name, and the float value
-    under it is then called ``<name>_float``.
+    under it is then called ``<name>_float``. Names that the model has already get an underscore behind them.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
@@ -41,24 +41,25 @@ class InsertQDQ(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Insert the pairs."""
+        names = graphs.Names(model.graph)
         for site in self.sites:
-            _insert(model.graph, site)
+            _insert(model.graph, site, names)
         return PassResult(model, bool(self.sites))
 
 
-def _insert(graph: ir.Graph, site: Site) -> None:
+def _insert(graph: ir.Graph, site: Site, names: graphs.Names) -> None:
     value = site.value
     if not site.uses and value.is_graph_output():
-        _rename_output(value)
+        _rename_output(value, names)
     root = site.like or value
-    scale, zero_point = _parameters(graph, site, root)
+    scale, zero_point = _parameters(graph, site, root, names)
     tape = ir.tape.Tape()
     source = value
-    suffix = _free_suffix(graph, f"{value.name}_quantized")
+    suffix = _pair_suffix(graph, value.name or "")
     if not site.spec.format.fills_container and not value.is_initializer():
         # An odd width is 8-bit Q/DQ whose input never leaves the narrower range (weights are clipped when lowered).
-        source = tape.op("Clip", [value, *_clip_bounds(graph, site, root)])
-        source.name, source.type, source.shape = f"{value.name}_clipped{suffix}", value.type, value.shape
+        source = tape.op("Clip", [value, *_clip_bounds(graph, site, root, names)])
+        source.name, source.type, source.shape = names.free(f"{value.name}_clipped{suffix}"), value.type, value.shape
     attributes: dict[str, int] = {}
     if site.axis is not None and site.spec.granularity != "tensor":
         attributes["axis"] = site.axis
@@ -66,14 +67,16 @@ def _insert(graph: ir.Graph, site: Site) -> None:
             attributes["block_size"] = site.spec.block_size or 0
     quantized = tape.op("QuantizeLinear", [source, scale, zero_point], attributes)
     dequantized = tape.op("DequantizeLinear", [quantized, scale, zero_point], attributes)
-    quantized.name, dequantized.name = f"{value.name}_quantized{suffix}", f"{value.name}_dequantized{suffix}"
+    quantized.name = names.free(f"{value.name}_quantized{suffix}")
+    dequantized.name = names.free(f"{value.name}_dequantized{suffix}")
     quantized.type, dequantized.type = ir.TensorType(site.spec.format.storage), value.type
     quantized.shape = dequantized.shape = value.shape
     *clip, quantize, dequantize = tape.nodes
     for node in clip:
-        node.name = f"{value.name}_clip{suffix}"
+        node.name = names.free(f"{value.name}_clip{suffix}")
         node.metadata_props[CLIP] = site.spec.format.name
-    quantize.name, dequantize.name = f"{value.name}_Q{suffix}", f"{value.name}_DQ{suffix}"
+    quantize.name = names.free(f"{value.name}_Q{suffix}")
+    dequantize.name = names.free(f"{value.name}_DQ{suffix}")
     quantize.metadata_props[FORMAT] = dequantize.metadata_props[FORMAT] = site.spec.format.name
     quantize.metadata_props[SYMMETRIC] = str(int(site.spec.symmetric))
     quantize.metadata_props[STATISTICS] = _name(root)
@@ -99,27 +102,28 @@ def _name(value: ir.Value) -> str:
     return name
 
 
-def _rename_output(value: ir.Value) -> None:
+def _rename_output(value: ir.Value, names: graphs.Names) -> None:
     value.meta["onnxq.output_name"] = value.name
-    value.name = f"{value.name}_float"
+    value.name = names.free(f"{value.name}_float")
 
 
-def _free_suffix(graph: ir.Graph, name: str) -> str:
+def _pair_suffix(graph: ir.Graph, name: str) -> str:
     """A suffix that keeps a second pair on the same value apart from the first."""
-    taken = graph.meta.setdefault("onnxq.qdq_names", {})
-    count: int = taken.get(name, 0)
-    taken[name] = count + 1
+    pairs = graph.meta.setdefault("onnxq.qdq_pairs", {})
+    count: int = pairs.get(name, 0)
+    pairs[name] = count + 1
     return "" if count == 0 else f"_{count}"
 
 
-def _parameters(graph: ir.Graph, site: Site, root: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _parameters(graph: ir.Graph, site: Site, root: ir.Value, names: graphs.Names) -> tuple[ir.Value, ir.Value]:
     """The scale and zero-point initializers of the site: those of ``root`` if they are there already."""
     shape, number_format, ending = parameter_shape(site), site.spec.format, _ending(graph, site, root)
-    made: dict[tuple[str, str], tuple[ir.Value, ir.Value]] = graph.meta.setdefault("onnxq.qdq_parameters", {})
+    made: dict[tuple[str, str], tuple[str, str]] = graph.meta.setdefault("onnxq.qdq_parameters", {})
     if (_name(root), ending) in made:
-        return made[_name(root), ending]
-    scale_name = _free_name(graph, f"{_name(root)}_scale{ending}")
-    zero_point_name = _free_name(graph, f"{_name(root)}_zero_point{ending}")
+        scale_name, zero_point_name = made[_name(root), ending]
+        return graph.initializers[scale_name], graph.initializers[zero_point_name]
+    scale_name = names.free(f"{_name(root)}_scale{ending}")
+    zero_point_name = names.free(f"{_name(root)}_zero_point{ending}")
     dtype = site.value.dtype or ir.DataType.FLOAT
     scale = ir.Value(name=scale_name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
     scale.const_value = ir.tensor(np.ones(shape, dtype.numpy()), name=scale_name)
@@ -127,15 +131,8 @@ def _parameters(graph: ir.Graph, site: Site, root: ir.Value) -> tuple[ir.Value, 
     zero_point.const_value = zero_point_tensor(np.zeros(shape), number_format, zero_point_name)
     graph.register_initializer(scale)
     graph.register_initializer(zero_point)
-    made[_name(root), ending] = scale, zero_point
+    made[_name(root), ending] = scale_name, zero_point_name
     return scale, zero_point
-
-
-def _free_name(graph: ir.Graph, name: str) -> str:
-    """The name, with underscores behind it where the model has an initializer of that name."""
-    while name in graph.initializers:
-        name += "_"
-    return name
 
 
 def _ending(graph: ir.Graph, site: Site, root: ir.Value) -> str:
@@ -166,15 +163,18 @@ def parameter_shape(site: Site) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _clip_bounds(graph: ir.Graph, site: Site, root: ir.Value) -> list[ir.Value]:
+def _clip_bounds(graph: ir.Graph, site: Site, root: ir.Value, names: graphs.Names) -> list[ir.Value]:
+    """The initializers of the narrow range, which follow the site's scale and are shared like it."""
+    made: dict[str, str] = graph.meta.setdefault("onnxq.qdq_bounds", {})
     bounds = []
     ending = _ending(graph, site, root)
     for suffix, bound in (("clip_low", site.spec.format.low), ("clip_high", site.spec.format.high)):
         name = f"{_name(root)}_{suffix}{ending}"
-        if name not in graph.initializers:
+        if name not in made:
             dtype = site.value.dtype or ir.DataType.FLOAT
-            initializer = ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(dtype))
-            initializer.const_value = ir.tensor(np.asarray(bound, dtype.numpy()), name=name)
+            initializer = ir.Value(name=names.free(name), shape=ir.Shape(()), type=ir.TensorType(dtype))
+            initializer.const_value = ir.tensor(np.asarray(bound, dtype.numpy()), name=initializer.name)
             graph.register_initializer(initializer)
-        bounds.append(graph.initializers[name])
+            made[name] = initializer.name or ""
+        bounds.append(graph.initializers[made[name]])
     return bounds

@@ -289,6 +289,11 @@ STEPS = {
 }
 
 
+# What rewrites put behind the name of a value or a node for what they make of it.
+ENDINGS = """quantized dequantized scale zero_point clipped clip_low float bias padded codes levels levelled smoothing
+smoothed exponent sign shift with_shift part0 sum0 base term0 rotated or_not Q DQ""".split()
+
+
 @st.composite
 def networks(draw: st.DrawFn) -> ir.Model:
     """A valid float network of one image input ``x`` and one or two outputs."""
@@ -311,6 +316,7 @@ def networks(draw: st.DrawFn) -> ir.Model:
     if draw(st.integers(0, 4)) == 0:
         name, current = net.draw(inner)
         chosen[name] = current
+    _confuse_names(net, draw(st.lists(st.sampled_from(ENDINGS), max_size=6)), set(chosen))
     for name, sizes in chosen.items():
         net.values[name].shape = ir.Shape(["N", *sizes[1:]] if free else sizes)
     graph = ir.Graph(
@@ -322,3 +328,17 @@ def networks(draw: st.DrawFn) -> ir.Model:
         name="random",
     )
     return ir.Model(graph, ir_version=8)
+
+
+def _confuse_names(net: Network, endings: list[str], kept: set[str]) -> None:
+    """Give some values the names that a rewrite would give what it makes of others."""
+    taken = {value.name for value in net.values.values()}
+    for ending in endings:
+        value = net.values[net.draw([name for name in net.values if name != "x" and name not in kept] or ["x"])]
+        name = f"{net.draw(list(net.values.values())).name}_{ending}"
+        if name in taken or value.name == "x":
+            continue
+        taken.add(name)
+        if value.const_value is not None:
+            value.const_value.name = name
+        value.name = name

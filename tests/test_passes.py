@@ -9,6 +9,8 @@ import onnx_ir as ir
 import pytest
 from conftest import NETWORK, SHAPES, add_weights
 
+import onnxq
+from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq import targets
 from onnxq.calibration import calibrate
@@ -196,9 +198,32 @@ def test_outputs_keep_their_names_and_shared_values_one_pair() -> None:
     assert len(sources) == len(set(sources))
 
 
-def test_pads_move_to_the_codes(shared_data: Path) -> None:
-    import onnxq
+def test_values_that_are_called_like_ours_keep_their_names(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 17]>
+    g (float[N,16,8,8] x) => (float[N,16,8,8] y) {
+        x_quantized = Relu (x)
+        x_dequantized = Conv <pads=[1,1,1,1]> (x, w)
+        w_quantized = Add (x_quantized, x_dequantized)
+        x_scale = Sigmoid (w_quantized)
+        x_clip_low = Tanh (x_scale)
+        y_float = Conv <pads=[1,1,1,1]> (x_clip_low, w2)
+        y = Conv <pads=[1,1,1,1]> (y_float, w3)
+    }
+    """
+    path = tmp_path / "f.onnx"
+    ir.save(add_weights(text, {name: (16, 16, 3, 3) for name in ("w", "w2", "w3")}), path)
+    x = np.random.default_rng(0).standard_normal((8, 16, 8, 8)).astype(np.float32)
+    expected = Session(str(path)).run({"x": x})[0]
+    for target in ("tensorrt", "cpu"):
+        for width, decibel in (("int8", 25), ("int4", 5)):
+            result = onnxq.quantize(path, [{"x": x}], target=target, activations=width)
+            assert {"x_quantized", "w_quantized", "x_scale"} <= set(graphs.values(result.model.graph))
+            found = Session(result.model, optimize=False).run({"x": x})[0]
+            assert 10 * np.log10(np.sum(expected**2) / np.sum((found - expected) ** 2)) > decibel
 
+
+def test_pads_move_to_the_codes(shared_data: Path) -> None:
     result = onnxq.quantize(shared_data / "models" / "resnet20_cifar10.onnx", target="cpu", samples=4)
     pads = [node for node in result.model.graph if node.op_type == "Pad"]
     assert len(pads) == 2 and all(pad.inputs[0].dtype == ir.DataType.UINT8 for pad in pads)
@@ -208,8 +233,6 @@ def test_pads_move_to_the_codes(shared_data: Path) -> None:
 def test_signed_attention_loads_in_onnxruntime_as_it_comes(shared_data: Path, tmp_path: Path) -> None:
     """At opset 21 onnxruntime refuses it (see LowerOpset); a plain session, without our options, is what users make."""
     import onnxruntime
-
-    import onnxq
 
     output = tmp_path / "o.onnx"
     onnxq.quantize(shared_data / "models" / "r20vit_hybrid_cifar10.onnx", samples=4, output=output)

@@ -67,13 +67,13 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
             continue
         # Some exporters write -1 or 0 for what is free.
         dimensions = tuple(size if isinstance(size, int) and size > 0 else None for size in value.shape or ())
-        dtype = value.dtype or ir.DataType.FLOAT
+        dtype = np.dtype((value.dtype or ir.DataType.FLOAT).numpy())
         if math.prod(size or 1 for size in dimensions) * dtype.itemsize > LARGEST_INPUT_BYTES:
             raise OnnxqError(
                 f"expected inputs below {LARGEST_INPUT_BYTES >> 30} GiB, found {value.name!r} of shape {value.shape}",
                 hint="check the shapes that the model was exported for",
             )
-        specs.append(InputSpec(value.name, dtype.numpy(), dimensions))
+        specs.append(InputSpec(value.name, dtype, dimensions))
     return specs
 
 
