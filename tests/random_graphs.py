@@ -290,8 +290,11 @@ STEPS = {
 
 
 # What rewrites put behind the name of a value or a node for what they make of it.
-ENDINGS = """quantized dequantized scale zero_point clipped clip_low float bias padded codes levels levelled smoothing
-smoothed exponent sign shift with_shift part0 sum0 base term0 rotated or_not Q DQ""".split()
+ENDINGS = [
+    "quantized", "dequantized", "scale", "zero_point", "clipped", "clip_low", "float", "bias", "padded", "codes",
+    "levels", "levelled", "smoothing", "smoothed", "exponent", "sign", "shift", "with_shift", "part0", "sum0",
+    "base", "term0", "rotated", "or_not", "Q", "DQ",
+]  # fmt: skip
 
 
 @st.composite
