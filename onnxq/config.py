@@ -38,6 +38,7 @@ class Settings(BaseModel):
     activations: str | None = None
     first_last: str | None = None
     rotate: bool = False
+    low_rank: int = Field(default=0, ge=0)
     samples: int | None = Field(default=None, ge=1)
     exclude: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0)

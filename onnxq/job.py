@@ -96,6 +96,10 @@ class Job:
         if self.settings.first_last is not None:
             ends = scheme_of_ends(self.target, self.scheme, self.settings.first_last)
             self.exceptions |= {name: ends for name in first_and_last(self.model.graph)}
+        if self.settings.low_rank:
+            from onnxq.low_rank import add_low_rank
+
+            add_low_rank(self, self.settings.low_rank)
 
     def _rotate(self) -> None:
         """Turn residual streams and the values of attention's heads, which keeps the function too."""

@@ -78,8 +78,8 @@ def quantize(
             inputs, which is said in the result's warnings.
         output: Where to write the result; ``None`` writes nothing.
         settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
-            ``activations``, ``first_last``, ``rotate``, ``samples``, ``exclude``, ``seed``, ``device``, ``workers``,
-            ``ray``, ``synthesis``, ``statistics``, ``budget``, ``knobs``, ``preprocess``;
+            ``activations``, ``first_last``, ``rotate``, ``low_rank``, ``samples``, ``exclude``, ``seed``, ``device``,
+            ``workers``, ``ray``, ``synthesis``, ``statistics``, ``budget``, ``knobs``, ``preprocess``;
             for a denoiser without data ``scheduler``, ``steps``, ``guidance``, ``conditions``.
         progress: Where to say what is being done; by default nowhere.
         **options: The fields of :class:`Settings`.
@@ -105,7 +105,9 @@ def quantize(
         models.check_float(loaded)
         if settings.statistics is not None:
             side_car.attach(loaded, Path(settings.statistics))
-    learns = any(hasattr(recipe, knob) for knob in ("samples", "sensitivity_samples", "images"))
+    learns = settings.low_rank > 0 or any(
+        hasattr(recipe, knob) for knob in ("samples", "sensitivity_samples", "images")
+    )
     reads_data = scheme.activations.enabled or learns or getattr(recipe, "bias_correction", False)
     kept = None if output is None else checkpoint_folder(Path(output), "inputs")
     source, warnings = calibration_inputs(

@@ -76,6 +76,15 @@ def quantize(
             "before any recipe. Adds no node; a stream that cannot be turned is refused with the node.",
         ),
     ] = False,
+    low_rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="RANK",
+            help="Beside every MatMul and Gemm with quantized weights, a thin product of this rank (16 or 32, say) "
+            "that takes back part of the error: two small products more. For weights of 4 bits and fewer.",
+            show_default="none",
+        ),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="Use so many samples of the data (all of them if not given).")
     ] = None,
@@ -139,6 +148,7 @@ def quantize(
         "activations": activations,
         "first_last": first_last,
         "rotate": rotate or None,
+        "low_rank": low_rank,
         "samples": samples,
         "exclude": tuple(exclude) if exclude else None,
         "seed": seed,
