@@ -11,8 +11,6 @@ import contextlib
 import enum
 import logging
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from onnx_ir.passes import Sequential
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.runtime import IN_MEMORY_LIMIT_BYTES
+from onnxq.writing import atomic_folder
 
 OLDEST_OPSET = 7
 LOWEST_OPSET = 21  # the first with int4, block scales and output_dtype
@@ -188,48 +187,6 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool |
             os.replace(folder / data_name, file.parent / data_name)
         os.replace(folder / file.name, file)
     return file
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` to write in before renaming; gone afterwards, whatever happens."""
-    check_writable(target)
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".onnxq-", dir=target.parent))
-    except OSError as error:
-        raise _not_written(target, error) from error
-    try:
-        yield folder
-    except OSError as error:
-        raise _not_written(target, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_writable(target: Path) -> None:
-    """Raise before the work is done if ``target`` cannot be written afterwards."""
-    parent = target.parent
-    if not parent.is_dir():
-        raise OnnxqError(f"expected a folder at {parent} to write {target.name} in, found none", hint="create it first")
-    if target.is_dir():
-        raise OnnxqError(f"expected a file name for the output, found a folder: {target}", hint="name a file in it")
-    if not os.access(parent, os.W_OK):
-        raise OnnxqError(f"expected a writable folder, found one that is not: {parent}", hint="choose another -o")
-
-
-def write_text(target: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with atomic_folder(target) as folder:
-        temporary = folder / target.name
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-
-
-def _not_written(target: Path, error: OSError) -> OnnxqError:
-    return OnnxqError(
-        f"expected to write {target}, found: {error.strerror or error}",
-        hint="free some space or choose another -o; nothing was left behind",
-    )
 
 
 def initializer_bytes(model: ir.Model) -> int:

@@ -32,6 +32,7 @@ from onnxq.parallel import open_workers
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS
 from onnxq.progress import Progress
 from onnxq.recipes import Recipe
+from onnxq.writing import check_writable
 
 Array = np.ndarray[Any, Any]
 LOW_SQNR_DB = 10.0
@@ -95,7 +96,7 @@ def quantize(
     progress = progress or Progress()
     path = Path(model)
     if output is not None:
-        models.check_writable(Path(output))
+        check_writable(Path(output))
     target = targets.get(settings.target)
     entry = recipes.get(settings.recipe)
     scheme = target.scheme(settings.weights or entry.weights, settings.activations or entry.activations)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from onnxq import model as models
 from onnxq import runtime
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
+from onnxq.writing import atomic_folder, write_text
 
 SMALL = """
 <ir_version: {ir}, opset_import: ["" : {opset}]>
@@ -96,7 +100,21 @@ def test_saving_is_whole_or_not_at_all(network: Path, tmp_path: Path, monkeypatc
     with pytest.raises(OnnxqError, match="No space left"):
         models.save(loaded, tmp_path / "a.onnx")
     assert (tmp_path / "a.onnx").read_bytes() == first
-    assert not list(tmp_path.glob(".onnxq-*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "b.onnx", "network.onnx"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_and_a_living_one_keeps_its_folder(tmp_path: Path) -> None:
+    target = tmp_path / "out[1].json"
+    killed = "import pathlib, os, signal, sys; from onnxq.writing import atomic_folder\n"
+    killed += "with atomic_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+    killed += "    (folder / 'half').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", killed, str(target)], check=False).returncode == -signal.SIGKILL
+    left = list(tmp_path.iterdir())
+    assert len(left) == 1 and (left[0] / "half").exists()
+    with atomic_folder(target) as living:
+        write_text(target, "whole")
+        assert [*tmp_path.glob(".*")] == [living]
+    assert [path.name for path in tmp_path.iterdir()] == [target.name] and target.read_text() == "whole"
 
 
 @pytest.mark.parametrize(

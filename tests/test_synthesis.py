@@ -250,6 +250,24 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
         synthesise(fashion(), "zero")
 
 
+def test_a_model_that_does_not_run_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 17]>
+    g (float[N,3,16,16] x) => (y) <int64[2] sizes = {-1, 7}> {
+        c = Conv <pads=[1,1,1,1]> (x, w)
+        n = BatchNormalization (c, g1, b1, m1, v1)
+        y = Reshape (n, sizes)
+    }
+    """
+    path = tmp_path / "broken.onnx"
+    shapes = {"w": (8, 3, 3, 3), "g1": (8,), "b1": (8,), "m1": (8,), "v1": (8,)}
+    ir.save(add_weights(text, shapes), path)
+    progress = Progress()
+    with pytest.raises(OnnxqError, match="Reshape"):
+        onnxq.quantize(path, target="cpu", progress=progress)
+    assert "synthesise" not in progress.seconds
+
+
 def test_moments_are_those_of_numpy() -> None:
     values = torch.randn(3, 4, 5, 6)
     mean, deviation = moments(values, per_sample=False)

@@ -17,8 +17,8 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.calibration.data import Source, batches, input_specs, inputs_of
 from onnxq.errors import OnnxqError
-from onnxq.model import atomic_folder
 from onnxq.runtime import Session, serialize
+from onnxq.writing import atomic_folder
 
 Array = np.ndarray[Any, Any]
 

@@ -103,13 +103,13 @@ def progress(quiet: bool) -> Progress:
 
 def check_destinations(model: Path | None, *outputs: Path | None) -> None:
     """Fail before the work rather than after it."""
-    from onnxq import model as models
     from onnxq.errors import OnnxqError
+    from onnxq.writing import check_writable
 
     for path in outputs:
         if path is None:
             continue
-        models.check_writable(path)
+        check_writable(path)
         if model is not None and path.exists() and model.exists() and path.samefile(model):
             raise OnnxqError(f"expected an output beside the model, found the model itself: {path}", hint="choose -o")
 
@@ -119,10 +119,10 @@ def write_json(path: Path | None, numbers: Mapping[str, Any]) -> None:
     if path is not None:
         import json
 
-        from onnxq import model as models
         from onnxq.report.metrics import json_safe
+        from onnxq.writing import write_text
 
-        models.write_text(path, json.dumps(json_safe(numbers), indent=2) + "\n")
+        write_text(path, json.dumps(json_safe(numbers), indent=2) + "\n")
 
 
 def write_report(path: Path, numbers: Mapping[str, Any]) -> None:
@@ -131,9 +131,9 @@ def write_report(path: Path, numbers: Mapping[str, Any]) -> None:
     from importlib import metadata
 
     import onnxq
-    from onnxq import model as models
     from onnxq.report.html import render_html
     from onnxq.report.metrics import json_safe
+    from onnxq.writing import write_text
 
     versions = {"onnxq": onnxq.__version__, "python": platform.python_version()}
     for package in ("onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime", "numpy"):
@@ -142,7 +142,7 @@ def write_report(path: Path, numbers: Mapping[str, Any]) -> None:
         except metadata.PackageNotFoundError:
             continue
     command = shlex.join(["onnxq", *sys.argv[1:]])
-    models.write_text(path, render_html(json_safe({**numbers, "command": command, "versions": versions})))
+    write_text(path, render_html(json_safe({**numbers, "command": command, "versions": versions})))
 
 
 def show(numbers: Mapping[str, Any], quiet: bool) -> None:

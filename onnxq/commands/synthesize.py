@@ -57,6 +57,7 @@ def synthesize(
     from onnxq.inputs import default_count
     from onnxq.pipeline import checkpoint_folder
     from onnxq.synthesis.methods import get
+    from onnxq.writing import atomic_folder
 
     check_destinations(model, output, grid, json_path)
     settings = make_settings({"budget": budget, "seed": seed, "device": device})
@@ -76,7 +77,7 @@ def synthesize(
         checkpoint=checkpoint_folder(output),
         progress=progress(quiet),
     )
-    with models.atomic_folder(output) as folder:
+    with atomic_folder(output) as folder:
         arrays: dict[str, Any] = {made.name: made.inputs}
         np.savez(folder / "made.npz", **arrays)
         (folder / "made.npz").replace(output)

@@ -265,10 +265,10 @@ def write_grid(path: Path, images: dict[str, Array], data_range: tuple[float, fl
     Raises:
         OnnxqError: the samples are no images.
     """
-    from onnxq import model as models
+    from onnxq.writing import atomic_folder
 
     picture = grid_png(images, data_range)
-    with models.atomic_folder(path) as folder:
+    with atomic_folder(path) as folder:
         (folder / "grid.png").write_bytes(picture)
         os.replace(folder / "grid.png", path)
 

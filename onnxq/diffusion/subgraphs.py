@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxq import model as models
+from onnxq.writing import atomic_folder
 
 SMALLEST_SHARED_BYTES = 256  # onnx-ir leaves smaller tensors in the graph's own file
 
@@ -58,7 +59,7 @@ def save(model: ir.Model, subgraphs: Sequence[Subgraph], path: str | os.PathLike
     if not subgraphs:
         return models.save(model, file)
     entries = []
-    with models.atomic_folder(file) as folder:
+    with atomic_folder(file) as folder:
         models.save(model, folder / file.name, external_data=True)
         stored = ir.load(folder / file.name)
         written = [file.name, f"{file.name}.data"]

@@ -23,6 +23,7 @@ from onnxq.diffusion.selection import select
 from onnxq.errors import OnnxqError
 from onnxq.progress import Advance
 from onnxq.runtime import Session
+from onnxq.writing import atomic_folder
 
 BATCH_BYTES = 1 << 20  # of samples that run together
 
@@ -183,12 +184,12 @@ def record(sampler: Sampler, session: Session, chosen: Array, path: Path, advanc
     last = steps - 1 - chosen[:, ::-1].argmax(axis=1)
     order = np.argsort(last, kind="stable")
     done = 0
-    with tempfile.TemporaryDirectory(prefix=".onnxq-", dir=path.parent) as folder:
+    with atomic_folder(path) as folder:
         files: dict[str, Array] = {}
         for start in range(0, samples, sampler.batch):
             indices = order[start : start + sampler.batch]
             for visit in sampler.run(session, [int(index) for index in indices]):
-                _write(files, Path(folder), total, visit, positions[indices, visit.step])
+                _write(files, folder, total, visit, positions[indices, visit.step])
                 done += 1
                 if advance is not None:
                     advance(done * len(indices))
@@ -196,7 +197,7 @@ def record(sampler: Sampler, session: Session, chosen: Array, path: Path, advanc
                     break
         for array in files.values():
             array.flush()  # type: ignore[attr-defined]
-        archive_path = Path(folder) / "archive.npz"
+        archive_path = folder / "archive.npz"
         with zipfile.ZipFile(archive_path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name, array in sorted(files.items()):
                 entry = zipfile.ZipInfo(f"{name}.npy")  # without a date, so that one seed gives the same bytes

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from onnxq import model as models
 from onnxq.diffusion.router import read_index
 from onnxq.engines.tensorrt import EngineBuild, build
 from onnxq.errors import OnnxqError
+from onnxq.writing import atomic_folder
 
 INDEX_ENDING = ".groups.json"
 
@@ -56,7 +56,7 @@ def build_groups(
             on_group(number + 1)
     listed = [entry | {"engine": item.engine_path.name} for entry, item in zip(entries, built, strict=True)]
     target = output / index.name
-    with models.atomic_folder(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / index.name).write_text(json.dumps({"groups": listed}, indent=1) + "\n", encoding="utf-8")
         (folder / index.name).replace(target)
     return built

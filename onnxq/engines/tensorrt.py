@@ -19,6 +19,7 @@ from onnxq import model as models
 from onnxq.engines.inspect import CompiledLayer, Proof, parse_layers, prove, wishes
 from onnxq.engines.runtimes import LINT_HINT
 from onnxq.errors import OnnxqError
+from onnxq.writing import atomic_folder
 
 DEFAULT_TIMEOUT_SECONDS = 3600.0
 
@@ -125,7 +126,7 @@ def build(
         if shapes is None
         else {name: [list(shape) for shape in given] for name, given in shapes.items()},
     }
-    with models.atomic_folder(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         if progress is not None:
             progress(f"compiling {source.name}")

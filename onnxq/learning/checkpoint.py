@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxq.model import atomic_folder
+from onnxq.writing import atomic_folder
 
 Array = np.ndarray[Any, Any]
 KEY_FILE = "key.txt"

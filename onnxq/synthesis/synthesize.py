@@ -17,6 +17,7 @@ from onnxq.calibration.data import InputSpec, Sample, input_specs
 from onnxq.errors import OnnxqError
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
 from onnxq.progress import Progress
+from onnxq.runtime import Session
 from onnxq.synthesis.attention import PatchEntropy, attention_outputs
 from onnxq.synthesis.methods import Method, get
 from onnxq.synthesis.network import Network
@@ -146,7 +147,7 @@ def synthesise(
         progress: Where to say what is being done.
 
     Raises:
-        OnnxqError: the model lacks what the method needs, or its input is none that can be made.
+        OnnxqError: the model lacks what the method needs, does not run, or its input is none that can be made.
     """
     recipe, specs, progress = get(method), input_specs(model), progress or Progress()
     if missing := _missing(model, recipe):
@@ -156,6 +157,7 @@ def synthesise(
         raise OnnxqError(
             f"expected one float input [batch, channels, …] of known size to make, found {found}", hint="give --data"
         )
+    _check_runs(model, specs, device)
     maker = _Maker(model, recipe, seed, device)
     total = steps or max(1, round(recipe.steps * SHARE_OF_STEPS[budget]))
     untouched = int(recipe.noise * count)
@@ -184,6 +186,12 @@ def synthesise(
         losses,
         recipe.observer,
     )
+
+
+def _check_runs(model: ir.Model, specs: Sequence[InputSpec], device: str) -> None:
+    """Refuse a model that does not run before minutes go into inputs for it."""
+    feed = {spec.name: np.zeros([size or 1 for size in spec.shape], spec.dtype) for spec in specs}
+    Session(model, optimize=False, device=device).run(feed)
 
 
 def _normal(shape: Sequence[int], source: torch.Generator) -> Tensor:
