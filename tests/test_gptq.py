@@ -17,7 +17,7 @@ from onnxq import model as models
 from onnxq.calibration.data import Iterables
 from onnxq.config import make_settings
 from onnxq.job import Job
-from onnxq.learning.gptq import Columns, round_columns, weighted_error
+from onnxq.learning.gptq import Columns, round_columns, towards_float, weighted_error
 from onnxq.learning.hessian import Hessian, Layer, layer, unfold
 from onnxq.progress import Progress
 from onnxq.recipes.gptq import Gptq
@@ -200,6 +200,35 @@ def test_hessians_of_products_merge() -> None:
     assert first.matrix(torch.zeros(32, 40)).shape == (1, 40, 32)
     weight = torch.randn(24, 40)
     torch.testing.assert_close(left.weight(left.matrix(weight)), weight)
+
+
+def test_a_weight_makes_up_for_what_its_inputs_have_lost() -> None:
+    (_, second, _) = layers_of(PRODUCTS, PRODUCT_SHAPES)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 6, 40, generator=generator) + 0.3
+    weight = torch.randn(1, 24, 40, generator=generator)
+    lost = torch.eye(40) + 0.1 * torch.randn(40, 40, generator=generator)
+    hessian, split = Hessian(), Hessian()
+    hessian.update(second, x, x @ lost.mT)
+    for part in torch.split(x, 20):
+        other = Hessian()
+        other.update(second, part, part @ lost.mT)
+        split.merge(other)
+    exact = weight @ lost  # then W·(x + d) is found from x alone
+    for found in (hessian, split):
+        whole = towards_float(weight, found.value, found.drift, 1.0, ridge=1e-9)
+        torch.testing.assert_close(whole, exact, rtol=1e-4, atol=1e-4)
+        half = towards_float(weight, found.covariance, found.centred_drift, 0.5, ridge=1e-9)
+        torch.testing.assert_close(half, (weight + exact) / 2, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.mean_drift + found.mean, found.mean @ lost.double().mT, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("correct_biases", [True, False])
+def test_later_layers_make_up_for_earlier_ones(correct_biases: bool) -> None:
+    errors = [
+        quantize(NETWORK, SHAPES, Gptq(asymmetry=part, correct_biases=correct_biases), "int3")[1] for part in (0, 0.5)
+    ]
+    assert errors[1] < 0.9 * errors[0]
 
 
 def quantize(

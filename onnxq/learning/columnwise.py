@@ -22,11 +22,11 @@ from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
-from onnxq.learning.gptq import Columns, Rescale, round_columns
+from onnxq.learning.gptq import Columns, Rescale, round_columns, towards_float
 from onnxq.learning.hessian import Hessian, Layer
 from onnxq.learning.own_initializers import own_biases, readers_of, separate_weights
 from onnxq.learning.quantizers import Grid, Quantizer, as_float, read
-from onnxq.learning.walk import QUANTIZED, Walk, inside
+from onnxq.learning.walk import FLOAT, QUANTIZED, Walk, inside
 from onnxq.passes.insert_qdq import FORMAT, SYMMETRIC
 
 Array = np.ndarray[Any, Any]
@@ -43,12 +43,14 @@ class Columnwise:
         static_groups: Whether scales of blocks are those of the float weights; ``False`` takes them from the columns
             as they are when the block's turn comes. ``act_order`` asks for static ones.
         correct_biases: Whether a layer's bias takes back the mean error, so that only the rest has to be small.
+        asymmetry: Part of what the layers before have lost that a weight makes up for (:func:`towards_float`).
     """
 
     damping: float = 0.01
     act_order: bool = False
     static_groups: bool = True
     correct_biases: bool = True
+    asymmetry: float = 0.0
 
 
 def round_layers(
@@ -91,6 +93,8 @@ def round_layers(
             names = inside(graph, block)
             weights = [item for item in quantizers if item.is_weight and item.output in names]
             weights = [item for item in weights if item.source not in settled]
+            if options.asymmetry > 0:
+                walk.prepare(block)
             finished = done.load(block.name)
             if finished is None:
                 learned: dict[str, Tensor] = {}
@@ -151,14 +155,19 @@ class _Network:
     def _round(self, item: Quantizer, layer: Layer, hessian: Hessian, bias: str | None) -> dict[str, Tensor]:
         grid = Grid(self.graph, item)
         scale, zero_point = grid.spread(grid.scale).expand_as(grid.weight), grid.zero_point.expand_as(grid.weight)
-        weight = layer.matrix(grid.weight)
+        products, drift = hessian.value, hessian.drift
+        if bias is not None:
+            products, drift = hessian.covariance, hessian.centred_drift
+        original = weight = layer.matrix(grid.weight)
+        if drift is not None:
+            weight = towards_float(weight, products, drift, self.options.asymmetry)
         columns = Columns(weight, layer.matrix(scale), layer.matrix(zero_point), item.low, item.high)
         rescale = None
         if item.block_size is not None and not self.options.static_groups and not self.options.act_order:
             rescale = self._rescale(item)
         rounded, new_scale, new_zero_point = round_columns(
             columns,
-            hessian.value if bias is None else hessian.covariance,
+            products,
             damping=self.options.damping,
             act_order=self.options.act_order,
             rescale=rescale,
@@ -171,7 +180,9 @@ class _Network:
                 blocks = matrix[0][:, each]
                 learned[name] = blocks if layer.item.channel_axis == 0 else blocks.mT.contiguous()
         if bias is not None:
-            shift = ((weight - rounded).to(torch.float64) @ hessian.mean[:, :, None]).flatten()
+            lost = (original - rounded).to(torch.float64) @ hessian.mean[:, :, None]
+            lost += original.to(torch.float64) @ hessian.mean_drift[:, :, None]
+            shift = lost.flatten()
             before = read(self.graph, bias)
             learned[bias] = (before.to(torch.float64) + shift.reshape(before.shape)).to(before.dtype)
         return learned
@@ -206,7 +217,8 @@ class _Network:
         for found in layers.values():
             for layer in found:
                 (here if layer.activation in reachable else later)[layer.geometry] = layer
-        sums = self._observed(here, lambda index: self.walk.inputs(block, index, QUANTIZED), self._weights)
+        exact = (lambda index: self.walk.inputs(block, index, FLOAT)) if self.options.asymmetry > 0 else None
+        sums = self._observed(here, lambda index: self.walk.inputs(block, index, QUANTIZED), self._weights, exact)
         if later:
             sums |= self._observed(later, self._feeds, self._float)
         result: dict[str, Hessian] = {}
@@ -225,17 +237,23 @@ class _Network:
         layers: Mapping[tuple[object, ...], Layer],
         inputs: Callable[[slice], dict[str, Tensor]],
         replaced: Mapping[str, Replacement],
+        exact_inputs: Callable[[slice], dict[str, Tensor]] | None = None,
     ) -> dict[tuple[object, ...], Hessian]:
         found = {geometry: Hessian() for geometry in layers}
         wanted = list(dict.fromkeys(layer.activation for layer in layers.values()))
-        device = self.graph.device
         for start in range(0, self.walk.samples if layers else 0, self.walk.chunk):
             index = slice(start, min(start + self.walk.chunk, self.walk.samples))
-            given = {name: value.to(device) for name, value in inputs(index).items()}
-            values = self.graph.run(given, wanted, replaced=replaced)
+            values = self._values(inputs(index), wanted, replaced)
+            exact = {} if exact_inputs is None else self._values(exact_inputs(index), wanted, self._float)
             for geometry, layer in layers.items():
-                found[geometry].update(layer, values[layer.activation])
+                found[geometry].update(layer, values[layer.activation], exact.get(layer.activation))
         return found
+
+    def _values(
+        self, inputs: Mapping[str, Tensor], wanted: Sequence[str], replaced: Mapping[str, Replacement]
+    ) -> dict[str, Tensor]:
+        given = {name: value.to(self.graph.device) for name, value in inputs.items()}
+        return self.graph.run(given, wanted, replaced=replaced)
 
     def _feeds(self, index: slice) -> dict[str, Tensor]:
         return {name: self.walk.cache.rows(QUANTIZED + name, index).flatten(0, 1) for name in self.graph.input_names}

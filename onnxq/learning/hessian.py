@@ -119,49 +119,80 @@ def _pads(
 
 
 class Hessian:
-    """E[x·xᵀ] and E[x] of what one or more layers read, summed batch by batch: memory does not grow with samples."""
+    """E[x·xᵀ] and E[x] of what one or more layers read, summed batch by batch: memory does not grow with samples.
+
+    Where the float network's inputs x' are given too, also the drift d = x' − x from them, as E[d·xᵀ] and E[d].
+    """
 
     def __init__(self) -> None:
-        self.products: Tensor | None = None  # [groups, columns, columns]
-        self.sums: Tensor | None = None  # [groups, columns]
         self.count = 0
+        self._products: Tensor | None = None  # [groups, columns, columns]
+        self._sums: Tensor | None = None  # [groups, columns]
+        self._drift_products: Tensor | None = None
+        self._drift_sums: Tensor | None = None
 
-    def update(self, layer: Layer, activation: Tensor) -> None:
-        """Add a batch of what the layer reads."""
+    def update(self, layer: Layer, activation: Tensor, exact: Tensor | None = None) -> None:
+        """Add a batch of what the layer reads, and of what it reads in the float network."""
         per_sample = max(1, activation[:1].numel()) * math.prod(layer.shape[2:])
         rows = activation.shape[0] if layer.item.node.op_type != "Conv" else max(1, UNFOLDED_VALUES // per_sample)
-        for part in torch.split(activation.to(torch.float32), rows):
-            inputs = layer.inputs(part)
-            products = (inputs.mT @ inputs).to(torch.float64)
-            sums = inputs.sum(dim=1, dtype=torch.float64)
-            self.products = products if self.products is None else self.products.add_(products)
-            self.sums = sums if self.sums is None else self.sums.add_(sums)
+        drift = None if exact is None else exact.to(torch.float32) - activation.to(torch.float32)
+        for start in range(0, activation.shape[0], rows):
+            part = slice(start, start + rows)
+            inputs = layer.inputs(activation[part].to(torch.float32))
+            self._products = _add(self._products, (inputs.mT @ inputs).to(torch.float64))
+            self._sums = _add(self._sums, inputs.sum(dim=1, dtype=torch.float64))
             self.count += inputs.shape[1]
+            if drift is not None:
+                drifts = layer.inputs(drift[part])
+                self._drift_products = _add(self._drift_products, (drifts.mT @ inputs).to(torch.float64))
+                self._drift_sums = _add(self._drift_sums, drifts.sum(dim=1, dtype=torch.float64))
 
     def merge(self, other: Hessian) -> None:
         """Add what another one has seen."""
-        if other.products is None or other.sums is None:
-            return
-        self.products = other.products.clone() if self.products is None else self.products.add_(other.products)
-        self.sums = other.sums.clone() if self.sums is None else self.sums.add_(other.sums)
+        self._products = _add(self._products, other._products)
+        self._sums = _add(self._sums, other._sums)
+        self._drift_products = _add(self._drift_products, other._drift_products)
+        self._drift_sums = _add(self._drift_sums, other._drift_sums)
         self.count += other.count
 
     @property
     def value(self) -> Tensor:
         """E[x·xᵀ], [groups, columns, columns] in float64."""
-        if self.products is None:
-            raise RuntimeError("update() comes before value")
-        return self.products / max(1, self.count)
+        return self._mean_of(self._products)
 
     @property
     def mean(self) -> Tensor:
         """E[x], [groups, columns] in float64."""
-        if self.sums is None:
-            raise RuntimeError("update() comes before mean")
-        return self.sums / max(1, self.count)
+        return self._mean_of(self._sums)
 
     @property
     def covariance(self) -> Tensor:
         """E[x·xᵀ] − E[x]·E[x]ᵀ: the error that is left once the layer's bias has taken back its mean."""
-        mean = self.mean
-        return self.value - mean[:, :, None] * mean[:, None, :]
+        return self.value - self.mean[:, :, None] * self.mean[:, None, :]
+
+    @property
+    def drift(self) -> Tensor | None:
+        """E[d·xᵀ], [groups, columns, columns] in float64; ``None`` where the float network was not looked at."""
+        return None if self._drift_products is None else self._mean_of(self._drift_products)
+
+    @property
+    def mean_drift(self) -> Tensor:
+        """E[d], [groups, columns] in float64; 0 where the float network was not looked at."""
+        return torch.zeros_like(self.mean) if self._drift_sums is None else self._mean_of(self._drift_sums)
+
+    @property
+    def centred_drift(self) -> Tensor | None:
+        """E[d·xᵀ] − E[d]·E[x]ᵀ."""
+        drift = self.drift
+        return None if drift is None else drift - self.mean_drift[:, :, None] * self.mean[:, None, :]
+
+    def _mean_of(self, sums: Tensor | None) -> Tensor:
+        if sums is None:
+            raise RuntimeError("update() comes first")
+        return sums / max(1, self.count)
+
+
+def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    if total is None or part is None:
+        return part.clone() if total is None and part is not None else total
+    return total.add_(part)

@@ -16,8 +16,8 @@ class Gptq:
 
     1. Rewrite the graph, insert Q/DQ, calibrate activations: as the static recipe does.
     2. Weight scales come from the float weights, clipped where that leaves the least error.
-    3. Block by block, on what the rounded part of the network makes: H = E[x·xᵀ] of each layer's inputs, then
-       algorithm 1 over its columns.
+    3. Block by block, on what the rounded part of the network makes: H = E[x·xᵀ] of each layer's inputs; weights move
+       towards what gives the float network's outputs from them; then algorithm 1 over their columns.
     4. Store weights as codes, lint, check.
 
     Source: E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, GPTQ: Accurate Post-Training Quantization for Generative
@@ -29,6 +29,8 @@ class Gptq:
         - Scales of blocks are static by default; ``static_groups=False`` is the paper's.
         - Where a layer has a bias, it takes back the mean error, and the columns are rounded for the covariance of
           the inputs: the least error over both. ``correct_biases=False`` is the paper's.
+        - Weights make up for half of what the layers before have lost, by damped least squares before the rounding: on
+          convolutions it is worth more than the rounding itself. ``asymmetry=0`` is the paper's.
         - Inputs that are always zero keep their weights, rounded to the nearest, instead of losing them.
         - Inside a block, the layers are rounded in the order in which they run, on what the rounded ones make.
         - A weight that several layers share is rounded once, for the sum of their Hessians; layers in blocks that
@@ -40,6 +42,7 @@ class Gptq:
         act_order: Whether the columns with the largest inputs are rounded first (with static groups).
         static_groups: Whether the scales of blocks come from the float weights.
         correct_biases: Whether biases take back the mean error.
+        asymmetry: Part of the error of the layers before that weights make up for (GPTAQ, arXiv 2504.02692).
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
         observer: How a range follows from the statistics of an activation.
         samples: How many samples Hessians are taken from.
@@ -50,6 +53,7 @@ class Gptq:
     act_order: bool = True
     static_groups: bool = True
     correct_biases: bool = True
+    asymmetry: float = 0.5
     weight_ranges: str = "mse"
     observer: str = "robust"
     samples: int = 128
@@ -66,7 +70,7 @@ class Gptq:
         round_layers(
             job,
             units,
-            Columnwise(self.damping, self.act_order, self.static_groups, self.correct_biases),
+            Columnwise(self.damping, self.act_order, self.static_groups, self.correct_biases, self.asymmetry),
             samples=min(self.samples, len(job.source), job.settings.samples or self.samples),
             cache_mib=self.cache_mib,
             search=search,
