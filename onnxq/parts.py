@@ -9,6 +9,8 @@ what reading the weights does.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ import onnx
 import onnx_ir as ir
 
 Array = np.ndarray[Any, Any]
-PART_BYTES = 256 << 20
+PART_BYTES = 128 << 20
 OpenSession = Callable[[bytes, Sequence[str]], Any]
 
 
@@ -81,6 +83,7 @@ class Parts:
                 found = session.run(made, {name: values[name] for name in given})
                 values.update(zip(made, found, strict=True))
                 del session, found
+                _give_back()
             values = {name: value for name, value in values.items() if name in later}
         return [values[name] for name in wanted]
 
@@ -129,6 +132,12 @@ class Parts:
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.ClearField("shape")
         return value
+
+
+def _give_back() -> None:
+    """Let the system have the memory that the allocator keeps for later: the next part's weights are other sizes."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc has this, others do not need it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _read_by(nodes: Sequence[onnx.NodeProto]) -> dict[str, None]:
