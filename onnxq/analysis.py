@@ -19,9 +19,10 @@ from onnxq.config import Settings
 from onnxq.errors import OnnxqError
 from onnxq.inputs import calibration_inputs
 from onnxq.job import Job
+from onnxq.parallel import Workers, open_workers
 from onnxq.progress import Progress
 from onnxq.report.metrics import json_safe
-from onnxq.runtime import Session
+from onnxq.runtime import Session, serialize
 from onnxq.sensitivity import ErrorPower, Probe, judged_samples
 from onnxq.switchboard import Layer, Search, activations_of, layers_of
 
@@ -112,6 +113,18 @@ def analyze(
         OnnxqError: the model, the data or a setting is not what was expected.
     """
     settings, progress, path = settings or Settings(), progress or Progress(), Path(model)
+    with open_workers(settings.workers, settings.ray) as workers:
+        return _analyze(path, data, settings, narrow, progress, workers)
+
+
+def _analyze(
+    path: Path,
+    data: str | os.PathLike[str] | Iterable[Mapping[str, Array]] | None,
+    settings: Settings,
+    narrow: Sequence[str],
+    progress: Progress,
+    workers: Workers | None,
+) -> Analysis:
     target = targets.get(settings.target)
     scheme = target.scheme(settings.weights, settings.activations)
     with progress.stage("load", "Loading"):
@@ -119,7 +132,7 @@ def analyze(
         models.check_float(loaded)
         others = {name: _left_float(path, name) for name in targets.names() if name != target.name}
     source, warnings = calibration_inputs(loaded, path, data, settings, progress)
-    job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings)
+    job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings, workers=workers)
     job.prepare()
     placement = job.place(loaded.graph)
     layers = layers_of(loaded.graph, lambda node: scheme, placement.left_float)
@@ -151,9 +164,19 @@ class _Study:
         self.samples = min(len(job.source), job.settings.samples or len(job.source))
         taps = activations_of(job.model.graph, layers)
         inputs = {spec.name for spec in job.specs}
-        session = Session(job.model, taps=[name for name in taps if name not in inputs], device=job.settings.device)
+        serialized = serialize(job.model, [name for name in taps if name not in inputs], by_path=job.workers is None)
+        session = Session(serialized, device=job.settings.device)
         with job.progress.stage("calibrate", "Calibrating", self.samples) as advance:
-            recording = calibrate.record(session, taps, job.source, job.specs, samples=self.samples, on_batch=advance)
+            recording = calibrate.record(
+                session,
+                taps,
+                job.source,
+                job.specs,
+                samples=self.samples,
+                on_batch=advance,
+                workers=job.workers,
+                shared=None if job.workers is None else job.workers.share(serialized, job.settings.device),
+            )
         judged = judged_samples(session, job.source, job.specs, JUDGED_ROWS)
         self.probe = Probe(
             job.model,
@@ -162,6 +185,7 @@ class _Study:
             job.specs,
             observers.get("robust"),
             device=job.settings.device,
+            workers=job.workers,
         )
 
     def alone(self, layers: Sequence[Layer], search: Search | None, message: str) -> dict[str, ErrorPower]:

@@ -44,6 +44,7 @@ class SharedModel:
         key: What a worker keeps its session under.
         threads: Threads of the session inside an op.
         device: ``cpu`` or ``cuda``.
+        optimize: As for the session.
         folder: Where the model lies, for workers on this machine.
         reference: Ray's reference to it, for workers on any.
     """
@@ -51,6 +52,7 @@ class SharedModel:
     key: str
     threads: int
     device: str
+    optimize: bool = True
     folder: str = ""
     reference: list[Any] = field(default_factory=list)  # inside a list Ray leaves it a reference
 
@@ -58,7 +60,9 @@ class SharedModel:
         """This process's session of the model."""
         if self.key not in _SESSIONS:
             _SESSIONS.clear()  # one model at a time: it is the largest thing that a worker holds
-            _SESSIONS[self.key] = Session(self._model(), threads=self.threads, device=self.device)
+            _SESSIONS[self.key] = Session(
+                self._model(), optimize=self.optimize, threads=self.threads, device=self.device
+            )
         return _SESSIONS[self.key]
 
     def _model(self) -> Serialized:
@@ -96,18 +100,18 @@ class Workers:
         self._folders = contextlib.ExitStack()
         self._shared = itertools.count()
 
-    def share(self, model: Serialized, device: str = "cpu") -> SharedModel:
+    def share(self, model: Serialized, device: str = "cpu", *, optimize: bool = True) -> SharedModel:
         """Make a model known to all workers."""
         key = f"{os.getpid()} {next(self._shared)}"
         if self._ray is not None:
-            return SharedModel(key, self.threads, device, reference=[self._ray.put(model)])
+            return SharedModel(key, self.threads, device, optimize, reference=[self._ray.put(model)])
         folder = Path(self._folders.enter_context(tempfile.TemporaryDirectory(prefix="onnxq-shared-")))
         (folder / "model.onnx").write_bytes(model.model.SerializeToString())
         names = {"large": list(model.large), "appended": model.appended, "weight_bytes": model.weight_bytes}
         (folder / "names.json").write_text(json.dumps(names))
         for index, array in enumerate(model.large.values()):
             np.save(folder / f"{index}.npy", array)
-        return SharedModel(key, self.threads, device, folder=str(folder))
+        return SharedModel(key, self.threads, device, optimize, folder=str(folder))
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Results in the order of the items, which are drawn no further ahead than the workers need."""

@@ -18,13 +18,15 @@ from onnxq.calibration.data import STEP_KEY, InputSpec, Source, Spread, batches,
 from onnxq.calibration.observers import Observer, Statistics
 from onnxq.errors import OnnxqError
 from onnxq.learning.outputs import Compared, difference
+from onnxq.parallel import Workers
 from onnxq.runtime import Session
 from onnxq.scheme import Scheme
-from onnxq.switchboard import Layer, Search, Switchboard
+from onnxq.switchboard import Layer, Search, SharedBoard, Switchboard
 
 Array = np.ndarray[Any, Any]
 
 BATCH = 16
+TASKS_OF_A_WORKER = 4  # so that all finish at about the same time
 
 
 @dataclass
@@ -46,6 +48,12 @@ class ErrorPower:
             for step, row_signal, row_error in zip(steps.tolist(), signal, error, strict=False):
                 self.signal[step] = self.signal.get(step, 0.0) + float(row_signal)
                 self.error[step] = self.error.get(step, 0.0) + float(row_error)
+
+    def merge(self, other: ErrorPower) -> None:
+        """Add what was added to another."""
+        for mine, more in ((self.signal, other.signal), (self.error, other.error)):
+            for step, power in more.items():
+                mine[step] = mine.get(step, 0.0) + power
 
     @property
     def by_step_db(self) -> dict[int, float]:
@@ -84,6 +92,9 @@ class Judged:
     labels: Array | None = None
 
 
+Judge = Callable[[Judged, list[Array]], Any]
+
+
 def judged_samples(
     session: Session, source: Source, specs: Sequence[InputSpec], rows: int, steps: Iterable[int] | None = None
 ) -> list[Judged]:
@@ -94,6 +105,39 @@ def judged_samples(
         keys = np.atleast_1d(batch.get(STEP_KEY, np.zeros(len(next(iter(feed.values()))), np.int64)))
         found.append(Judged(feed, keys, session.run(feed, session.own_output_names), batch.get("labels")))
     return found
+
+
+def batch_power(sample: Judged, found: list[Array]) -> ErrorPower:
+    """The error of a model's outputs on one batch."""
+    power = ErrorPower()
+    power.add(sample.expected, found[: len(sample.expected)], sample.steps)
+    return power
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far the outputs for one batch are from the float model's, times its rows.
+
+    Attributes:
+        outputs: Which outputs, and in what measure.
+        names: The names of all outputs, in order.
+    """
+
+    outputs: Sequence[Compared]
+    names: Sequence[str]
+
+    def __call__(self, sample: Judged, found: list[Array]) -> float:
+        """Judge a batch."""
+        values = dict(zip(self.names, found, strict=False))
+        expected = dict(zip(self.names, sample.expected, strict=True))
+        rows = len(next(iter(sample.feed.values())))
+        return rows * sum(difference(item, expected[item.output], values[item.output]) for item in self.outputs)
+
+
+def _judge_sets(task: tuple[SharedBoard, Judge, Judged, Sequence[Sequence[str]]]) -> list[Any]:
+    """What a judge says of one batch with each of some sets of layers quantized, in a worker."""
+    board, judge, sample, sets = task
+    return [judge(sample, board.run(sample.feed, on)) for on in sets]
 
 
 def error_power(run: Callable[[dict[str, Array]], list[Array]], samples: Sequence[Judged]) -> ErrorPower:
@@ -118,6 +162,7 @@ class Probe:
         device: ``cpu`` or ``cuda``.
         outputs: Which outputs :meth:`distance` compares, and in what measure.
         output_names: The names of the outputs in ``samples``, in order.
+        workers: Who shares the work; ``None``: nobody. What is found is the same.
     """
 
     model: ir.Model
@@ -129,6 +174,7 @@ class Probe:
     device: str = "cpu"
     outputs: Sequence[Compared] = ()
     output_names: Sequence[str] = ()
+    workers: Workers | None = None
 
     def board(self, layers: Iterable[Layer]) -> Switchboard:
         """The model with a switch for each layer's quantization."""
@@ -136,7 +182,6 @@ class Probe:
             self.model,
             list(layers),
             self.statistics,
-            self.specs,
             observer=self.observer,
             search=self.search,
             device=self.device,
@@ -150,23 +195,47 @@ class Probe:
         self, layers: Sequence[Layer], on_layer: Callable[[int], None] | None = None
     ) -> dict[str, ErrorPower]:
         """The error at the outputs when one layer alone is quantized, by its name."""
-        board, found = self.board(layers), {}
-        for index, layer in enumerate(layers):
-            found[layer.name] = self.error(board, [layer.name])
-            if on_layer is not None:
-                on_layer(index + 1)
+        found = {}
+        for layer, powers in zip(layers, self._each(layers, [[layer.name] for layer in layers], on_layer), strict=True):
+            found[layer.name] = ErrorPower()
+            for power in powers:
+                found[layer.name].merge(power)
         return found
 
-    def distance(self, board: Switchboard, on: Collection[str]) -> float:
-        """How far the outputs are from the float model's when the named layers are quantized."""
-        total, rows = 0.0, 0
-        for sample in self.samples:
-            found = dict(zip(self.output_names, board.run(sample.feed, on), strict=False))
-            expected = dict(zip(self.output_names, sample.expected, strict=True))
-            batch = len(next(iter(sample.feed.values())))
-            total += batch * sum(difference(item, expected[item.output], found[item.output]) for item in self.outputs)
-            rows += batch
-        return total / max(rows, 1)
+    def distances(
+        self, layers: Sequence[Layer], sets: Sequence[Sequence[str]], on_set: Callable[[int], None] | None = None
+    ) -> list[float]:
+        """How far the outputs are from the float model's with each of some sets of layers quantized."""
+        judge = Distance(tuple(self.outputs), tuple(self.output_names))
+        rows = sum(len(next(iter(sample.feed.values()))) for sample in self.samples)
+        return [sum(found) / max(rows, 1) for found in self._each(layers, sets, on_set, judge)]
+
+    def _each(
+        self,
+        layers: Sequence[Layer],
+        sets: Sequence[Sequence[str]],
+        on_set: Callable[[int], None] | None,
+        judge: Judge = batch_power,
+    ) -> list[list[Any]]:
+        """What a judge says of every batch of samples with each set of layers quantized."""
+        board, workers = self.board(layers), self.workers
+        found: list[list[Any]] = [[] for _ in sets]
+        if workers is None:
+            for index, on in enumerate(sets):
+                found[index] = [judge(sample, board.run(sample.feed, on)) for sample in self.samples]
+                if on_set is not None:
+                    on_set(index + 1)
+            return found
+        shared = board.share(workers)
+        size = max(1, len(sets) * len(self.samples) // (TASKS_OF_A_WORKER * workers.count))
+        chunks = [(start, sample) for start in range(0, len(sets), size) for sample in self.samples]
+        tasks = ((shared, judge, sample, sets[start : start + size]) for start, sample in chunks)
+        for (start, sample), results in zip(chunks, workers.map(_judge_sets, tasks), strict=True):
+            for index, result in enumerate(results):
+                found[start + index].append(result)
+            if on_set is not None and sample is self.samples[-1]:
+                on_set(start + len(results))
+        return found
 
 
 def alone(
@@ -179,18 +248,14 @@ def alone(
         groups: The schemes of layers by node name, by the group's name; a layer that shares no weight is a group.
         on_group: Called with the number of groups done.
     """
-    board = probe.board(Layer(name, scheme) for schemes in groups.values() for name, scheme in schemes.items())
-    found = {}
-    for index, (name, schemes) in enumerate(groups.items()):
-        found[name] = probe.distance(board, list(schemes))
-        if on_group is not None:
-            on_group(index + 1)
-    return found
+    layers = [Layer(name, scheme) for schemes in groups.values() for name, scheme in schemes.items()]
+    distances = probe.distances(layers, [list(schemes) for schemes in groups.values()], on_group)
+    return dict(zip(groups, distances, strict=True))
 
 
 def together(probe: Probe, schemes: Mapping[str, Scheme]) -> float:
     """The distance when all layers have their schemes: what the sum over :func:`alone` predicts."""
-    return probe.distance(_board(probe, schemes), list(schemes))
+    return probe.distances([Layer(name, scheme) for name, scheme in schemes.items()], [list(schemes)])[0]
 
 
 def points_lost(probe: Probe, schemes: Mapping[str, Scheme]) -> float:
@@ -205,7 +270,7 @@ def points_lost(probe: Probe, schemes: Mapping[str, Scheme]) -> float:
             "expected a classifier or a language model for max_drop, found no logits among the outputs",
             hint="give a budget instead: --set budget_bits=5",
         )
-    board = _board(probe, schemes)
+    board = probe.board(Layer(name, scheme) for name, scheme in schemes.items())
     lost, rows = 0.0, 0
     for sample in probe.samples:
         found = dict(zip(probe.output_names, board.run(sample.feed, list(schemes)), strict=False))
@@ -215,7 +280,3 @@ def points_lost(probe: Probe, schemes: Mapping[str, Scheme]) -> float:
         lost += float(np.sum(before == right)) - float(np.sum(after == right))
         rows += before.size
     return 100 * lost / max(rows, 1)
-
-
-def _board(probe: Probe, schemes: Mapping[str, Scheme]) -> Switchboard:
-    return probe.board(Layer(name, scheme) for name, scheme in schemes.items())

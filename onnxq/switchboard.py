@@ -11,12 +11,12 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.calibration import calibrate
-from onnxq.calibration.data import InputSpec
 from onnxq.calibration.observers import Observer, Statistics
 from onnxq.formats import NumberFormat
+from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.lower_weights import LowerWeights
-from onnxq.runtime import Session
+from onnxq.runtime import Session, serialize
 from onnxq.scheme import Scheme, Spec
 from onnxq.targets import Site
 
@@ -49,7 +49,6 @@ class Switchboard:
         model: A float model after the target's rewrites; it is not changed.
         layers: The layers that get a switch.
         statistics: Of every activation in :func:`activations_of`, by name.
-        specs: The model's inputs.
         observer: How a range follows from the statistics of an activation.
         search: How a range follows from the weights; ``None``: their extremes.
         device: ``cpu`` or ``cuda``.
@@ -60,7 +59,6 @@ class Switchboard:
         model: ir.Model,
         layers: Sequence[Layer],
         statistics: dict[str, Statistics],
-        specs: Sequence[InputSpec],
         *,
         observer: Observer,
         search: Search | None = None,
@@ -74,14 +72,42 @@ class Switchboard:
         calibrate.set_weight_scales(copy, search)
         self._switches = _add_switches(copy.graph, sites)
         LowerWeights()(copy)
-        self._session = Session(copy, optimize=not graphs.holds_float8(copy.graph), device=device)
-        self._specs = list(specs)
-        self._off = {name: np.asarray(False) for name in self._switches.values()}
+        self._optimize, self._device = not graphs.holds_float8(copy.graph), device
+        self._model = copy
+        self._session: Session | None = None
 
     def run(self, feed: Mapping[str, Array], on: Iterable[str]) -> list[Array]:
         """The model's outputs when the named layers are quantized."""
-        switches = self._off | {self._switches[name]: np.asarray(True) for name in on if name in self._switches}
-        return self._session.run({**feed, **switches})
+        if self._session is None:
+            self._session = Session(self._model, optimize=self._optimize, device=self._device)
+        return _run(self._session, self._switches, feed, on)
+
+    def share(self, workers: Workers) -> SharedBoard:
+        """The same board for all workers."""
+        serialized = serialize(self._model, by_path=False)
+        return SharedBoard(workers.share(serialized, self._device, optimize=self._optimize), self._switches)
+
+
+@dataclass(frozen=True)
+class SharedBoard:
+    """A :class:`Switchboard` whose session every worker makes for itself.
+
+    Attributes:
+        model: The model.
+        switches: Names of the switches by names of layers.
+    """
+
+    model: SharedModel
+    switches: Mapping[str, str]
+
+    def run(self, feed: Mapping[str, Array], on: Iterable[str]) -> list[Array]:
+        """The model's outputs when the named layers are quantized, in a worker."""
+        return _run(self.model.session(), self.switches, feed, on)
+
+
+def _run(session: Session, switches: Mapping[str, str], feed: Mapping[str, Array], on: Iterable[str]) -> list[Array]:
+    chosen = {switches[name] for name in on if name in switches}
+    return session.run({**feed, **{switch: np.asarray(switch in chosen) for switch in switches.values()}})
 
 
 def activations_of(graph: ir.Graph, layers: Sequence[Layer]) -> list[str]:

@@ -319,7 +319,7 @@ def networks(draw: st.DrawFn) -> ir.Model:
     if draw(st.integers(0, 4)) == 0:
         name, current = net.draw(inner)
         chosen[name] = current
-    _confuse_names(net, draw(st.lists(st.sampled_from(ENDINGS), max_size=6)), set(chosen))
+    _confuse_names(net, draw(st.lists(st.sampled_from(ENDINGS), max_size=12)), set(chosen))
     for name, sizes in chosen.items():
         net.values[name].shape = ir.Shape(["N", *sizes[1:]] if free else sizes)
     graph = ir.Graph(

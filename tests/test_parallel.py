@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import onnx_ir as ir
 import pytest
 
 import onnxq
+from onnxq.analysis import analyze
+from onnxq.config import make_settings
 from onnxq.errors import OnnxqError
 from onnxq.parallel import open_workers
 from onnxq.runtime import Serialized, serialize
@@ -30,6 +33,15 @@ def test_processes_give_the_bytes_of_one(network: Path, many: Path, tmp_path: Pa
     for workers in (1, 3):
         onnxq.quantize(network, many, output=tmp_path / f"{workers}.onnx", target=target, workers=workers)
     assert (tmp_path / "1.onnx").read_bytes() == (tmp_path / "3.onnx").read_bytes()
+
+
+def test_sensitivities_are_those_of_one(network: Path, many: Path, tmp_path: Path) -> None:
+    for workers in (1, 2):
+        found = analyze(network, many, settings=make_settings({"target": "cpu", "workers": workers}))
+        (tmp_path / f"{workers}.json").write_text(json.dumps(found.to_json()))
+        onnxq.quantize(network, many, output=tmp_path / f"{workers}.onnx", recipe="mixed", workers=workers)
+    assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
+    assert (tmp_path / "1.onnx").read_bytes() == (tmp_path / "2.onnx").read_bytes()
 
 
 def test_an_error_in_a_worker_is_the_users_error(network: Path, many: Path) -> None:

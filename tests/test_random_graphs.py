@@ -62,6 +62,7 @@ def test_quantized_networks_are_legal_and_repeatable(model: ir.Model, target: st
             result = onnxq.quantize(path, feeds, output=Path(folder) / "a.onnx", target=target, recipe=recipe)
         except OnnxqError as error:
             assert "defect" not in str(error) + (error.hint or ""), error
+            assert "that it refuses" not in str(error), error  # onnxruntime runs the float model, see the test above
             assert [file.name for file in Path(folder).iterdir()] == ["float.onnx"], "something was left behind"
             return
         written = onnx.load(result.numbers["output"])

@@ -13,8 +13,10 @@ from onnxq.commands.common import (
     JsonPath,
     ModelPath,
     Quiet,
+    RayAddress,
     Scheduler,
     Steps,
+    WorkerCount,
     check_destinations,
     progress,
     write_json,
@@ -43,6 +45,8 @@ def analyze(
     guidance: Guidance = None,
     conditions: Conditions = None,
     device: Annotated[str | None, typer.Option(show_default="cpu", help="cpu or cuda.")] = None,
+    workers: WorkerCount = None,
+    ray: RayAddress = None,
     json_path: JsonPath = None,
     quiet: Quiet = False,
 ) -> None:
@@ -67,6 +71,8 @@ def analyze(
             "guidance": guidance,
             "conditions": None if conditions is None else str(conditions),
             "device": device,
+            "workers": workers,
+            "ray": ray,
         }
     )
     found = analysis.analyze(

@@ -8,7 +8,7 @@ input and the output make nearly all of the error there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -107,7 +107,7 @@ class _Search:
         job = self.job
         samples = judged_samples(self._float, job.source, job.specs, RANKING_ROWS // self._part, steps)
         probe = Probe(job.model, samples, self.statistics, job.specs, self.observer, self.search, job.settings.device)
-        errors = probe.errors_alone(self.layers)
+        errors = replace(probe, workers=job.workers).errors_alone(self.layers)
         self.ranking = sorted(errors, key=lambda name: (errors[name].worst_db, name))
 
     def shortest(self, floor_db: float) -> int:

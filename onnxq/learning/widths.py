@@ -217,4 +217,5 @@ def probe_of(job: Job, widths: Widths, loss: str, observer: Any, search: Any, sa
         job.settings.device,
         compared(job.model, loss),
         session.own_output_names,
+        job.workers,
     )
