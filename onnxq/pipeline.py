@@ -106,9 +106,10 @@ def quantize(
         models.check_float(loaded)
         if settings.statistics is not None:
             side_car.attach(loaded, Path(settings.statistics))
-    learns = settings.low_rank > 0 or any(
+    learns: bool = settings.low_rank > 0 or any(
         hasattr(recipe, knob) for knob in ("samples", "sensitivity_samples", "images")
     )
+    learns |= getattr(recipe, "reads_data", False)
     reads_data = scheme.activations.enabled or learns or getattr(recipe, "bias_correction", False)
     kept = None if output is None else checkpoint_folder(Path(output), "inputs")
     source, warnings = calibration_inputs(

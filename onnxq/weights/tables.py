@@ -12,13 +12,15 @@ counterpart above; only scales that clip reach it. It is one family from two pap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+
+Measure = Callable[[Array, slice], Array]  # from errors of some rows, and which they are, to one number for each
 
 TILE_VALUES = 1 << 18
 
@@ -93,7 +95,7 @@ class Fit:
         table: The levels.
         scale: Of each row.
         curve: The table's parameter.
-        error: Σ |rounded − weight|^norm.
+        error: Σ |rounded − weight|^norm, or of what was measured instead.
     """
 
     table: Table
@@ -102,7 +104,14 @@ class Fit:
     error: float
 
 
-def fit(rows: Array, bits: int, curves: Sequence[float], clips: Sequence[float], norm: float) -> Fit:
+def fit(
+    rows: Array,
+    bits: int,
+    curves: Sequence[float],
+    clips: Sequence[float],
+    norm: float,
+    measure: Measure | None = None,
+) -> Fit:
     """The curve of a weight, and the clip of each row, that leave the least error.
 
     Args:
@@ -111,6 +120,7 @@ def fit(rows: Array, bits: int, curves: Sequence[float], clips: Sequence[float],
         curves: The curves to try; one is chosen for the weight.
         clips: The clips to try for each row, as parts of its largest magnitude.
         norm: The power of the error: 4 weighs large errors, 2 is the squared error.
+        measure: What to take instead of that power, for example the error of a layer's outputs.
     """
     widest = widest_scale(rows, bits)
     best: Fit | None = None
@@ -119,7 +129,7 @@ def fit(rows: Array, bits: int, curves: Sequence[float], clips: Sequence[float],
         scale, least = widest, np.full(len(rows), np.inf)
         for clip in clips:
             tried = np.asarray(widest * np.float32(clip))
-            error = row_errors(rows, table, tried, norm)
+            error = row_errors(rows, table, tried, norm, measure)
             better = error < least
             scale, least = np.where(better, tried, scale), np.where(better, error, least)
         if best is None or least.sum() < best.error:
@@ -128,14 +138,17 @@ def fit(rows: Array, bits: int, curves: Sequence[float], clips: Sequence[float],
     return best
 
 
-def row_errors(rows: Array, table: Table, scale: Array, norm: float) -> Array:
-    """Σ |rounded − weight|^norm of each row."""
+def row_errors(rows: Array, table: Table, scale: Array, norm: float, measure: Measure | None = None) -> Array:
+    """Σ |rounded − weight|^norm of each row, or what is measured instead."""
     total = np.zeros(len(rows))
     step = max(1, TILE_VALUES // max(1, rows.shape[1]))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        difference = np.abs(table.values(table.codes(rows[part], scale[part]), scale[part]) - rows[part])
-        total[part] = np.power(difference, np.float32(norm)).sum(axis=1, dtype=np.float64)
+        difference = table.values(table.codes(rows[part], scale[part]), scale[part]) - rows[part]
+        if measure is None:
+            total[part] = np.power(np.abs(difference), np.float32(norm)).sum(axis=1, dtype=np.float64)
+        else:
+            total[part] = measure(difference, part)
     return total
 
 
