@@ -32,7 +32,8 @@ from onnxq.runtime import Session
 
 INT8 = FORMATS["int8"]
 OPTIONS = {"recipe": "apq-dm", "steps": 10, "samples": 40}
-QUICK = {"step_floor_db": 0.0, "trajectories": 4, "kept_steps": 10}
+# Without tables: most of what moves with the step in so small a network depends on the timestep alone.
+QUICK = {"step_floor_db": 0.0, "trajectories": 4, "kept_steps": 10, "cache": False}
 
 
 def statistics_of(deviations: np.ndarray, rows: int = 4, seed: int = 0) -> StepStatistics:
@@ -269,6 +270,23 @@ def test_subgraphs_share_weights_and_route(denoiser: Path, tmp_path: Path) -> No
         router.predict(np.zeros((2, 1, 4, 4), np.float32), 0)
 
 
+def test_images_of_the_graphs_of_all_groups_are_those_of_the_one_for_all_steps(
+    denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "quantized.onnx"
+    onnxq.quantize(denoiser, output=output, knobs={"groups": 3, "lowering": "subgraphs", **QUICK}, **OPTIONS)
+    numbers = []
+    for model in (output, tmp_path / "quantized.groups.json"):
+        arguments = ("--against", denoiser, "--steps", 10, "-n", 3, "-q", "--json", tmp_path / "numbers.json")
+        assert run(capsys, "sample", model, *arguments)[0] == 0
+        numbers.append(json.loads((tmp_path / "numbers.json").read_text()))
+    for key in ("trajectory_sqnr_db", "same_seed_sqnr_db"):
+        np.testing.assert_allclose(*[np.asarray(found[key], float) for found in numbers], atol=1e-3)
+    (tmp_path / "quantized.groups.json").write_text("{}")
+    found = run(capsys, "sample", tmp_path / "quantized.groups.json", "--steps", 10, "-n", 1, "-q")
+    assert_two_lines(*found, "expected an index of subgraphs")
+
+
 def test_rescale_passes_the_lint_and_is_the_default(denoiser: Path, tmp_path: Path) -> None:
     from onnxq.targets import get
 
@@ -284,6 +302,16 @@ def test_rescale_passes_the_lint_and_is_the_default(denoiser: Path, tmp_path: Pa
     assert any(node.op_type == "ArgMin" for node in rescaled.model.graph)
     scales = [node.inputs[1] for node in rescaled.model.graph if graphs.is_quantize(node)]
     assert scales and all(graphs.is_constant(scale) for scale in scales)
+
+
+def test_tables_of_time_come_first_and_leave_fewer_values_to_rescale(denoiser: Path) -> None:
+    moving = {}
+    for cache in (False, True):
+        knobs = {**QUICK, "groups": 4, "cache": cache, "least_gain_db": 0.0}
+        result = onnxq.quantize(denoiser, knobs=knobs, **OPTIONS)
+        moving[cache] = result.numbers["time_scales"]["moving"]
+    assert moving[True] < moving[False]
+    assert "onnxq.temporal_timesteps" in result.model.metadata_props
 
 
 def test_values_that_gain_too_little_keep_one_scale(denoiser: Path) -> None:
@@ -344,7 +372,7 @@ def test_a_real_denoiser_gains_in_its_worst_step() -> None:
     other = dataclasses.replace(sampler, seed=77)
     error, worst = {}, {}
     for groups in (1, 8):
-        knobs = {"groups": groups, "step_floor_db": 0.0, "trajectories": 6, "kept_steps": 20}
+        knobs = {"groups": groups, "step_floor_db": 0.0, "trajectories": 6, "kept_steps": 20, "cache": False}
         result = onnxq.quantize(path, recipe="apq-dm", steps=20, samples=120, knobs=knobs)
         sessions = {"float": (other, Session(path)), "quantized": (other, Session(result.model, optimize=False))}
         error[groups] = result.numbers["time_scales"]["error"]

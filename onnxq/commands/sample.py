@@ -64,6 +64,8 @@ def sample(
 ) -> None:
     """Sample images from the (quantized) denoiser MODEL, and measure how far they are from the float model's.
 
+    Of a denoiser with one graph for each group of steps, MODEL is the `.groups.json`.
+
     Per step: SQNR of the prediction on the float model's trajectory. Per trajectory: SQNR of what both arrive at from
     the same noise. Fréchet distances compare only at equal numbers of samples.
 
@@ -72,8 +74,11 @@ def sample(
     from onnxq import model as models
     from onnxq.config import make_settings
     from onnxq.diffusion import comparison
+    from onnxq.diffusion.denoiser import Runnable
     from onnxq.diffusion.noise_correction import correct_noise
+    from onnxq.diffusion.router import Router, read_index
     from onnxq.diffusion.source import check_timesteps, open_sampler
+    from onnxq.diffusion.trajectory import Sampler
     from onnxq.errors import OnnxqError
     from onnxq.runtime import Session
 
@@ -93,21 +98,23 @@ def sample(
             "device": device,
         }
     )
+    index = model if model.suffix == ".json" else None
+    first = model if index is None else index.parent / read_index(index)[0]["file"]
     # The schedule lies beside the float model, or in its metadata.
-    source = against or model
+    source = against or first
     sampler, origin = open_sampler(models.load(source), source, settings)
     network = None if features is None or reference is None else comparison.FeatureNetwork(features, reference)
     # What is made for TensorRT is judged literally: onnxruntime's optimiser changes FP8 graphs.
-    metadata = models.get_metadata(models.read(model))
+    metadata = models.get_metadata(models.read(first))
     literal = metadata.get("target", "cpu") != "cpu"
-    samplers = {"quantized": (sampler, Session(model, device=device, optimize=not literal))}
-    if against is not None:
-        samplers["float"] = (sampler, Session(against, device=device))
     check_timesteps(metadata, sampler.schedule.timesteps)
     # The float model keeps the noise that its sampler means it to have: it gets a sampler of its own.
     own, _ = open_sampler(models.load(source), source, settings)
     factors = correct_noise(own, metadata["noise_correction"]) if "noise_correction" in metadata else {}
-    samplers["quantized"] = (own, samplers["quantized"][1])
+    judged = (Session if index is None else Router)(model, device=device, optimize=not literal)
+    samplers: dict[str, tuple[Sampler, Runnable]] = {"quantized": (own, judged)}
+    if against is not None:
+        samplers["float"] = (sampler, Session(against, device=device))
     with progress(quiet).stage("sample", "Sampling", samples) as advance:
         found = comparison.sample(samplers, samples, min(samples, 64), network, advance)
     if output is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnxq.calibration.data import Array
+from onnxq.diffusion.denoiser import Runnable
 from onnxq.diffusion.trajectory import Sampler
 from onnxq.errors import OnnxqError
 from onnxq.progress import Advance
@@ -129,7 +130,7 @@ class Sampled:
 
 
 def sample(
-    samplers: dict[str, tuple[Sampler, Session]],
+    samplers: dict[str, tuple[Sampler, Runnable]],
     count: int,
     shown: int,
     features: FeatureNetwork | None = None,
@@ -187,7 +188,7 @@ def sample(
 Judge = Callable[[int, dict[str, Array], Array], None]
 
 
-def _judge(samplers: dict[str, tuple[Sampler, Session]], ratios: list[Sqnr]) -> Judge:
+def _judge(samplers: dict[str, tuple[Sampler, Runnable]], ratios: list[Sqnr]) -> Judge:
     own, session = samplers["quantized"]
 
     def judge(step: int, feed: dict[str, Array], raw: Array) -> None:
@@ -196,7 +197,7 @@ def _judge(samplers: dict[str, tuple[Sampler, Session]], ratios: list[Sqnr]) -> 
     return judge
 
 
-def _walk(sampler: Sampler, session: Session, indices: range, judge: Judge | None) -> Iterator[Array]:
+def _walk(sampler: Sampler, session: Runnable, indices: range, judge: Judge | None) -> Iterator[Array]:
     """The samples before each step and after the last; x_t of one batch is all that is kept."""
     run = sampler.run(session, indices)
     for visit in run:

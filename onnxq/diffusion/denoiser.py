@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.calibration.data import Array, InputSpec, input_specs
 from onnxq.errors import OnnxqError
-from onnxq.runtime import Session
+from onnxq.runtime import Feed
 
 TIMESTEP_NAMES = ("t", "timestep", "timesteps", "time", "time_step", "sigma", "step")
 BETWEEN_INPUT_AND_EMBEDDING = (
@@ -21,6 +21,13 @@ BETWEEN_INPUT_AND_EMBEDDING = (
     "Log", "Clip",
 )  # fmt: skip
 DEEPEST_EMBEDDING = 10
+
+
+class Runnable(Protocol):
+    """What runs a batch: a session, or a router with one for each group of steps."""
+
+    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[Array]:
+        """The named outputs for a batch."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class Denoiser:
         number = round(value) if self.timestep.dtype.kind in "iu" else value
         return np.full(() if not self.timestep.shape else (count,), number, self.timestep.dtype)
 
-    def predict(self, session: Session, feed: Mapping[str, Array]) -> Array:
+    def predict(self, session: Runnable, feed: Mapping[str, Array]) -> Array:
         """The network's prediction for a batch of any size, whatever batch the export is fixed to."""
         fixed = next((spec.batch for spec in self.specs if spec.batch is not None), None)
         total = len(feed[self.sample.name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from onnxq import model as models
 from onnxq.calibration.data import Array
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.errors import OnnxqError
-from onnxq.runtime import Session
+from onnxq.runtime import Feed, Session
 
 
 class Router:
@@ -26,12 +27,15 @@ class Router:
             denoiser that is one graph.
         device: ``cpu`` or ``cuda``.
         most_open: How many sessions stay open; each holds the weights once more.
+        optimize: Whether onnxruntime may change the graphs, as in :class:`onnxq.runtime.Session`.
 
     Raises:
         OnnxqError: the index is damaged, or a file that it names is missing.
     """
 
-    def __init__(self, index: str | os.PathLike[str], device: str = "cpu", most_open: int = 1) -> None:
+    def __init__(
+        self, index: str | os.PathLike[str], device: str = "cpu", most_open: int = 1, *, optimize: bool = True
+    ) -> None:
         path = Path(index)
         one: list[dict[str, Any]] = [{"file": path.name, "timesteps": [0.0]}]
         entries = read_index(path) if path.suffix == ".json" else one
@@ -43,7 +47,7 @@ class Router:
         self.timesteps = np.asarray([time for time, _ in pairs])
         self.groups = np.asarray([number for _, number in pairs])
         self.denoiser = denoisers.find(models.read(self.files[0]))
-        self.device, self.most_open = device, max(1, most_open)
+        self.device, self.most_open, self.optimize = device, max(1, most_open), optimize
         self._sessions: dict[int, Session] = {}
 
     def group(self, timestep: float) -> int:
@@ -64,13 +68,7 @@ class Router:
         Raises:
             OnnxqError: the batch mixes timesteps of different groups, or an input is missing or another.
         """
-        times = np.unique(np.asarray(timestep, np.float64))
-        numbers = {self.group(float(time)) for time in times}
-        if len(numbers) != 1:
-            raise OnnxqError(
-                f"expected timesteps of one group in a batch, found {len(numbers)}: {times[0]:g} … {times[-1]:g}",
-                hint="call predict for each timestep, as samplers do",
-            )
+        self._serving(timestep)
         names = {item.spec.name for item in self.denoiser.conditions}
         if names != conditions.keys():
             raise OnnxqError(
@@ -89,10 +87,31 @@ class Router:
                 for item in self.denoiser.conditions
             },
         }
-        return self.denoiser.predict(self._session(numbers.pop()), feed)
+        return self.denoiser.predict(self, feed)
+
+    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[Array]:
+        """Run one batch in the graph of its timestep, as :meth:`onnxq.runtime.Session.run` does in its own.
+
+        Raises:
+            OnnxqError: the batch mixes timesteps of different groups, or does not fit the graph.
+        """
+        return self._session(self._serving(feed[self.denoiser.timestep.name])).run(feed, outputs)
+
+    def _serving(self, timestep: float | Array) -> int:
+        """The group that serves all timesteps of a batch."""
+        times = np.unique(np.asarray(timestep, np.float64))
+        numbers = {self.group(float(time)) for time in times}
+        if len(numbers) != 1:
+            raise OnnxqError(
+                f"expected timesteps of one group in a batch, found {len(numbers)}: {times[0]:g} … {times[-1]:g}",
+                hint="call the denoiser for each timestep, as samplers do",
+            )
+        return numbers.pop()
 
     def _session(self, number: int) -> Session:
-        session = self._sessions.pop(number, None) or Session(self.files[number], device=self.device)
+        session = self._sessions.pop(number, None)
+        if session is None:
+            session = Session(self.files[number], device=self.device, optimize=self.optimize)
         self._sessions[number] = session  # the last one used stands last
         while len(self._sessions) > self.most_open:
             self._sessions.pop(next(iter(self._sessions)))

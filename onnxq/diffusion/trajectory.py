@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxq.calibration.data import STEP_KEY, Array, Npz, Sample
-from onnxq.diffusion.denoiser import Denoiser
+from onnxq.diffusion.denoiser import Denoiser, Runnable
 from onnxq.diffusion.schedule import Schedule
 from onnxq.diffusion.selection import select
 from onnxq.errors import OnnxqError
@@ -98,7 +98,7 @@ class Sampler:
         """Inputs of the network for each sample at this step."""
         return 2 if self.is_guided(step) else 1
 
-    def run(self, session: Session, indices: Sequence[int]) -> Run:
+    def run(self, session: Runnable, indices: Sequence[int]) -> Run:
         """A run of some samples, by number."""
         return Run(self, session, indices)
 
@@ -110,7 +110,7 @@ class Run:
         sample: Where the samples are now; after the last step, the result.
     """
 
-    def __init__(self, sampler: Sampler, session: Session, indices: Sequence[int]) -> None:
+    def __init__(self, sampler: Sampler, session: Runnable, indices: Sequence[int]) -> None:
         self.sampler, self.session = sampler, session
         denoiser = sampler.denoiser
         shape = [size or 1 for size in denoiser.sample.shape[1:]]

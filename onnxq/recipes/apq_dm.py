@@ -13,6 +13,7 @@ from onnxq.diffusion.source import sampler_of
 from onnxq.diffusion.step_floor import hold_floor
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
+from onnxq.passes.cache_temporal_features import CacheTemporalFeatures
 
 Array = np.ndarray[Any, Any]
 ROUNDS = {"quick": 2, "default": 10, "paper": 100}
@@ -22,16 +23,18 @@ ROUNDS = {"quick": 2, "default": 10, "paper": 100}
 class ApqDm:
     """A few scales for each activation, shared by the steps that want them.
 
-    1. Calibrate as usual: one scale for all steps. Layers without which a step loses too much stay float.
-    2. Look at the activations of each step apart. What a step loses with each of the others' scales follows from its
+    1. What depends on the timestep alone becomes tables of the sampler's steps, where they are smaller than its
+       weights: products that have one row for each sample would cost their factors and gain nothing of them.
+    2. Calibrate as usual: one scale for all steps. Layers without which a step loses too much stay float.
+    3. Look at the activations of each step apart. What a step loses with each of the others' scales follows from its
        histogram; dynamic programming cuts the steps into the groups with the least loss, for each activation alone
        (``scope=layer``) or for all at once.
-    3. Round weights to the nearest code, store them, lint, check.
-    4. With ``partition=learned``, the paper's search, from there: each quantizer becomes a mixture of G, weighted by a
+    4. Round weights to the nearest code, store them, lint, check.
+    5. With ``partition=learned``, the paper's search, from there: each quantizer becomes a mixture of G, weighted by a
        softmax for each step. Weights of the mixtures and scales are learned from the error of the prediction and the
        entropy of the choice, on steps where that entropy is high or that were picked seldom. Then each step takes the
        group of the highest weight, if that is better on held-out samples than what it started from.
-    5. Write the scales in the form that the target runs: ``lowering``.
+    6. Write the scales in the form that the target runs: ``lowering``.
 
     Source: C. Wang, Z. Wang, X. Xu, Y. Tang, J. Zhou, J. Lu, Towards Accurate Post-training Quantization for Diffusion
     Models, CVPR 2024 (arXiv 2305.18723).
@@ -50,6 +53,7 @@ class ApqDm:
           blocks alone. Scales that a target shares among values, or whose values something else than a product reads,
           stay the same for all steps.
         - Zero points are the same for all steps.
+        - The tables are TFMQ-DM's cache (arXiv 2407.19547); ``cache=False`` is the paper's.
 
     Attributes:
         groups: How many groups of steps (8 in the paper); 1 is static.
@@ -62,6 +66,7 @@ class ApqDm:
             each product; ``subgraphs``: a graph for each group beside the file, sharing its weights; ``none``: scales
             are looked up, which TensorRT does not build.
         least_gain_db: By how much the error of a value has to fall for ``rescale`` to give it factors, which cost time.
+        cache: Whether temporal features become tables first.
         powers_of_two: Whether the scales of a value are powers of two apart, so that factors are exact.
         selection: Which steps are kept where no data is given.
         trajectories: How many samples the sampler makes.
@@ -77,6 +82,7 @@ class ApqDm:
     scope: str = "layer"
     lowering: str = "rescale"
     least_gain_db: float = 2.0
+    cache: bool = True
     powers_of_two: bool = False
     selection: str = "uniform"
     trajectories: int = 32
@@ -95,6 +101,9 @@ class ApqDm:
         observe, search = observers.get(self.observer), weight_ranges.get("mse")
         sampler = sampler_of(job)
         job.prepare()
+        if self.cache:
+            size = job.scheme.weights.format.storage.bitwidth / 8 if job.scheme.weights.enabled else 4
+            CacheTemporalFeatures(sampler.denoiser, sampler.schedule.timesteps, bytes_per_weight=size)(job.model)
         hold_floor(job, observe, search, self.step_floor_db)
         statistics = time_scales.record(job)
         job.insert()
@@ -121,7 +130,7 @@ class ApqDm:
         time_scales.lower(job, sampler, tables, self.lowering)
 
     def learn(self, job: Job, scales: time_scales.TimeScales, steps: int) -> dict[str, Array]:
-        """Step 4."""
+        """Step 5."""
         from onnxq.learning.step_groups import GroupSearch, learn_groups  # needs torch
 
         search = GroupSearch(self.iterations or ROUNDS[job.settings.budget] * steps, undecided=self.undecided)
