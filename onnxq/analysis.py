@@ -131,7 +131,7 @@ def _analyze(
         loaded = models.load(path)
         models.check_float(loaded)
         others = {name: _left_float(path, name) for name in targets.names() if name != target.name}
-    source, warnings = calibration_inputs(loaded, path, data, settings, progress)
+    source, warnings = calibration_inputs(loaded, path, data, settings, progress, workers=workers)
     job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings, workers=workers)
     job.prepare()
     placement = job.place(loaded.graph)

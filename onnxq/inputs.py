@@ -15,6 +15,7 @@ from onnxq.calibration.data import InputSpec, Preprocessing, Source, input_specs
 from onnxq.calibration.noise import Noise
 from onnxq.calibration.side_car import attached
 from onnxq.config import Settings
+from onnxq.parallel import Workers
 from onnxq.progress import Progress
 
 Array = np.ndarray[Any, Any]
@@ -32,6 +33,7 @@ def calibration_inputs(
     *,
     judged_only: bool = False,
     checkpoint: Path | None = None,
+    workers: Workers | None = None,
 ) -> tuple[Source, list[str]]:
     """The samples to calibrate on, and what the user should know about them.
 
@@ -44,6 +46,7 @@ def calibration_inputs(
         recipe: The recipe, which may say which steps of a denoiser's trajectories it wants.
         judged_only: Whether nothing is learned from the samples; random ones then do to judge the result.
         checkpoint: A folder that keeps batches of made inputs, so that an interrupted run goes on with the next.
+        workers: Who shares the making of trajectories; ``None``: nobody.
 
     Raises:
         OnnxqError: the data is not what the model needs, or the model has inputs that nothing can be made up for.
@@ -52,7 +55,7 @@ def calibration_inputs(
     if data is None and (settings.scheduler or models.kind_of(model) is models.Kind.DENOISER):
         from onnxq.diffusion.source import own_trajectories
 
-        return own_trajectories(model, path, settings, progress, recipe), []
+        return own_trajectories(model, path, settings, progress, recipe, workers), []
     if data is None and models.kind_of(model) is models.Kind.LANGUAGE:
         from onnxq.calibration.generated_text import GeneratedText
 

@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 
 from onnxq.errors import OnnxqError
-from onnxq.runtime import Serialized, Session
+from onnxq.runtime import Serialized, Session, serialize
 
 Array = np.ndarray[Any, Any]
 Item = TypeVar("Item")
@@ -112,6 +112,12 @@ class Workers:
         for index, array in enumerate(model.large.values()):
             np.save(folder / f"{index}.npy", array)
         return SharedModel(key, self.threads, device, optimize, folder=str(folder))
+
+    def share_file(self, path: Path, device: str = "cpu") -> SharedModel:
+        """Make the model in a file known to all workers, as it is there."""
+        from onnxq.model import read
+
+        return self.share(serialize(read(path), by_path=False), device)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Results in the order of the items, which are drawn no further ahead than the workers need."""

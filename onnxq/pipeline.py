@@ -112,15 +112,23 @@ def quantize(
     learns |= getattr(recipe, "reads_data", False)
     reads_data = scheme.activations.enabled or learns or getattr(recipe, "bias_correction", False)
     kept = None if output is None else checkpoint_folder(Path(output), "inputs")
-    source, warnings = calibration_inputs(
-        loaded, path, data, settings, progress, recipe, judged_only=not reads_data, checkpoint=kept
-    )
-    recipe = _with_range_rule(recipe, source, {**entry.knobs, **settings.knobs})
-    with progress.stage("load", "Loading"):
-        job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings, path=path)
-        job.checkpoint = None if output is None else checkpoint_folder(Path(output))
     try:
-        with open_workers(settings.workers, settings.ray) as job.workers:
+        with open_workers(settings.workers, settings.ray) as workers:
+            source, warnings = calibration_inputs(
+                loaded,
+                path,
+                data,
+                settings,
+                progress,
+                recipe,
+                judged_only=not reads_data,
+                checkpoint=kept,
+                workers=workers,
+            )
+            recipe = _with_range_rule(recipe, source, {**entry.knobs, **settings.knobs})
+            with progress.stage("load", "Loading"):
+                job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings, path=path)
+                job.checkpoint, job.workers = None if output is None else checkpoint_folder(Path(output)), workers
             recipe.run(job)
         checked = check(job)
     except OnnxqError:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from conftest import add_weights
 
 import onnxq
 from onnxq.analysis import analyze
@@ -41,6 +42,24 @@ def test_sensitivities_are_those_of_one(network: Path, many: Path, tmp_path: Pat
         (tmp_path / f"{workers}.json").write_text(json.dumps(found.to_json()))
         onnxq.quantize(network, many, output=tmp_path / f"{workers}.onnx", recipe="mixed", workers=workers)
     assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
+    assert (tmp_path / "1.onnx").read_bytes() == (tmp_path / "2.onnx").read_bytes()
+
+
+def test_trajectories_are_those_of_one(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 17]>
+    g (float[N,1,8,8] sample, int64[N] timestep) => (float[N,1,8,8] noise)
+    <float hundred = {100.0}, int64[4] shape = {-1,1,1,1}> {
+      c = Conv <pads=[1,1,1,1]> (sample, w)
+      f = Cast <to=1> (timestep)  d = Div (f, hundred)  t = Reshape (d, shape)
+      a = Add (c, t)  r = Relu (a)
+      noise = Conv <pads=[1,1,1,1]> (r, u)
+    }
+    """
+    denoiser = tmp_path / "denoiser.onnx"
+    ir.save(add_weights(text, {"w": (16, 1, 3, 3), "u": (1, 16, 3, 3)}), denoiser)
+    for workers in (1, 2):
+        onnxq.quantize(denoiser, steps=5, target="cpu", workers=workers, output=tmp_path / f"{workers}.onnx")
     assert (tmp_path / "1.onnx").read_bytes() == (tmp_path / "2.onnx").read_bytes()
 
 

@@ -13,8 +13,10 @@ from onnxq.commands.common import (
     JsonPath,
     ModelPath,
     Quiet,
+    RayAddress,
     Scheduler,
     Steps,
+    WorkerCount,
     check_destinations,
     progress,
     write_json,
@@ -42,6 +44,8 @@ def trajectories(
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    workers: WorkerCount = None,
+    ray: RayAddress = None,
     json_path: JsonPath = None,
     quiet: Quiet = False,
 ) -> None:
@@ -59,6 +63,7 @@ def trajectories(
     from onnxq.diffusion.selection import select as choose
     from onnxq.diffusion.source import open_sampler
     from onnxq.diffusion.trajectory import record
+    from onnxq.parallel import open_workers
     from onnxq.runtime import Session
 
     check_destinations(model, output, json_path)
@@ -70,6 +75,8 @@ def trajectories(
             "conditions": None if conditions is None else str(conditions),
             "seed": seed,
             "device": device,
+            "workers": workers,
+            "ray": ray,
         }
     )
     sampler, origin = open_sampler(models.load(model), model, settings)
@@ -77,9 +84,13 @@ def trajectories(
     chosen = choose(select, samples, times, keep or (1 if select == "ndtc" else min(16, len(times))), seed)
     shown = progress(quiet)
     started = time.perf_counter()
-    with shown.stage("trajectories", "Sampling trajectories", samples * len(times), "steps") as advance:
+    with (
+        shown.stage("trajectories", "Sampling trajectories", samples * len(times), "steps") as advance,
+        open_workers(settings.workers, settings.ray) as sharing,
+    ):
         session = Session(model, device=device)
-        count = record(sampler, session, chosen, output, advance)
+        shared = None if sharing is None else sharing.share_file(model, device)
+        count = record(sampler, session, chosen, output, advance, sharing, shared)
     numbers = {
         "output": str(output),
         "inputs": count,

@@ -16,6 +16,7 @@ from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion import schedule as schedules
 from onnxq.diffusion.trajectory import Sampler, Trajectories
 from onnxq.errors import OnnxqError
+from onnxq.parallel import Workers
 from onnxq.progress import Progress
 from onnxq.runtime import Session
 
@@ -92,7 +93,12 @@ def check_timesteps(metadata: Mapping[str, str], timesteps: Sequence[float]) -> 
 
 
 def own_trajectories(
-    model: ir.Model, path: Path, settings: Settings, progress: Progress, recipe: object = None
+    model: ir.Model,
+    path: Path,
+    settings: Settings,
+    progress: Progress,
+    recipe: object = None,
+    workers: Workers | None = None,
 ) -> Trajectories:
     """What ``onnxq quantize`` calibrates a denoiser on when no data is given.
 
@@ -106,7 +112,16 @@ def own_trajectories(
     policy: str = getattr(recipe, "selection", "uniform")
     with progress.stage("trajectories", "Sampling trajectories", count * steps, "steps") as advance:
         session = Session(path, device=settings.device)
-        source = Trajectories(sampler, session, count=wanted, trajectories=count, policy=policy, advance=advance)
+        source = Trajectories(
+            sampler,
+            session,
+            count=wanted,
+            trajectories=count,
+            policy=policy,
+            advance=advance,
+            workers=workers,
+            shared=None if workers is None else workers.share_file(path, settings.device),
+        )
     guidance = f", guidance {settings.guidance:g}" if settings.guidance != 1 else ""
     source.description = f"from {count} trajectories of {steps} steps{guidance} ({origin})"
     return source

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,16 @@ from onnxq.diffusion.denoiser import Denoiser, Runnable
 from onnxq.diffusion.schedule import Schedule
 from onnxq.diffusion.selection import select
 from onnxq.errors import OnnxqError
+from onnxq.parallel import SharedModel, Workers
 from onnxq.progress import Advance
 from onnxq.runtime import Session
 from onnxq.writing import atomic_folder
 
 BATCH_BYTES = 1 << 20  # of samples that run together
+LARGEST_BATCH = 8  # few enough that several workers have something to do
+
+
+_Kept = tuple[Array, dict[str, Array]]  # rows of the file, and what they hold by input name
 
 
 @dataclass
@@ -87,7 +92,7 @@ class Sampler:
     def batch(self) -> int:
         """Samples that run together."""
         size = 4 * int(np.prod([size or 1 for size in self.denoiser.sample.shape[1:]]))
-        return int(np.clip(BATCH_BYTES // size, 1, 16))
+        return int(np.clip(BATCH_BYTES // size, 1, LARGEST_BATCH))
 
     def is_guided(self, step: int) -> bool:
         """Whether guidance acts at this step."""
@@ -164,7 +169,15 @@ class Run:
         return result
 
 
-def record(sampler: Sampler, session: Session, chosen: Array, path: Path, advance: Advance | None = None) -> int:
+def record(
+    sampler: Sampler,
+    session: Session,
+    chosen: Array,
+    path: Path,
+    advance: Advance | None = None,
+    workers: Workers | None = None,
+    shared: SharedModel | None = None,
+) -> int:
     """Record the chosen steps of each trajectory into an ``.npz`` file, and return how many inputs it holds.
 
     Its rows go round all steps again and again, in an order drawn for each round, so that any first part of the file
@@ -176,6 +189,8 @@ def record(sampler: Sampler, session: Session, chosen: Array, path: Path, advanc
         chosen: A boolean array [samples, steps] (see :func:`onnxq.diffusion.selection.select`).
         path: The file.
         advance: Called with the number of steps that are done.
+        workers: Who runs the batches; ``None``: this process. The file is the same.
+        shared: The model of ``session``, where there are workers.
     """
     samples, steps = chosen.shape
     positions = _positions(sampler, chosen)
@@ -183,18 +198,21 @@ def record(sampler: Sampler, session: Session, chosen: Array, path: Path, advanc
     # Trajectories that stop early run together, so that a batch ends with the last step that it needs.
     last = steps - 1 - chosen[:, ::-1].argmax(axis=1)
     order = np.argsort(last, kind="stable")
+    batches = [order[start : start + sampler.batch] for start in range(0, samples, sampler.batch)]
+    tasks = ((sampler, indices, positions[indices], int(last[indices].max())) for indices in batches)
     done = 0
     with atomic_folder(path) as folder:
         files: dict[str, Array] = {}
-        for start in range(0, samples, sampler.batch):
-            indices = order[start : start + sampler.batch]
-            for visit in sampler.run(session, [int(index) for index in indices]):
-                _write(files, folder, total, visit, positions[indices, visit.step])
-                done += 1
+        if workers is None or shared is None:
+            recorded: Iterable[Iterable[_Kept]] = (_visited(session, *task) for task in tasks)
+        else:
+            recorded = workers.map(_record_task, ((shared, *task) for task in tasks))
+        for indices, visits in zip(batches, recorded, strict=True):
+            for rows, arrays in visits:
+                _write(files, folder, total, rows, arrays)
+                done += len(indices)
                 if advance is not None:
-                    advance(done * len(indices))
-                if visit.step >= last[indices].max():
-                    break
+                    advance(done)
         for array in files.values():
             array.flush()  # type: ignore[attr-defined]
         archive_path = folder / "archive.npz"
@@ -225,22 +243,41 @@ def _positions(sampler: Sampler, chosen: Array) -> Array:
     return positions
 
 
-def _write(files: dict[str, Array], folder: Path, total: int, visit: Visit, positions: Array) -> None:
-    """Put the rows of one visit where they belong; ``positions`` is [samples, branches]."""
+def _visited(session: Session, sampler: Sampler, indices: Array, positions: Array, last: int) -> Iterator[_Kept]:
+    """What is kept of each step of a batch; ``positions`` is [samples, steps, branches]."""
+    for visit in sampler.run(session, [int(index) for index in indices]):
+        yield _kept(visit, positions[:, visit.step])
+        if visit.step >= last:
+            break
+
+
+def _record_task(task: tuple[SharedModel, Sampler, Array, Array, int]) -> list[_Kept]:
+    """One batch in a worker."""
+    shared, sampler, indices, positions, last = task
+    return list(_visited(shared.session(), sampler, indices, positions, last))
+
+
+def _kept(visit: Visit, positions: Array) -> _Kept:
+    """The rows of the file that hold inputs of one visit, and the inputs; ``positions`` is [samples, branches]."""
     count = len(positions)
     rows = np.concatenate([positions[:, 0], positions[:, 1]])
     kept = np.flatnonzero(rows >= 0)
     if not kept.size:
-        return
+        return rows[kept], {}
     first = next(array for array in visit.feed.values() if array.ndim)
     assert kept.max() < len(first) and len(first) in (count, 2 * count)
     arrays = {name: array if array.ndim else np.broadcast_to(array, len(first)) for name, array in visit.feed.items()}
     arrays[STEP_KEY] = np.full(len(first), visit.step, np.int64)
+    return rows[kept], {name: array[kept] for name, array in arrays.items()}
+
+
+def _write(files: dict[str, Array], folder: Path, total: int, rows: Array, arrays: dict[str, Array]) -> None:
+    """Put inputs where they belong."""
     for name, array in arrays.items():
         if name not in files:
             file = folder / f"{len(files)}.npy"  # a name may hold what a path may not
             files[name] = np.lib.format.open_memmap(file, "w+", array.dtype, (total, *array.shape[1:]))
-        files[name][rows[kept]] = array[kept]
+        files[name][rows] = array
 
 
 class Trajectories:
@@ -253,6 +290,8 @@ class Trajectories:
         trajectories: From how many samples.
         policy: Which steps (see :func:`onnxq.diffusion.selection.select`).
         advance: Called with the number of steps that are done.
+        workers: Who runs the batches; ``None``: this process.
+        shared: The model of ``session``, where there are workers.
     """
 
     def __init__(
@@ -264,6 +303,8 @@ class Trajectories:
         trajectories: int,
         policy: str = "uniform",
         advance: Advance | None = None,
+        workers: Workers | None = None,
+        shared: SharedModel | None = None,
     ) -> None:
         sampler.check()
         self.sampler = sampler
@@ -273,7 +314,7 @@ class Trajectories:
         chosen = select(policy, trajectories, sampler.schedule.timesteps, kept, sampler.seed)
         self._folder = tempfile.TemporaryDirectory(prefix="onnxq-trajectories-")
         path = Path(self._folder.name) / "trajectories.npz"
-        record(sampler, session, chosen, path, advance)
+        record(sampler, session, chosen, path, advance, workers, shared)
         self.description = f"from {trajectories} trajectories of {steps} steps"
         self._archive = Npz(path, list(sampler.denoiser.specs))
 
