@@ -237,7 +237,7 @@ def _take_in(value: ir.Value) -> None:
 def _check_external_data(model: ir.Model, file: Path) -> None:
     folder = file.resolve().parent
     for tensor in _external_tensors(model):
-        location = Path(os.fsdecode(tensor.location))
+        location = Path(os.fsdecode(tensor.location).replace("\0", "\N{REPLACEMENT CHARACTER}"))  # in no path
         resolved = (folder / location).resolve()
         if location.is_absolute() or not resolved.is_relative_to(folder):
             raise OnnxqError(

@@ -109,6 +109,15 @@ class Trap:
         return open, (self.path, "w")
 
 
+def zip_version(data: bytes, version: int) -> bytes:
+    """The archive, whose directory says that a later version of zip is needed to read it."""
+    places = [place for place in range(len(data) - 4) if data[place : place + 4] == b"PK\x01\x02"]
+    for place in places:
+        data = data[: place + 6] + bytes([version]) + data[place + 7 :]
+    assert places
+    return data
+
+
 def x(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.float32)
 
@@ -124,6 +133,7 @@ BROKEN_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
     "unequal rows": (lambda path: np.savez(path, x=x(2, 3, 16, 16), labels=np.arange(3)), "same number of rows"),
     "not an archive": (lambda path: path.write_bytes(b"no"), "cannot be read"),
     "truncated": (cut(0.6), "expected"),
+    "another version of zip": (lambda path: path.write_bytes(zip_version(path.read_bytes(), 105)), "cannot be read"),
 }
 
 
@@ -185,7 +195,7 @@ def test_bad_yaml(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert_two_lines(code, stderr, word)
 
 
-@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "sub/../../secret"])
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "sub/../../secret", "../a\0b"])
 def test_external_data_stays_in_the_folder(
     location: str, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ LABEL_KEYS = ("labels", "label")
 STEP_KEY = "step"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 READ_BYTES = 1 << 20
+# What zipfile raises at files that are none, are cut off, or hold what it cannot read: encrypted or of another version.
+DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, RuntimeError, OSError, ValueError, EOFError)
 LARGEST_INPUT_BYTES = 4 << 30
 
 
@@ -129,6 +132,25 @@ def _open_folder(path: Path, specs: Sequence[InputSpec], preprocessing: Preproce
     return Images(path, images, specs, preprocessing or Preprocessing())
 
 
+def read_arrays(path: Path, *, what: str, hint: str) -> dict[str, Array]:
+    """All arrays of a small ``.npz``, by name; nothing in it is unpickled.
+
+    Args:
+        path: The file.
+        what: What it should be, for the error.
+        hint: How it is made.
+
+    Raises:
+        OnnxqError: it cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (*DAMAGED_ARCHIVE, AttributeError, TypeError) as error:  # the last two: a single array is no archive
+        reason = " ".join(str(error).split())[:120]
+        raise OnnxqError(f"expected {what} at {path}, found {reason}", hint=hint) from error
+
+
 class Npz:
     """Rows of an ``.npz`` file, read array by array in step, never as a whole and never unpickled."""
 
@@ -143,7 +165,7 @@ class Npz:
                     if key in (*names, *LABEL_KEYS, STEP_KEY):
                         with archive.open(member) as stream:
                             headers[key] = _read_header(stream, key, path)
-        except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        except DAMAGED_ARCHIVE as error:
             raise OnnxqError(
                 f"expected an .npz file, found one that cannot be read: {path} ({error})",
                 hint="write it with np.savez, keyed by the model's input names",
@@ -177,7 +199,7 @@ class Npz:
                     _read_header(streams[key], key, self.path)
                 for row in range(self._length):
                     yield {key: self._read_row(streams[key], key, row) for key in streams}
-            except (zipfile.BadZipFile, EOFError) as error:
+            except DAMAGED_ARCHIVE as error:
                 raise OnnxqError(
                     f"expected {self._length} rows in {self.path}, found a damaged file ({error})",
                     hint="write the file again",

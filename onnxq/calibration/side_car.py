@@ -6,7 +6,6 @@ standard deviation of every channel of every convolution's output, and no sample
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.calibration.data import Source, batches, input_specs, inputs_of
+from onnxq.calibration.data import Source, batches, input_specs, inputs_of, read_arrays
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session, serialize
 from onnxq.writing import atomic_folder
@@ -114,14 +113,11 @@ def attached(model: ir.Model) -> dict[str, tuple[Array, Array]]:
 
 
 def _read(path: Path) -> dict[str, tuple[Array, Array]]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: np.asarray(archive[key], np.float32) for key in archive.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise OnnxqError(
-            f"expected an npz of statistics at {path}, found something else ({' '.join(str(error).split())[:120]})",
-            hint="write it with `onnxq statistics MODEL --data PATH -o FILE`",
-        ) from error
+    hint = "write it with `onnxq statistics MODEL --data PATH -o FILE`"
+    read = read_arrays(path, what="an npz of statistics", hint=hint)
+    if any(array.dtype.kind not in "fiub" for array in read.values()):
+        raise OnnxqError(f"expected an npz of statistics at {path}, found arrays that hold no numbers", hint=hint)
+    arrays = {key: array.astype(np.float32) for key, array in read.items()}
     names = [key.removesuffix(MEAN) for key in arrays if key.endswith(MEAN)]
     if not names or {name + end for name in names for end in (MEAN, DEVIATION)} != set(arrays):
         raise OnnxqError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.calibration.data import Array
+from onnxq.calibration.data import Array, read_arrays
 from onnxq.diffusion.denoiser import Runnable
 from onnxq.diffusion.trajectory import Sampler
 from onnxq.errors import OnnxqError
@@ -80,14 +80,8 @@ class FeatureNetwork:
             )
         names = self.session.own_output_names
         self.output = "features" if "features" in names else names[0]
-        try:
-            with np.load(reference, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError) as error:
-            raise OnnxqError(
-                f"expected an .npz of reference features at {reference}, found {' '.join(str(error).split())[:120]}",
-                hint="write mean and covariance, or images, with np.savez",
-            ) from error
+        hint = "write mean and covariance, or images, with np.savez"
+        arrays = read_arrays(reference, what="an .npz of reference features", hint=hint)
         covariance = next((arrays[name] for name in ("covariance", "cov", "sigma") if name in arrays), None)
         mean = next((arrays[name] for name in ("mean", "mu") if name in arrays), None)
         images = next((arrays[name] for name in (self.session.input_names[0], "images") if name in arrays), None)

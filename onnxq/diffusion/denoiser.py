@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.calibration.data import Array, InputSpec, input_specs
+from onnxq.calibration.data import Array, InputSpec, input_specs, read_arrays
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Feed
 
@@ -216,15 +216,8 @@ def open_conditions(path: Path | None, denoiser: Denoiser) -> dict[str, Array]:
             f"expected values for the condition {names}, which are not class labels, found none",
             hint=f"give --conditions FILE.npz with rows under {needed[0].name!r}",
         )
-    found: dict[str, Any] = {}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise OnnxqError(
-            f"expected an .npz of conditions at {path}, found {' '.join(str(error).split())[:120]}",
-            hint=f"write it with np.savez, keyed by input name: {names}",
-        ) from error
+    hint = f"write it with np.savez, keyed by input name: {names}"
+    found = read_arrays(path, what="an .npz of conditions", hint=hint)
     for spec in needed:
         array = found.get(spec.name)
         fits = array is not None and len(array.shape) == len(spec.shape) and len(array) > 0
