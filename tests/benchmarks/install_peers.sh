@@ -29,7 +29,7 @@ install() { # PEER PACKAGE...
 for peer in "${peers[@]}"; do
   echo "installing $peer"
   case $peer in
-    onnxruntime) install "$peer" onnx onnxruntime sympy ;;
+    onnxruntime) install "$peer" onnx onnxruntime sympy onnx-ir ;;
     modelopt) install "$peer" torch==2.13.0 'nvidia-modelopt[onnx]' ;;
     nncf) install "$peer" torch==2.13.0 onnx onnxruntime nncf ;;
     aimet) install "$peer" torch==2.13.0 aimet-onnx ;;
