@@ -8,8 +8,6 @@ what remains is the error of the finite difference.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from onnxq.autograd.interpreter import TorchGraph
 from onnxq.model import load
-from tests.torch_networks import NETWORKS, make
+from tests.torch_networks import NETWORKS, export
 
 FORWARD = 1e-5
 DIFFERENCE = 1e-5
@@ -152,32 +150,6 @@ def test_the_large_denoiser_agrees_where_it_was_inflated(shared_data: Path) -> N
     assert forward_error(model, samples(model, 1)) < FORWARD
 
 
-def exported(name: str, exporter: str, dynamic: bool, path: Path) -> tuple[torch.nn.Module, tuple[Tensor, ...]]:
-    """Export the network to ``path``; the network and the inputs of two samples that it was exported with."""
-    network = make(name)
-    inputs = NETWORKS[name][1](2)
-    names = [f"input{index}" for index in range(len(inputs))]
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if exporter == "dynamo":
-                shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs) if dynamic else None
-                torch.onnx.export(
-                    network, inputs, path, dynamo=True, input_names=names, dynamic_shapes=shapes, verbose=False,
-                    external_data=False,
-                )  # fmt: skip
-            else:
-                axes = {each: {0: "batch"} for each in names} if dynamic else None
-                torch.onnx.export(
-                    network, inputs, path, dynamo=False, input_names=names, dynamic_axes=axes, opset_version=17
-                )
-    finally:
-        logging.disable(disabled)
-    return network, inputs
-
-
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 @pytest.mark.parametrize("name", NETWORKS)
@@ -189,7 +161,7 @@ def test_exports_agree_with_onnxruntime_and_with_the_network(
     capfd: pytest.CaptureFixture[str],
     record_property: Callable[[str, object], None],
 ) -> None:
-    network, inputs = exported(name, exporter, dynamic, tmp_path / "network.onnx")
+    network, inputs = export(name, exporter, tmp_path / "network.onnx", dynamic=dynamic)
     model = load(tmp_path / "network.onnx")
     graph = TorchGraph(model)
     given = dict(zip(graph.input_names, inputs, strict=True))

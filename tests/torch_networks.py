@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import math
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -205,3 +210,40 @@ def make(name: str, seed: int = 0) -> nn.Module:
             module.running_var.uniform_(0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 1.5)
     return network.eval()
+
+
+def export(
+    name: str, exporter: str, path: Path, *, dynamic: bool = True, opset: int | None = None
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Export a network to ``path``; the network and the inputs of two samples that it was exported with.
+
+    Args:
+        name: Of :data:`NETWORKS`.
+        exporter: ``dynamo`` or ``torchscript``.
+        path: The file.
+        dynamic: Whether the batch is free.
+        opset: ``None``: what the exporter chooses, 17 for the older one.
+    """
+    network = make(name)
+    inputs = NETWORKS[name][1](2)
+    names = [f"input{index}" for index in range(len(inputs))]
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            if exporter == "dynamo":
+                shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs) if dynamic else None
+                torch.onnx.export(
+                    network, inputs, path, dynamo=True, input_names=names, dynamic_shapes=shapes, verbose=False,
+                    external_data=False, opset_version=opset,
+                )  # fmt: skip
+            else:
+                axes = {each: {0: "batch"} for each in names} if dynamic else None
+                torch.onnx.export(
+                    network, inputs, path, dynamo=False, input_names=names, dynamic_axes=axes,
+                    opset_version=opset or 17,
+                )  # fmt: skip
+    finally:
+        logging.disable(disabled)
+    return network, inputs

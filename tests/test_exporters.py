@@ -1,0 +1,30 @@
+"""What torch's two exporters write at old and new opsets ends in int8 for either target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import onnxq
+from onnxq import model as models
+
+torch = pytest.importorskip("torch", reason="exporting needs torch: pip install 'onnxq[learn]'")
+
+from torch_networks import NETWORKS, export  # noqa: E402
+
+LEAST_DB = 20  # random weights; a layer that is placed or scaled wrongly is far below
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "unet", "gpt"])
+@pytest.mark.parametrize(("exporter", "opset"), [("torchscript", 14), ("dynamo", 20)])
+def test_exports_of_any_opset_are_quantized(name: str, exporter: str, opset: int, tmp_path: Path) -> None:
+    path = tmp_path / "network.onnx"
+    export(name, exporter, path, opset=opset)
+    assert models.read(path).graph.opset_imports[""] == opset
+    feed = {f"input{index}": tensor.numpy() for index, tensor in enumerate(NETWORKS[name][1](16))}
+    for target in ("tensorrt", "cpu"):
+        numbers = onnxq.quantize(path, [feed], target=target).numbers
+        assert numbers["quantized_nodes"] > 0
+        assert numbers["sqnr_db"] > LEAST_DB
+        assert not {key for key, reason in numbers["left_float"].items() if "unknown" in reason}
