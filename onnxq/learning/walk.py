@@ -36,7 +36,7 @@ class Walk:
     def __init__(
         self, graph: TorchGraph, quantizers: Sequence[Quantizer], blocks: Sequence[Block], cache: ActivationCache
     ) -> None:
-        self.graph, self.blocks, self.cache = graph, list(blocks), cache
+        self.graph, self.quantizers, self.blocks, self.cache = graph, list(quantizers), list(blocks), cache
         self.samples = 0
         self._float = as_float(quantizers)
         # Weights of finished blocks lie on their grid: as they are, they are what the codes will mean.

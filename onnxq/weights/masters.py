@@ -7,6 +7,8 @@ master as good a source as the float weight; sharing scales between widths, or c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -56,14 +58,22 @@ def scale_table(codes: Array, scale: Array, node: ir.Node) -> Array:
     return np.stack([*found, scale]).astype(np.float32)
 
 
-def attach_tables(model: ir.Model) -> int:
-    """Store the table of every weight beside its master; returns how many there are."""
+def attach_tables(model: ir.Model, learned: Mapping[str, Array] = MappingProxyType({})) -> int:
+    """Store the table of every weight beside its master; returns how many there are.
+
+    Args:
+        model: With int8 codes for weights.
+        learned: Scales of the widths below the master's, [widths, …], by the name of the rounded weight; weights that
+            are not there get those of the least error.
+    """
     nodes = master_nodes(model.graph)
     for node in nodes:
         codes, scale = array_of(node.inputs[0]), array_of(node.inputs[1])
         assert node.inputs[0] is not None
         name = f"{node.inputs[0].name}_scales"
-        table = new_initializer(model.graph, name, scale_table(codes, scale, node), ir.DataType.FLOAT)
+        own = learned.get(node.outputs[0].name or "")
+        scales = scale_table(codes, scale, node) if own is None else np.concatenate([own, scale[None]])
+        table = new_initializer(model.graph, name, scales.astype(np.float32), ir.DataType.FLOAT)
         node.metadata_props[TABLE] = table.name or name
     return len(nodes)
 
