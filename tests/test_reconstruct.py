@@ -20,6 +20,7 @@ from onnxq.learning.activations import LearnedStep, random_mask
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.checkpoint import Checkpoint
 from onnxq.learning.rounding import LearnedRounding
+from onnxq.runtime import Session
 
 QUICK = {"iterations": 40, "batch": 8, "samples": 32}
 
@@ -46,6 +47,20 @@ def test_beats_nearest_rounding_at_four_bits(fashion: tuple[Path, Path], tmp_pat
     learned = onnxq.quantize(*fashion, recipe=recipe, knobs=QUICK, output=tmp_path / "q.onnx", **formats)
     assert sqnr(learned) > sqnr(nearest) + 1.0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["q.onnx"]  # no checkpoint is left
+
+
+@pytest.mark.parametrize("recipe", ["adaround", "brecq"])
+def test_biases_take_back_the_mean_error(fashion: tuple[Path, Path], recipe: str) -> None:
+    with np.load(fashion[1]) as archive:
+        feed = {"x": archive["x"][:32]}
+    expected = Session(models.load(fashion[0])).run(feed)[0]
+    mean_errors = []
+    for correct_biases in (False, True):
+        knobs = QUICK | {"iterations": 20, "correct_biases": correct_biases}
+        options = {"recipe": recipe, "weights": "int3", "activations": "int8", "samples": 32, "knobs": knobs}
+        found = Session(onnxq.quantize(fashion[0], [feed], **options).model, optimize=False).run(feed)[0]
+        mean_errors.append(float(np.abs((found - expected).mean(axis=0)).mean()))
+    assert mean_errors[1] < 0.2 * mean_errors[0]  # the rest comes from behind nonlinearities
 
 
 def test_the_same_seed_gives_the_same_bytes_and_an_interrupted_run_goes_on(

@@ -98,8 +98,10 @@ def round_layers(
             finished = done.load(block.name)
             if finished is None:
                 learned: dict[str, Tensor] = {}
+                before: dict[str, Tensor] = {}  # what the float network still has where this block has changed
                 for group in network.in_order(weights):
-                    found = network.round(block, group)
+                    found = network.round(block, group, before)
+                    before |= {name: read(graph, name).clone() for name in found if name not in before}
                     found_quantizers.store(graph, found)
                     learned |= found
                 finished = {name: tensor.cpu().numpy() for name, tensor in learned.items()}
@@ -138,9 +140,15 @@ class _Network:
             groups.setdefault(layers[0].activation if layers else "", []).append(item)
         yield from groups.values()
 
-    def round(self, block: Block, weights: Sequence[Quantizer]) -> dict[str, Tensor]:
-        """New initializers by name, for weights whose layers depend on no weight that is not rounded yet."""
-        hessians = self._hessians(block, weights)
+    def round(self, block: Block, weights: Sequence[Quantizer], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """New initializers by name, for weights whose layers depend on no weight that is not rounded yet.
+
+        Args:
+            block: The block that is being rounded.
+            weights: The weights.
+            before: The block's initializers that have changed already, as they were.
+        """
+        hessians = self._hessians(block, weights, before)
         learned: dict[str, Tensor] = {}
         for item in weights:
             if item.is_float_format:
@@ -205,7 +213,7 @@ class _Network:
 
         return rescale
 
-    def _hessians(self, block: Block, weights: Sequence[Quantizer]) -> dict[str, Hessian]:
+    def _hessians(self, block: Block, weights: Sequence[Quantizer], before: Mapping[str, Tensor]) -> dict[str, Hessian]:
         """By the weight's output; layers of one geometry share theirs, and a shared weight has the sum of its readers'.
 
         Readers that no block has come to yet are looked at in the float network.
@@ -217,7 +225,9 @@ class _Network:
         for found in layers.values():
             for layer in found:
                 (here if layer.activation in reachable else later)[layer.geometry] = layer
-        exact = (lambda index: self.walk.inputs(block, index, FLOAT)) if self.options.asymmetry > 0 else None
+        exact = None
+        if self.options.asymmetry > 0:
+            exact = lambda index: {**self.walk.inputs(block, index, FLOAT), **before}  # noqa: E731
         sums = self._observed(here, lambda index: self.walk.inputs(block, index, QUANTIZED), self._weights, exact)
         if later:
             sums |= self._observed(later, self._feeds, self._float)

@@ -23,6 +23,7 @@ from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
 from onnxq.learning.activations import LearnedStep, random_mask
+from onnxq.learning.bias_means import BiasMeans
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
 from onnxq.learning.quantizers import Grid, Quantizer, as_float
@@ -48,6 +49,7 @@ class Reconstruction:
         sharpness: Its exponent at the start and at the end.
         learn_weights: Whether weights are learned; without, they stay where an earlier phase has left them.
         power: The error's exponent.
+        correct_biases: Whether biases take back the mean error that a block is left with.
     """
 
     iterations: int = 1000
@@ -63,6 +65,7 @@ class Reconstruction:
     sharpness: tuple[float, float] = (20.0, 2.0)
     learn_weights: bool = True
     power: float = 2.0
+    correct_biases: bool = True
 
 
 # Steps for each block. The papers' need a GPU or a night; a tenth of them comes close.
@@ -125,8 +128,9 @@ def reconstruct(
         checkpoint: Name of this stage within the job's checkpoint.
         settled: Weights and scales that were learned before, and stay.
     """
-    graph = TorchGraph(job.model, job.settings.device)
     quantizers = found_quantizers.find(job.model.graph)
+    biases = BiasMeans(job.model.graph, quantizers) if options.correct_biases else None
+    graph = TorchGraph(job.model, job.settings.device)
     done = Checkpoint(job.checkpoint, fingerprint(job.model, checkpoint, options, samples, job.settings.seed))
     settled = set(settled)  # a weight or scale that two blocks share is learned in the first
     with (
@@ -143,7 +147,11 @@ def reconstruct(
             finished = done.load(block.name)
             if finished is None:
                 learns = bool(weights) or not options.learn_weights
+                expected = biases.expected(graph, walk, block, names) if biases is not None and learns else {}
                 learned = _Block(job, graph, walk, block, own, weights, settled, options).learn() if learns else {}
+                found_quantizers.store(graph, learned)
+                if biases is not None:
+                    learned |= biases.correct(graph, walk, block, expected)
                 finished = {name: tensor.cpu().numpy() for name, tensor in learned.items()}
                 done.save(block.name, finished)
             found_quantizers.store(graph, finished)

@@ -34,6 +34,7 @@ class QDrop:
         regularisation: Weight of the penalty on undecided roundings.
         observer: How the first range follows from the statistics of an activation.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
+        correct_biases: Whether biases take back the mean error that a block is left with.
         samples: How many samples to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
@@ -47,6 +48,7 @@ class QDrop:
     regularisation: float = 0.01
     observer: str = "mse"
     weight_ranges: str = "mse"
+    correct_biases: bool = True
     samples: int = 1024
     cache_mib: int = 1024
 
@@ -63,5 +65,6 @@ class QDrop:
             drop=self.drop,
             mix=self.mix,
             regularisation=self.regularisation,
+            correct_biases=self.correct_biases,
         )
         quantize_by_blocks(job, options, "block", self.observer, self.weight_ranges, self.samples, self.cache_mib)
