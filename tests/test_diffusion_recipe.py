@@ -48,6 +48,19 @@ def test_each_part_can_be_turned_off(denoiser: Path) -> None:
     assert "noise_correction" in models.get_metadata(result.model)
 
 
+def test_scales_by_step_join_the_rest(denoiser: Path) -> None:
+    """What is shifted keeps one scale; the others move, and nothing else of the recipe changes."""
+    parts = {"groups": 4, "least_gain_db": 0.0, "iterations": 50, "step_floor_db": 0.0}
+    errors = []
+    for groups in (1, 4):
+        result = onnxq.quantize(denoiser, recipe="diffusion", knobs=KNOBS | parts | {"groups": groups}, **OPTIONS)
+        errors.append(held_out_error(denoiser, result))
+        assert ("time_scales" in result.numbers) == (groups > 1)
+    moving = result.numbers["time_scales"]
+    assert 0 < moving["moving"] <= moving["values"] < result.numbers["quantized_nodes"]
+    assert errors[1] < 1.1 * errors[0]
+
+
 def test_the_same_seed_gives_the_same_bytes(denoiser: Path) -> None:
     knobs = KNOBS | {"iterations": 5, "correct": True}
     first, second = (onnxq.quantize(denoiser, recipe="diffusion", knobs=knobs, **OPTIONS).model for _ in range(2))

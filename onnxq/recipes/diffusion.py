@@ -10,6 +10,7 @@ from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.calibration.data import STEP_KEY
 from onnxq.calibration.one_sided import free_zero_points
 from onnxq.calibration.shortcuts import split_shortcuts
+from onnxq.diffusion import time_scales
 from onnxq.diffusion.source import sampler_of
 from onnxq.diffusion.step_floor import hold_floor
 from onnxq.job import Job
@@ -32,7 +33,8 @@ class Diffusion:
     4. Calibrate on all steps.
     5. Block by block, learn the rounding of weights and the steps of activations together, on what the quantized part
        of the network makes (BRECQ, arXiv 2102.05426).
-    6. Measure what error remains in each step, and take back what follows the prediction (PTQD, arXiv 2305.10657).
+    6. With ``groups``, activations whose range drifts get a scale for each group of steps (APQ-DM, arXiv 2305.18723).
+    7. Measure what error remains in each step, and take back what follows the prediction (PTQD, arXiv 2305.10657).
 
     Source: the composition is ours; the papers are named above.
 
@@ -49,6 +51,8 @@ class Diffusion:
         shift: Whether one-sided activations are shifted into a symmetric range where codes have to be symmetric.
         step_floor_db: SQNR that every sampler step keeps; 0 turns it off.
         correct: Whether the error of each step is taken back behind the network.
+        groups: In how many groups of steps an activation has a scale of its own (APQ-DM); 1: one scale for all.
+        least_gain_db: By how much the error of an activation has to fall for that: factors cost time.
         selection: Which steps are kept where no data is given.
         trajectories: How many samples the sampler makes.
         kept_steps: Steps kept of each.
@@ -67,6 +71,8 @@ class Diffusion:
     shift: bool = True
     step_floor_db: float = 22.0
     correct: bool = True
+    groups: int = 1
+    least_gain_db: float = 2.0
     selection: str = "uniform"
     trajectories: int = 16
     kept_steps: int = 16
@@ -90,10 +96,10 @@ class Diffusion:
         if self.step_floor_db > 0:
             hold_floor(self._with_wide_weights(job), observe, search, self.step_floor_db)
         blocks = cut(job.model.graph)
+        by_step = time_scales.record(job) if self.groups > 1 else {}
         job.insert()
         statistics = job.record()
-        if self.shift:
-            free_zero_points(job, statistics, observe)
+        shifted = free_zero_points(job, statistics, observe) if self.shift else []
         job.ranges = calibrate.set_activation_scales(job.model, statistics, observe)
         calibrate.set_weight_scales(job.model, search)
         iterations = iterations_of(job, self.iterations)
@@ -108,7 +114,13 @@ class Diffusion:
         )
         samples = min(self.samples, job.settings.samples or len(job.source), len(job.source))
         reconstruct(job, blocks, rounding, samples=samples, cache_mib=self.cache_mib)
+        moving = {name: item for name, item in by_step.items() if name not in shifted}  # a shift is for one scale
+        scales = time_scales.scales_by_step(job, moving, sampler, observe, groups=self.groups) if moving else None
         job.lower()
+        if scales is not None:
+            tables = scales.paying(self.least_gain_db).tables
+            job.measurements["time_scales"] = {"values": len(scales.tables), "moving": len(tables)}
+            time_scales.lower(job, sampler, tables, "rescale")
         if exact is not None and STEP_KEY in next(iter(job.source), {}):
             Ptqd().correct(job, exact, sampler.denoiser)
 
