@@ -18,6 +18,8 @@ from onnxq.formats import fake_quantize, parse_format, quantize, scale_and_zero_
 from onnxq.model import read
 from onnxq.weights.masters import WIDTHS, export_width, master_nodes
 
+UNTRAINED = {"train": False}
+
 
 def clipped(rows: np.ndarray, bits: int) -> np.ndarray:
     number_format, _ = parse_format(f"int{bits}")
@@ -43,7 +45,19 @@ def test_the_master_is_nearly_as_good_a_source_as_the_float_weight(bits: int) ->
 @pytest.mark.parametrize("target", ["tensorrt", "cpu"])
 def test_every_width_comes_out_of_one_file(network: Path, calibration: Path, tmp_path: Path, target: str) -> None:
     stored = tmp_path / "all.onnx"
-    options = ["--recipe", "multiquant", "--target", target, "--data", str(calibration), "-o", str(stored), "-q"]
+    options = [
+        "--recipe",
+        "multiquant",
+        "--set",
+        "train=false",
+        "--target",
+        target,
+        "--data",
+        str(calibration),
+        "-o",
+        str(stored),
+        "-q",
+    ]
     done = CliRunner().invoke(app, ["quantize", str(network), *options])
     assert done.exit_code == 0, done.output
     plain = onnxq.quantize(network, calibration, target=target, output=tmp_path / "int8.onnx")
@@ -73,11 +87,11 @@ def test_what_is_no_master_is_refused(network: Path, calibration: Path) -> None:
     with pytest.raises(OnnxqError, match="found none"):
         export_width(onnxq.quantize(network, calibration).model, 4)
     with pytest.raises(OnnxqError, match="2 to 8"):
-        export_width(onnxq.quantize(network, calibration, recipe="multiquant").model, 9)
+        export_width(onnxq.quantize(network, calibration, recipe="multiquant", knobs=UNTRAINED).model, 9)
 
 
 def test_widths_of_a_real_network(shared_data: Path) -> None:
     model = DATA / "models" / "resnet20_cifar10.onnx"
-    result = onnxq.quantize(model, recipe="multiquant", activations="float", synthesis="noise")
+    result = onnxq.quantize(model, recipe="multiquant", activations="float", synthesis="noise", knobs=UNTRAINED)
     assert result.numbers["sqnr_db"] > 30
     assert export_width(result.model, 4) == 20

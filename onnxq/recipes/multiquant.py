@@ -31,7 +31,9 @@ class MultiQuant:
        biases and the scales of all widths learn from the sum.
     4. Store the tables beside the codes. ``onnxq export MODEL --bits 4`` writes the model of a width.
 
-    The file is that of int8 and seven numbers for each channel. As it stands it runs at 8 bits.
+    The file is that of int8 and seven numbers for each channel. As it stands it runs at 8 bits. ResNet-20, 256 samples
+    and 100 steps for each block, top-1 at 2, 3, 4 and 8 bits: 22, 83, 91 and 91 % (10, 67, 92 and 92 % untrained); as
+    the paper adds the losses up (``balance=0``), 42, 85, 89 and 89 %.
 
     Source: K. Xu, Q. Feng, X. Zhang, D. Wang, MultiQuant: Training Once for Multi-bit Quantization of Neural Networks,
     IJCAI 2022 (doi 10.24963/ijcai.2022/504). The label generation's formula was not at hand: EQ-Net's (the first
@@ -62,12 +64,12 @@ class MultiQuant:
         weight_ranges: How the master's range follows from the weights: ``minmax`` or ``mse``.
     """
 
-    train: bool = False
+    train: bool = True
     distil: str = "blocks"
     steps: int = 0
     batch: int = 32
     weight_rate: float = 3e-4
-    step_rate: float = 3e-3
+    step_rate: float = 1e-2
     own_labels: float = 0.5
     balance: float = 0.5
     loss: str = "auto"
