@@ -81,6 +81,58 @@ def test_the_power_rule_is_the_best_of_its_thresholds() -> None:
     assert observers.power(positive, FORMATS["uint8"], False).low == 0
 
 
+@pytest.mark.parametrize("freedom", [2.5, 3.0, 5.0])
+def test_the_power_rule_suits_heavy_tails(freedom: float) -> None:
+    """At 8 bits a product's output is closer than with the least divergence (KL) or the least absolute error (L1)."""
+    generator = np.random.default_rng(0)
+    values = generator.standard_t(freedom, (4000, 64)).astype(np.float32)
+    weights = generator.standard_normal((64, 32)).astype(np.float32)
+    statistics, number_format = Statistics(), FORMATS["int8"]
+    statistics.update(values, 1 << 20)
+
+    def rounded(limit: float) -> np.ndarray:
+        return fake_quantize(values, limit / number_format.high, 0, number_format) - values
+
+    limits = np.abs(values).max() * np.arange(1, 101) / 100
+    absolute = min(limits, key=lambda limit: float(np.abs(rounded(limit)).mean()))
+    found = {
+        name: float(((rounded(limit) @ weights) ** 2).mean())
+        for name, limit in {
+            "power": observers.power(statistics, number_format, True).high,
+            "divergence": observers.entropy(statistics, number_format, True).high,
+            "absolute": absolute,
+        }.items()
+    }
+    assert found["power"] < found["divergence"] < found["absolute"], found
+
+
+def test_a_block_learns_from_what_the_quantized_network_makes(denoiser: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it reads differs from the float network's behind the first block; what it learns to give does not."""
+    pytest.importorskip("torch")
+    from onnxq.autograd.blocks import Block
+    from onnxq.learning.walk import FLOAT, QUANTIZED, Walk
+
+    moved: dict[str, float] = {}
+    targets: dict[str, list[np.ndarray]] = {}
+    prepare, rows = Walk.prepare, slice(0, 4)
+
+    def watched(walk: Walk, block: Block) -> None:
+        prepare(walk, block)
+        found, exact = (walk.inputs(block, rows, kind) for kind in (QUANTIZED, FLOAT))
+        moved.setdefault(block.output, max(float((found[name] - exact[name]).abs().max()) for name in exact))
+        targets.setdefault(block.output, []).append(walk.target(block, rows).numpy())
+
+    monkeypatch.setattr(Walk, "prepare", watched)
+    knobs = {"iterations": 8, "trajectories": 4, "kept_steps": 4, "split": "none"}
+    onnxq.quantize(denoiser, recipe="q-diffusion", knobs=knobs, **OPTIONS)
+    values = list(moved.values())
+    assert values[0] == 0 and values[-1] > 0
+    sampler, _ = open_sampler(models.load(denoiser), denoiser, make_settings({"steps": 8}))
+    visited = [visit.raw for visit in sampler.run(Session(denoiser), range(4))]
+    first = targets["eps"][0]
+    assert all(min(float(np.abs(row - raw).max()) for step in visited for raw in step) < 1e-4 for row in first)
+
+
 def test_ptq4dm_draws_its_own_steps(denoiser: Path) -> None:
     """Its inputs come from trajectories of its own, skewed to the middle; 3-bit ends become 8-bit ones."""
     result = onnxq.quantize(denoiser, recipe="ptq4dm", knobs={"trajectories": 20, "kept_steps": 2}, **OPTIONS)
