@@ -43,8 +43,9 @@ class Rex:
         - Depthwise convolutions get one order more (``depthwise_orders=0`` is the paper's): their channels sum over
           so few weights that errors do not average out, and they hold about one weight in fifty.
         - In grouped convolutions whole groups are kept or left.
-        - Ensembling (orders in several networks whose outputs are summed, which is approximate) is not done;
-          ``form="branches"`` gives its independence per layer, exactly.
+        - Ensembling (orders in several networks whose outputs are summed, which is approximate) is not done: behind
+          twenty layers the second network's output is a thousandth of the first's, and the sum no closer to float
+          (ResNet-20 at W4: 12.8 dB with and without). ``form="branches"`` gives its independence per layer, exactly.
         - Activations are not expanded.
 
     Attributes:
