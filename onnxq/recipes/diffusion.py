@@ -32,7 +32,7 @@ class Diffusion:
        fewer bits lose is learned back in step 5.
     4. Calibrate on all steps.
     5. Block by block, learn the rounding of weights and the steps of activations together, on what the quantized part
-       of the network makes (BRECQ, arXiv 2102.05426).
+       of the network makes (BRECQ, arXiv 2102.05426). Biases take back the mean error that is left.
     6. With ``groups``, activations whose range drifts get a scale for each group of steps (APQ-DM, arXiv 2305.18723).
     7. Measure what error remains in each step, and take back what follows the prediction (PTQD, arXiv 2305.10657).
 
@@ -61,6 +61,7 @@ class Diffusion:
         activation_step_rate: Adam's rate for the logarithm of activation steps.
         regularisation: Weight of the penalty on undecided roundings.
         observer: How the first range follows from the statistics of an activation.
+        correct_biases: Whether biases take back the mean error that a block is left with.
         samples: How many inputs to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
@@ -81,6 +82,7 @@ class Diffusion:
     activation_step_rate: float = 1e-3
     regularisation: float = 0.01
     observer: str = "mse"
+    correct_biases: bool = True
     samples: int = 1024
     cache_mib: int = 1024
 
@@ -111,6 +113,7 @@ class Diffusion:
             activation_step_rate=self.activation_step_rate if activations else 0.0,
             quantize_activations=activations,
             regularisation=self.regularisation,
+            correct_biases=self.correct_biases,
         )
         samples = min(self.samples, job.settings.samples or len(job.source), len(job.source))
         reconstruct(job, blocks, rounding, samples=samples, cache_mib=self.cache_mib)

@@ -34,6 +34,8 @@ class QDiffusion:
         - While rounding is learned, the prefix of a block has quantized activations too.
         - Steps of activations are learned in the logarithm, at a rate of 1e-3 cooled to 0.
         - Samples of all steps are mixed; the authors' first batches, which set the scales, hold one step alone.
+        - Biases take back the mean error that is left (``correct_biases``): the paper leaves them. Without it steps are
+          half a dB better and images end four times as far away (squared; an MNIST UNet, int4 weights).
         - 256 inputs instead of 5,120, and iterations as ``--budget`` says (``paper``: 20,000 and 5,000).
 
     Attributes:
@@ -48,6 +50,7 @@ class QDiffusion:
         split: ``two_op``: a layer for each part of a shortcut; ``equalize``: one layer, whose parts are multiplied
             into one range by powers of two; ``none``.
         split_gain_db: By how much the error of a layer's output has to fall for that; -100 splits all.
+        correct_biases: Whether biases take back the mean error that a block is left with.
         samples: How many inputs to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
@@ -62,6 +65,7 @@ class QDiffusion:
     observer: str = "mse"
     split: str = "two_op"
     split_gain_db: float = 2.0
+    correct_biases: bool = True
     samples: int = 1024
     cache_mib: int = 1024
 
@@ -76,7 +80,13 @@ class QDiffusion:
         calibrate.set_weight_scales(job.model, search)
         iterations = iterations_of(job, self.iterations)
         samples = min(self.samples, job.settings.samples or len(job.source), len(job.source))
-        rounding = Reconstruction(iterations, self.batch, rounding_rate(iterations), regularisation=self.regularisation)
+        rounding = Reconstruction(
+            iterations,
+            self.batch,
+            rounding_rate(iterations),
+            regularisation=self.regularisation,
+            correct_biases=self.correct_biases,
+        )
         reconstruct(job, blocks, rounding, samples=samples, cache_mib=self.cache_mib, checkpoint="rounding")
         if job.scheme.activations.enabled:
             steps = Reconstruction(
@@ -87,6 +97,7 @@ class QDiffusion:
                 mix=1.0,
                 learn_weights=False,
                 power=2.4,
+                correct_biases=self.correct_biases,
             )
             reconstruct(job, blocks, steps, samples=samples, cache_mib=self.cache_mib, checkpoint="activations")
         job.lower()

@@ -48,6 +48,7 @@ class TfmqDm:
           always the table. ``smaller`` chooses by the bytes of the file instead.
         - The rest is as in the recipe ``brecq``: steps of activations are learned with the rounding
           (``activation_step_rate=0`` is the paper's), weights are symmetric, shortcuts and attention are quantized.
+        - Biases take back the mean error that is left (``correct_biases``): the paper leaves them.
         - 256 inputs instead of 5,120, and iterations as ``--budget`` says (``paper``: 20,000).
 
     Attributes:
@@ -62,6 +63,7 @@ class TfmqDm:
         regularisation: Weight of the penalty on undecided roundings.
         observer: How the first range follows from the statistics of an activation.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
+        correct_biases: Whether biases take back the mean error that a block is left with.
         samples: How many samples to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
@@ -76,6 +78,7 @@ class TfmqDm:
     regularisation: float = 0.01
     observer: str = "mse"
     weight_ranges: str = "mse"
+    correct_biases: bool = True
     samples: int = 1024
     cache_mib: int = 1024
 
@@ -115,6 +118,7 @@ class TfmqDm:
             activation_step_rate=self.activation_step_rate,
             quantize_activations=True,
             regularisation=self.regularisation,
+            correct_biases=self.correct_biases,
         )
         more = 0 if self.maintenance == "frozen" else self.temporal_iterations or 3 * iterations
         temporal = dataclasses.replace(rounding, iterations=more, rounding_rate=rounding_rate(max(more, 1)))
