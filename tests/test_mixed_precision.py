@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import DATA, MODELS
 
 import onnxq
 from onnxq import OnnxqError
+from onnxq.cli import app
 from onnxq.learning import mixed_precision
 from onnxq.learning.mixed_precision import Choice, allocate, pareto_front
 from onnxq.learning.outputs import Compared, difference
@@ -177,3 +179,18 @@ def test_the_narrowest_widths_that_lose_no_more_than_allowed() -> None:
     assert found[8.0]["mean_weight_bits"] < found[0.5]["mean_weight_bits"] < 8
     with pytest.raises(OnnxqError, match="lost by the widest"):
         onnxq.quantize(*FASHION, recipe="mixed", knobs=QUICK | {"max_drop": 0.5, "weight_bits": "2"})
+
+
+def test_options_of_the_command_line_are_the_goals_of_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {}
+    command = ["quantize", str(FASHION[0]), "--data", str(FASHION[1]), "--set", "sensitivity_samples=8", "-q"]
+    for mib in (0.09, 0.15):
+        output, numbers = tmp_path / f"{mib}.onnx", tmp_path / f"{mib}.json"
+        app([*command, "--activations", "float", "--budget-mib", str(mib), "-o", str(output), "--json", str(numbers)],
+            standalone_mode=False)  # fmt: skip
+        found = json.loads(numbers.read_text())
+        assert found["recipe"] == "mixed" and found["weights_mib"] <= mib
+        sizes[mib] = output.stat().st_size
+    assert sizes[0.09] < sizes[0.15]
+    with pytest.raises(OnnxqError, match="knob of recipe 'gptq'"):
+        app([*command, "--recipe", "gptq", "--max-drop", "1", "-o", str(tmp_path / "x.onnx")], standalone_mode=False)

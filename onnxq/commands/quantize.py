@@ -110,6 +110,24 @@ def quantize(
             help="quick, default or paper: how many steps recipes that learn take (200, 1000 or 20000 for each block).",
         ),
     ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS",
+            help="Find the narrowest widths that lose at most so many points of top-1 on labelled data, or change so "
+            "many percent of the answers where there are no labels (recipe `mixed`).",
+            show_default=False,
+        ),
+    ] = None,
+    budget_mib: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MIB",
+            help="Find the widths that lose least in a file whose weights take at most so much (recipe `mixed`; below "
+            "8 bits the file shrinks only with --activations float).",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(show_default="cpu", help="Where calibration and learning run: cpu or cuda.")
     ] = None,
@@ -166,6 +184,11 @@ def quantize(
     }
     entries = read_yaml(config) if config else {}
     entries |= {key: value for key, value in given.items() if value is not None}
+    goals = {"max_drop": max_drop, "budget_mib": budget_mib}
+    reached = {key: value for key, value in goals.items() if value is not None}
+    if reached:
+        entries.setdefault("recipe", "mixed")
+        entries["knobs"] = {**(entries.get("knobs") or {}), **reached}
     settings = make_settings(with_text(entries, tokenizer, sequence_length))
     destination = output or model.with_name(f"{model.stem}.{_suffix(settings)}.onnx")
     check_destinations(model, destination, json_path, report)
