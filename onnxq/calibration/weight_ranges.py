@@ -24,6 +24,7 @@ Array = np.ndarray[Any, Any]
 TILE_VALUES = 1 << 18  # worked on at once: a few MiB of scratch, however large the weight
 SMALLEST_CLIP = 0.2
 COARSE_STEPS = 25
+FEW_CLIPS = (1.0, 0.94, 0.875, 0.8, 0.7)  # at 0.875 a negative extreme takes the lowest of 16 codes
 FINE_STEPS = 4  # on either side of the best coarse one
 
 
@@ -57,6 +58,44 @@ def least_error(rows: Array, number_format: NumberFormat, symmetric: bool, power
         part = slice(start, start + step)
         search = _Search(rows[part], low[part], high[part], number_format, symmetric, power)
         low[part], high[part] = search.run()
+    return low, high
+
+
+def best_of_few(rows: Array, number_format: NumberFormat, symmetric: bool) -> tuple[Array, Array]:
+    """The best of five clips of each row by its squared error: most of the gain of :func:`least_error`, in a tenth of
+    its time, which counts where a model has gigabytes of weights.
+
+    Args:
+        rows: Weights [rows, elements that share a scale].
+        number_format: What the codes are.
+        symmetric: Whether the zero point is the middle of the format.
+
+    Returns:
+        Both ends of the range [rows], ready for ``formats.scale_and_zero_point``.
+    """
+    low, high = (np.asarray(end, np.float64) for end in extremes(rows, number_format, symmetric))
+    low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
+    if number_format.is_passthrough or number_format.is_float or not rows.size:
+        return low, high
+    step = max(1, TILE_VALUES // rows.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        values = np.ascontiguousarray(rows[part], np.float32)
+        best, least = np.ones(len(values)), np.full(len(values), np.inf)
+        for factor in FEW_CLIPS:
+            scale, zero_point = scale_and_zero_point(
+                low[part] * factor, high[part] * factor, number_format, symmetric=symmetric
+            )
+            offset = zero_point.astype(np.float32)[:, None]
+            steps = values / scale[:, None]
+            codes = np.rint(steps)
+            np.clip(codes, number_format.low - offset, number_format.high - offset, out=codes)
+            codes -= steps
+            error = np.einsum("ij,ij->i", codes, codes) * np.square(scale, dtype=np.float64)
+            better = error < least
+            best, least = np.where(better, factor, best), np.where(better, error, least)
+        low[part] *= best
+        high[part] *= best
     return low, high
 
 
@@ -116,7 +155,7 @@ def _around(
         yield moved_low, moved_high
 
 
-SEARCHES = {"minmax": extremes, "mse": least_error}
+SEARCHES = {"minmax": extremes, "few": best_of_few, "mse": least_error}
 
 
 def get(name: str) -> Any:

@@ -51,7 +51,9 @@ RECIPES: dict[str, Entry] = {
     "int8": Entry("static", "Static", "8-bit integers from streamed statistics (the default)"),
     "int8-minmax": Entry("static", "Static", "the same with the widest ranges", knobs={"observer": "minmax"}),
     "fp8": Entry("static", "Static", "FP8 E4M3 weights and activations (TensorRT, SM 89)", "fp8", "fp8"),
-    "int4-weights": Entry("static", "Static", "int4 weights in blocks, float activations", "int4:128", "float"),
+    "int4-weights": Entry(
+        "static", "Static", "int4 weights in blocks, float activations", "int4:128", "float", {"weight_ranges": "few"}
+    ),
     "adaround": Entry("adaround", "AdaRound", "rounding learned layer by layer"),
     "brecq": Entry("brecq", "Brecq", "rounding and activation steps learned block by block"),
     "qdrop": Entry("qdrop", "QDrop", "the same, with quantization dropped at random while it learns"),
