@@ -62,8 +62,9 @@ def least_error(rows: Array, number_format: NumberFormat, symmetric: bool, power
 
 
 def best_of_few(rows: Array, number_format: NumberFormat, symmetric: bool) -> tuple[Array, Array]:
-    """The best of five clips of each row by its squared error: most of the gain of :func:`least_error`, in a tenth of
-    its time, which counts where a model has gigabytes of weights.
+    """The best of five clips of each row, by its squared error.
+
+    Most of the gain of :func:`least_error` in a tenth of its time, which counts where a model has gigabytes of weights.
 
     Args:
         rows: Weights [rows, elements that share a scale].

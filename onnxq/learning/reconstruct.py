@@ -65,7 +65,7 @@ class Reconstruction:
     sharpness: tuple[float, float] = (20.0, 2.0)
     learn_weights: bool = True
     power: float = 2.0
-    correct_biases: bool = True
+    correct_biases: bool = False
 
 
 # Steps for each block. The papers' need a GPU or a night; a tenth of them comes close.

@@ -21,7 +21,6 @@ class AdaRound:
     Post-Training Quantization, ICML 2020 (arXiv 2004.10568), equations 21 to 25.
 
     Departures:
-        - Biases take back the mean error that is left (``correct_biases``): the paper leaves them.
         - The paper takes 10,000 steps a layer. ``--budget default`` takes 1,000 and ``quick`` 200, with Adam's rate
           raised by the root of the ratio; ``paper`` takes 20,000, as BRECQ and QDrop do.
         - The error is measured after the nonlinearity that follows the layer, whichever it is.
@@ -32,7 +31,8 @@ class AdaRound:
         regularisation: Weight of the penalty on undecided roundings.
         observer: How a range follows from the statistics of an activation.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        correct_biases: Whether biases take back the mean error that a block is left with.
+        correct_biases: Whether biases take back the mean error that a block is left with: for networks that run many
+            times over, as denoisers do; a classifier gains nothing.
         samples: How many samples to learn from, at most.
         cache_mib: Memory for activations between two layers; what is more goes to files.
     """
@@ -42,7 +42,7 @@ class AdaRound:
     regularisation: float = 0.01
     observer: str = "mse"
     weight_ranges: str = "mse"
-    correct_biases: bool = True
+    correct_biases: bool = False
     samples: int = 1024
     cache_mib: int = 1024
 

@@ -21,7 +21,6 @@ class Brecq:
     Post-Training Quantization by Block Reconstruction, ICLR 2021 (arXiv 2102.05426), section 3.2 and algorithm 1.
 
     Departures:
-        - Biases take back the mean error that is left (``correct_biases``): the paper leaves them.
         - The error is not weighted by the Fisher information (equation 10): it needs labels or the loss of training.
         - Rounding and activation steps are learned together; the paper learns the steps afterwards.
         - Weights are symmetric, as TensorRT needs them; the authors' code has zero points.
@@ -36,7 +35,8 @@ class Brecq:
         regularisation: Weight of the penalty on undecided roundings.
         observer: How the first range follows from the statistics of an activation.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        correct_biases: Whether biases take back the mean error that a block is left with.
+        correct_biases: Whether biases take back the mean error that a block is left with: for networks that run many
+            times over, as denoisers do; a classifier gains nothing.
         samples: How many samples to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
@@ -47,7 +47,7 @@ class Brecq:
     regularisation: float = 0.01
     observer: str = "mse"
     weight_ranges: str = "mse"
-    correct_biases: bool = True
+    correct_biases: bool = False
     samples: int = 1024
     cache_mib: int = 1024
 

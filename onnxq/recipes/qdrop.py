@@ -34,7 +34,8 @@ class QDrop:
         regularisation: Weight of the penalty on undecided roundings.
         observer: How the first range follows from the statistics of an activation.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        correct_biases: Whether biases take back the mean error that a block is left with.
+        correct_biases: Whether biases take back the mean error that a block is left with: for networks that run many
+            times over, as denoisers do; a classifier gains nothing.
         samples: How many samples to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
@@ -48,7 +49,7 @@ class QDrop:
     regularisation: float = 0.01
     observer: str = "mse"
     weight_ranges: str = "mse"
-    correct_biases: bool = True
+    correct_biases: bool = False
     samples: int = 1024
     cache_mib: int = 1024
 

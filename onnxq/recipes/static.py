@@ -32,8 +32,8 @@ class Static:
         equalize: Whether neighbouring layers share their ranges out first (the same paper).
         shift: Whether one-sided activations, as Relu and SiLU make them, are shifted into a symmetric range where codes
             have to be symmetric (TensorRT): half the step for one Add and, before a padded convolution, one Pad more.
-        weight_ranges: How a range follows from the weights: ``minmax``; ``mse``, the clip with the least error; or ``few``, the
-            best of five clips, which takes a tenth of the time.
+        weight_ranges: How a range follows from the weights: ``minmax``; ``mse``, the clip with the least error; or
+            ``few``, the best of five clips, which takes a tenth of the time.
         step_floor_db: SQNR that a denoiser keeps in every sampler step: the layers that make the most error in the
             worst steps stay float until it does. 0 turns it off; data without steps has none to keep.
     """
