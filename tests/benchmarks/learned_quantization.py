@@ -3,7 +3,8 @@
     python tests/benchmarks/learned_quantization.py --data ../shared/data --models resnet20_cifar10 \
         --formats int4/int8,int4/int4 --recipes nearest,adaround,brecq,qdrop --iterations 200,1000 --out learned.json
 
-`lsq` and `lsq-network` (distillation end to end) take the same number as their steps. The last table is accuracy
+`lsq` and `lsq-network` (distillation end to end) take the same number as their steps; `gptq` and `gptq-paper` (which
+does not look at the float network) have none. The last table is accuracy
 against seconds, quickest first; a row that costs more than one before it and gives no more is marked with a dash.
 
 Every recipe learns from the same calibration images and is judged on images that none has seen. `nearest` is the
@@ -28,13 +29,20 @@ NEAREST = {"weight_ranges": "mse", "observer": "mse", "bias_correction": False}
 
 
 # Names that stand for a recipe with knobs of its own, and the knob that the number of iterations goes to.
-RECIPES = {"nearest": ("int8", NEAREST), "lsq": ("lsq", {}), "lsq-network": ("lsq", {"distil": "network"})}
+RECIPES = {
+    "nearest": ("int8", NEAREST),
+    "gptq": ("gptq", {"samples": 256}),
+    "gptq-paper": ("gptq", {"samples": 256, "asymmetry": 0.0}),
+    "lsq": ("lsq", {}),
+    "lsq-network": ("lsq", {"distil": "network"}),
+}
+WITHOUT_ITERATIONS = ("nearest", "gptq", "gptq-paper")
 
 
 def knobs_of(recipe: str, iterations: int) -> tuple[str, dict[str, Any]]:
     """The recipe of that name, and its knobs."""
     name, knobs = RECIPES.get(recipe, (recipe, {}))
-    if recipe == "nearest":
+    if recipe in WITHOUT_ITERATIONS:
         return name, knobs
     return name, knobs | {"steps" if name == "lsq" else "iterations": iterations}
 
@@ -63,7 +71,9 @@ def prepared(data: Path, name: str, part: str, count: int, folder: Path) -> Path
     return path
 
 
-def measure(model: Path, inputs: Path, test: Path, recipe: str, formats: str, iterations: int) -> dict[str, Any]:
+def measure(
+    model: Path, inputs: Path, test: Path, recipe: str, formats: str, iterations: int, **settings: Any
+) -> dict[str, Any]:
     name, knobs = knobs_of(recipe, iterations)
     weights, activations = formats.split("/")
     with tempfile.TemporaryDirectory() as folder:
@@ -76,6 +86,7 @@ def measure(model: Path, inputs: Path, test: Path, recipe: str, formats: str, it
             knobs=knobs,
             weights=weights,
             activations=activations,
+            **settings,
         )
         compared = onnxq.compare(model, output, test, layers=False, latency=False).to_json()
     return {
@@ -99,6 +110,7 @@ def main() -> None:
     parser.add_argument("--formats", default="int4/int8,int4/int4")
     parser.add_argument("--recipes", default="nearest,adaround,brecq,qdrop")
     parser.add_argument("--iterations", default="200,1000")
+    parser.add_argument("--first-last", help="the format of first and last layers, for example int8")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--test-samples", type=int, default=2500)
     parser.add_argument("--threads", type=int, default=1)
@@ -115,8 +127,10 @@ def main() -> None:
             test = prepared(options.data, name, "test", options.test_samples, folder)
             for formats in options.formats.split(","):
                 for recipe in options.recipes.split(","):
-                    for iterations in ["0"] if recipe == "nearest" else options.iterations.split(","):
-                        row = measure(model, inputs, test, recipe, formats, int(iterations))
+                    for iterations in ["0"] if recipe in WITHOUT_ITERATIONS else options.iterations.split(","):
+                        row = measure(
+                            model, inputs, test, recipe, formats, int(iterations), first_last=options.first_last
+                        )
                         rows.append(row)
                         print(
                             f"{name} {formats} {recipe} {iterations}: {100 * row['top1']:.2f} % of "
