@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from rich.console import Console
 
+from onnxq.engines import EngineBuild
 from onnxq.report.html import histogram_plot, render_html, sqnr_bars
 from onnxq.report.metrics import Accuracy, Agreement, MeanError, Perplexity, Sqnr, json_safe
+from onnxq.report.sections import engine_table
 from onnxq.report.steps import step_plot
 from onnxq.report.table import closing_table, plain_lines
 
@@ -273,3 +277,16 @@ def test_a_page_shows_steps_and_pictures():
     assert page.count("<polyline") == 1 and page.count("<ellipse") == 2
     assert f'src="data:image/png;base64,{base64.b64encode(png).decode()}"' in page and "&lt;b&gt;" in page
     assert "<polyline" not in render_html({}) and "<img" not in render_html({})
+
+
+def test_an_engines_nodes_are_listed_with_what_they_run_in():
+    built = EngineBuild(
+        Path("a.engine"), 9, "tensorrt", "11.0", ("89",), 1.0, (), ("conv1",), ("fc",), ("<b>", "c2"), ("c2",)
+    )
+    page = render_html({"model": "a.onnx", "tables": [engine_table(built)]})
+    cells = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", page)
+    assert cells == [
+        ("conv1", "low precision"), ("fc", "weights only"), ("&lt;b&gt;", "float"),
+        ("c2", "float, though Q/DQ ask for less"),
+    ]  # fmt: skip
+    assert "Products in a.engine" in page

@@ -14,12 +14,14 @@ from onnxq.commands.common import (
     ModelPath,
     Quiet,
     RayAddress,
+    ReportPath,
     Scheduler,
     Steps,
     WorkerCount,
     check_destinations,
     progress,
     write_json,
+    write_report,
 )
 
 SHOWN = 12
@@ -47,6 +49,7 @@ def analyze(
     device: Annotated[str | None, typer.Option(show_default="cpu", help="cpu or cuda.")] = None,
     workers: WorkerCount = None,
     ray: RayAddress = None,
+    report: ReportPath = None,
     json_path: JsonPath = None,
     quiet: Quiet = False,
 ) -> None:
@@ -57,9 +60,10 @@ def analyze(
     """
     from onnxq import analysis
     from onnxq.config import make_settings
+    from onnxq.report.sections import sensitivity_tables
     from onnxq.report.table import decibels
 
-    check_destinations(model, json_path)
+    check_destinations(model, json_path, report)
     settings = make_settings(
         {
             "target": target,
@@ -79,6 +83,9 @@ def analyze(
         model, data, settings=settings, narrow=narrow if narrow is not None else ["int4"], progress=progress(quiet)
     )
     write_json(json_path, found.to_json())
+    if report is not None:
+        numbers = {"model": str(model), "samples": found.samples, "warnings": found.warnings}
+        write_report(report, numbers | {"next_steps": found.suggestions, "tables": sensitivity_tables(found)})
     if quiet:
         return
     typer.echo(

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onnxq.commands.common import CHECK_FAILED, JsonPath, ModelPath, Quiet, check_destinations, progress, write_json
+from onnxq.commands.common import (
+    CHECK_FAILED,
+    JsonPath,
+    ModelPath,
+    Quiet,
+    ReportPath,
+    check_destinations,
+    progress,
+    write_json,
+    write_report,
+)
 
 if TYPE_CHECKING:
     from onnxq.engines import EngineBuild
@@ -34,6 +44,7 @@ def build(
         ),
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds before the compiler is stopped.")] = 1800.0,
+    report: ReportPath = None,
     json_path: JsonPath = None,
     quiet: Quiet = False,
 ) -> None:
@@ -49,6 +60,7 @@ def build(
     from onnxq import model as models
     from onnxq.engines.groups import is_index
     from onnxq.engines.other_tools import command_lines
+    from onnxq.report.sections import engine_table
 
     profiles: dict[str, Any] = {}
     for text in shapes or ():
@@ -57,14 +69,16 @@ def build(
     options: dict[str, Any] = {"runtime": runtime, "sm": sm or None, "shapes": profiles or None}
     if is_index(model):
         folder = output or model.with_name(model.name.replace(".groups.json", ".engines"))
-        _build_groups(model, folder, shown, json_path, quiet, options | {"timeout_seconds": timeout})
+        _build_groups(model, folder, shown, json_path, report, quiet, options | {"timeout_seconds": timeout})
         return
     destination = output or model.with_suffix(".engine")
-    check_destinations(model, destination, json_path, None)
+    check_destinations(model, destination, json_path, report)
     with shown.stage("build", "Compiling"):
         built = engines.build(model, destination, **options, timeout_seconds=timeout)
     lines = command_lines(models.read(model), model, destination, profiles or None)
     write_json(json_path, built.to_json() | {"command_lines": lines})
+    if report is not None:
+        write_report(report, {"model": str(model), "next_steps": list(lines.values()), "tables": [engine_table(built)]})
     if not quiet:
         _show(built)
         for name, line in lines.items():
@@ -74,16 +88,25 @@ def build(
 
 
 def _build_groups(
-    index: Path, folder: Path, shown: Progress, json_path: Path | None, quiet: bool, options: dict[str, Any]
+    index: Path,
+    folder: Path,
+    shown: Progress,
+    json_path: Path | None,
+    report: Path | None,
+    quiet: bool,
+    options: dict[str, Any],
 ) -> None:
     """Engines for all groups of sampler steps, and their index."""
     from onnxq.diffusion.router import read_index
     from onnxq.engines.groups import build_groups
+    from onnxq.report.sections import engine_table
 
-    check_destinations(index, json_path)
+    check_destinations(index, json_path, report)
     with shown.stage("build", "Compiling", len(read_index(index)), "engines") as advance:
         built = build_groups(index, folder, advance, **options)
     write_json(json_path, {"engines": [item.to_json() for item in built], "index": str(folder / index.name)})
+    if report is not None:
+        write_report(report, {"model": str(index), "tables": [engine_table(item) for item in built]})
     if not quiet:
         for item in built:
             _show(item)

@@ -20,6 +20,10 @@ ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="The ONNX model
 JsonPath = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers as JSON.", show_default=False)
 ]
+ReportPath = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Write a self-contained HTML report.", show_default=False),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DataPath = Annotated[
     Path | None,

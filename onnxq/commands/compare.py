@@ -10,6 +10,7 @@ import typer
 from onnxq.commands.common import (
     JsonPath,
     Quiet,
+    ReportPath,
     SequenceLength,
     Tokenizer,
     check_destinations,
@@ -42,9 +43,7 @@ def compare(
         Path | None,
         typer.Option(metavar="FILE", help="Settings as YAML, for `preprocess` of image folders; as for quantize."),
     ] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a self-contained HTML report.", show_default=False)
-    ] = None,
+    report: ReportPath = None,
     json_path: JsonPath = None,
     quiet: Quiet = False,
 ) -> None:

@@ -15,6 +15,7 @@ from onnxq.commands.common import (
     ModelPath,
     Quiet,
     RayAddress,
+    ReportPath,
     Scheduler,
     SequenceLength,
     StatisticsPath,
@@ -143,9 +144,7 @@ def quantize(
         Path | None,
         typer.Option(metavar="FILE", help="Settings as YAML, under the names of these options; options win."),
     ] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a self-contained HTML report.", show_default=False)
-    ] = None,
+    report: ReportPath = None,
     json_path: JsonPath = None,
     quiet: Quiet = False,
 ) -> None:

@@ -30,7 +30,8 @@ def render_html(result: Mapping[str, Any]) -> str:
         result: The JSON of quantize, merged with a comparison's. Any key may be missing. Beyond what the table
             shows: ``command``, ``versions`` and ``settings`` (dicts), ``layers``, and ``tensors`` (dicts of ``name``,
             ``format``, ``low``, ``high``, ``clip_low``, ``clip_high`` and ``histogram`` with ``edges``, ``counts``),
-            SQNR by step (see :func:`onnxq.report.steps.step_plot`) and ``pictures`` (dicts of ``png`` and ``caption``).
+            SQNR by step (see :func:`onnxq.report.steps.step_plot`), ``pictures`` (dicts of ``png`` and ``caption``) and
+            ``tables`` (see :mod:`onnxq.report.sections`).
 
     Returns:
         The page. Every name in it is escaped.
@@ -69,6 +70,7 @@ def _view(result: Mapping[str, Any], items: int) -> dict[str, Any]:
         "layers": [_layer(layer) for layer in layers[:items]],
         "bars": sqnr_bars(layers[:items]),
         "layers_left_out": max(0, len(layers) - items),
+        "tables": [_table(given, items) for given in result.get("tables") or ()],
         "tensors": [_tensor(tensor) for tensor in tensors[:items]],
         "tensors_left_out": max(0, len(tensors) - items),
     }
@@ -93,6 +95,25 @@ def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
         "order": _finite(ratio, 1e9),
         "low": ratio is not None and ratio < table.LOW_SQNR_DB,
     }
+
+
+def _table(given: Mapping[str, Any], items: int) -> dict[str, Any]:
+    rows = list(given["rows"])
+    return {
+        "title": given["title"],
+        "about": given["about"],
+        "columns": given["columns"],
+        "rows": [[_cell(value) for value in row] for row in rows[:items]],
+        "left_out": max(0, len(rows) - items),
+    }
+
+
+def _cell(value: Any) -> dict[str, Any]:
+    """Text as it is; a number as decibels, which sort by their size."""
+    ratio = table.number(value) if isinstance(value, int | float) else None
+    if ratio is None:
+        return {"text": _name({"name": value}), "order": None, "low": False}
+    return {"text": table.decibels(ratio), "order": _finite(ratio, 1e9), "low": ratio < table.LOW_SQNR_DB}
 
 
 def sqnr_bars(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

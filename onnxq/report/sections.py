@@ -1,0 +1,75 @@
+"""Tables of a report: what each layer costs alone, and what an engine runs each node in.
+
+A table is a dict of ``title``, ``about``, ``columns`` and ``rows``; numbers in its rows are decibels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxq.analysis import Analysis
+    from onnxq.engines import EngineBuild
+
+
+def sensitivity_tables(found: Analysis) -> list[dict[str, Any]]:
+    """Layers with the SQNR of the output where each alone is quantized, and the curve of leaving the worst in float."""
+    formats = list(dict.fromkeys(name for layer in found.layers for name in layer.narrow_db))
+    has_steps = any(layer.worst_step is not None for layer in found.layers)
+    columns = ["layer", "op", "weight", "input range", *(["worst step"] if has_steps else [])]
+    rows = []
+    for layer in found.layers:
+        shape = "×".join(map(str, layer.weight_shape))
+        step = [str(layer.worst_step)] if has_steps else []
+        ratios = [layer.narrow_db.get(name, "") for name in formats]
+        rows.append([layer.name, layer.op, shape, f"{layer.low:.3g} … {layer.high:.3g}", *step, *ratios, layer.sqnr_db])
+    names = [f"weight in {name}" for name in formats]
+    tables: list[dict[str, Any]] = [
+        {
+            "title": "Sensitivity",
+            "about": f"SQNR of the output with one layer alone quantized for {found.target}, the most sensitive first.",
+            "columns": [*columns, *names, "alone"],
+            "rows": rows,
+        },
+        {
+            "title": "Leaving the most sensitive in float",
+            "about": "SQNR of the output with so many of them in float and all others quantized.",
+            "columns": ["in float", "the last of them", "SQNR"],
+            "rows": [
+                [str(count), found.layers[count - 1].name if count else "", ratio]
+                for count, ratio in enumerate(found.cumulative)
+            ],
+        },
+    ]
+    for target, reasons in found.left_float.items():
+        if reasons:
+            tables.append(
+                {
+                    "title": f"Left in float for {target}",
+                    "about": "Layers that get no Q/DQ, and why.",
+                    "columns": ["layer", "reason"],
+                    "rows": [[name, reason] for name, reason in reasons.items()],
+                }
+            )
+    return tables
+
+
+def engine_table(built: EngineBuild) -> dict[str, Any]:
+    """Which precision the compiled engine runs each product in, by the layers that the runtime lists."""
+    kinds = {
+        "low precision": built.low_precision_nodes,
+        "weights only": built.weight_only_nodes,
+        "float": built.float_nodes,
+    }
+    promised = set(built.promised_but_float)
+    rows = [
+        [name, f"{kind}, though Q/DQ ask for less" if name in promised else kind]
+        for kind, nodes in kinds.items()
+        for name in nodes
+    ]
+    return {
+        "title": f"Products in {built.engine_path.name}",
+        "about": f"What {built.runtime} {built.runtime_version} runs every Conv, Gemm and MatMul in.",
+        "columns": ["node", "runs in"],
+        "rows": rows,
+    }
