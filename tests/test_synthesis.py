@@ -197,13 +197,16 @@ def test_quantizing_without_data_is_nearly_as_good_as_with(tmp_path: Path) -> No
 
 
 def test_the_command_writes_what_quantize_reads(tmp_path: Path) -> None:
-    made, grid = tmp_path / "made.npz", tmp_path / "grid.png"
+    made, grid, report = tmp_path / "made.npz", tmp_path / "grid.png", tmp_path / "report.html"
     arguments = ["synthesize", str(FASHION), "-o", str(made), "-n", "8", "--steps", "5", "--grid", str(grid)]
+    arguments += ["--report", str(report)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert sorted(tmp_path.iterdir()) == [grid, made]  # finished batches are no longer kept
+    assert sorted(tmp_path.iterdir()) == [grid, made, report]  # finished batches are no longer kept
     assert grid.is_file() and "BatchNorm statistics are off by" in done.output
     assert onnxq.quantize(FASHION, made).numbers["samples"] == 8
+    page = report.read_text()
+    assert "data:image/png;base64," in page and "<h2>Loss</h2>" in page and "<td>0</td><td>5</td>" in page
 
 
 def test_channels_may_come_last() -> None:

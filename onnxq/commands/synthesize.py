@@ -10,10 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onnxq.commands.common import JsonPath, ModelPath, Quiet, StatisticsPath, check_destinations, progress, write_json
+from onnxq.commands.common import (
+    JsonPath,
+    ModelPath,
+    Quiet,
+    ReportPath,
+    StatisticsPath,
+    check_destinations,
+    progress,
+    write_json,
+    write_report,
+)
 
 if TYPE_CHECKING:
     from onnxq.synthesis.synthesize import Synthesised
+
+IMAGE_RANK = 4
+PICTURE_BYTES = 1 << 20  # in a report; base64 makes a third more of it
 
 
 def synthesize(
@@ -40,6 +53,7 @@ def synthesize(
     grid: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the images too.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same inputs.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    report: ReportPath = None,
     json_path: JsonPath = None,
     quiet: Quiet = False,
 ) -> None:
@@ -59,7 +73,7 @@ def synthesize(
     from onnxq.synthesis.methods import get
     from onnxq.writing import atomic_folder
 
-    check_destinations(model, output, grid, json_path)
+    check_destinations(model, output, grid, report, json_path)
     settings = make_settings({"budget": budget, "seed": seed, "device": device})
     get(method)
     loaded = models.load(model)
@@ -82,8 +96,8 @@ def synthesize(
         np.savez(folder / "made.npz", **arrays)
         (folder / "made.npz").replace(output)
     shutil.rmtree(checkpoint_folder(output), ignore_errors=True)
+    low, high = np.percentile(made.inputs, [1, 99]).tolist()
     if grid is not None:
-        low, high = np.percentile(made.inputs, [1, 99]).tolist()
         write_grid(grid, {"made": made.inputs}, (low, high))
     numbers = {
         "output": str(output),
@@ -97,6 +111,16 @@ def synthesize(
         "seconds": time.perf_counter() - started,
     }
     write_json(json_path, numbers)
+    if report is not None:
+        from onnxq.diffusion.comparison import small_grid_png
+        from onnxq.report.sections import loss_table
+
+        pictures = []
+        if made.inputs.ndim == IMAGE_RANK:
+            png = small_grid_png({"made": made.inputs}, (low, high), PICTURE_BYTES)
+            pictures = [{"png": png, "caption": f"{method}: {made.description}"}]
+        shown = {"model": str(model), "output": str(output), "samples": len(made), "pictures": pictures}
+        write_report(report, shown | {"tables": [loss_table(made.losses)]})
     if not quiet:
         typer.echo(f"{output}: {len(made)} inputs, {made.description}")
 

@@ -1,10 +1,11 @@
-"""Tables of a report: what each layer costs alone, and what an engine runs each node in.
+"""Tables of a report: what each layer costs alone, what an engine runs each node in, how the loss of made inputs fell.
 
 A table is a dict of ``title``, ``about``, ``columns`` and ``rows``; numbers in its rows are decibels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,4 +73,18 @@ def engine_table(built: EngineBuild) -> dict[str, Any]:
         "about": f"What {built.runtime} {built.runtime_version} runs every Conv, Gemm and MatMul in.",
         "columns": ["node", "runs in"],
         "rows": rows,
+    }
+
+
+def loss_table(losses: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """How the loss fell while each batch of inputs was made."""
+    return {
+        "title": "Loss",
+        "about": "Of each batch of inputs, at its first step, half-way and at its last.",
+        "columns": ["batch", "steps", "first", "half-way", "last"],
+        "rows": [
+            [str(number), str(len(batch)), *(f"{batch[at]:.4g}" for at in (0, len(batch) // 2, -1))]
+            for number, batch in enumerate(losses)
+            if batch
+        ],
     }
