@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from onnxq import model as models
+from onnxq import writing
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 
@@ -57,7 +58,7 @@ def export(network: torch.nn.Module, scheduler: dict[str, Any], output: Path, si
     Raises:
         OnnxqError: the exported model does not compute what torch does.
     """
-    models.check_writable(output)
+    writing.check_writable(output)
     config = network.config
     names, shapes = [], []
     width = getattr(config, "cross_attention_dim", None)
