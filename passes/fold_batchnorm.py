@@ -7,6 +7,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq.errors import OnnxqError
 
 
 class FoldBatchNorm(InPlacePass):
@@ -29,6 +30,7 @@ class FoldBatchNorm(InPlacePass):
         # Private modules: the rule sets are not exported, only the rules one by one.
         from onnxscript.rewriter.rules.common import _fuse_batchnorm, _fuse_pad_into_conv
 
+        _check_sizes(model.graph)
         names = _names_by_final_output(model.graph)
         count = _fuse_batchnorm.rules.apply_to_model(model)
         count += _fuse_pad_into_conv.rules.apply_to_model(model)
@@ -39,6 +41,27 @@ class FoldBatchNorm(InPlacePass):
                     node.name = original
             common_passes.RemoveUnusedNodesPass()(model)
         return PassResult(model, bool(count))
+
+
+def _check_sizes(graph: ir.Graph) -> None:
+    """Refuse a BatchNormalization that cannot run: the rules would add arrays that do not fit."""
+    for node in graph:
+        if not graphs.is_op(node, "BatchNormalization"):
+            continue
+        sizes = {value.const_value.size for value in node.inputs[1:5] if value is not None and value.const_value}
+        source = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if source is not None and graphs.is_op(source, "Conv", "ConvTranspose", "Gemm"):
+            item = graphs.weighted(source)
+            if item is not None and item.weight is not None and item.weight.shape is not None:
+                channels = item.weight.shape[item.channel_axis]
+                groups = source.attributes.get_int("group", 1) if source.op_type == "ConvTranspose" else 1
+                sizes |= {channels * groups} if isinstance(channels, int) else set()
+        if len(sizes) > 1:
+            raise OnnxqError(
+                f"expected one size of the parameters of {node.name!r} (BatchNormalization) and of its channels, "
+                f"found {', '.join(map(str, sorted(sizes)))}",
+                hint="the model is damaged; export it again",
+            )
 
 
 def _names_by_final_output(graph: ir.Graph) -> dict[str, str]:

@@ -10,9 +10,9 @@ import pytest
 from conftest import NETWORK, SHAPES, add_weights
 
 import onnxq
+from onnxq import OnnxqError, targets
 from onnxq import graph as graphs
 from onnxq import model as models
-from onnxq import targets
 from onnxq.calibration import calibrate
 from onnxq.passes.fold_affine import FoldAffine
 from onnxq.passes.fold_batchnorm import FoldBatchNorm
@@ -238,3 +238,10 @@ def test_signed_attention_loads_in_onnxruntime_as_it_comes(shared_data: Path, tm
     onnxq.quantize(shared_data / "models" / "r20vit_hybrid_cifar10.onnx", samples=4, output=output)
     onnxruntime.InferenceSession(str(output), providers=["CPUExecutionProvider"])
     assert models.read(output).graph.opset_imports[""] == 20
+
+
+@pytest.mark.parametrize("name", ["g1", "v2"])
+def test_a_batchnorm_of_another_size_is_named(name: str) -> None:
+    model = add_weights(NETWORK, {**SHAPES, name: (4,)})
+    with pytest.raises(OnnxqError, match="found 4, 32"):
+        FoldBatchNorm()(model)
