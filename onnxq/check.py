@@ -147,7 +147,7 @@ def bare_float_run(job: Job, path: Path, checked: Check) -> dict[str, float]:
     assert job.recording is not None
     if job.is_large:
         return {}
-    session = Session(path, device=job.settings.device)
+    session = Session(path, device=job.settings.device, spin=True)
     feeds = [feed for feed, _ in job.recording.kept]
     rows = sum(len(next(iter(feed.values()))) for feed in feeds)
     session.run(feeds[0])

@@ -157,8 +157,8 @@ def compare(
     if latency and not float8 and not large:
         feed = next(inputs.batches(source, specs, batch_size=1, samples=1))
         sessions = {
-            "float": Session(float_model, device=device, threads=threads),
-            "quantized": Session(quantized_model, device=device, threads=threads),
+            "float": Session(float_model, device=device, threads=threads, spin=True),
+            "quantized": Session(quantized_model, device=device, threads=threads, spin=True),
         }
         times = latency_ms(sessions, {spec.name: feed[spec.name] for spec in specs})
         result.latency_ms_float, result.latency_ms_quantized = times["float"], times["quantized"]

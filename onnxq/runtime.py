@@ -25,6 +25,7 @@ Feed = Mapping[str, Array]
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 LARGE_TENSOR_BYTES = 1 << 20  # kept out of the serialised model, which protobuf limits to 2 GiB
 IN_MEMORY_LIMIT_BYTES = 1 << 29
+SPINNING = "session.intra_op.allow_spinning"
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # What onnxruntime calls integer kernels: they read codes and never see a float activation.
@@ -73,6 +74,8 @@ class Session:
         threads: Threads inside an op; 0 lets onnxruntime choose.
         optimized_path: Where to write the optimised graph, for looking at its nodes.
         arena: Whether freed memory is kept for the next run; ``False`` is slower and leaner.
+        spin: Whether idle threads spin until the next run, as they do by default in deployment: for what is timed or
+            deployed. Elsewhere they sleep, because between two runs numpy works, and wants the cores.
 
     Raises:
         OnnxqError: onnxruntime refuses the model, or the device is not there.
@@ -88,6 +91,7 @@ class Session:
         threads: int = 0,
         optimized_path: str | None = None,
         arena: bool = True,
+        spin: bool = False,
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors come back as exceptions
@@ -99,6 +103,7 @@ class Session:
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
         # x86 kernels take signed int8 activations only on request (symmetric Q/DQ made for TensorRT).
         options.add_session_config_entry("session.qdqisint8allowed", "1")
+        options.add_session_config_entry(SPINNING, "1" if spin else "0")
         _check_device(device)
         self._keep_alive: list[Array] = []
         self._appended = 0
@@ -155,6 +160,7 @@ class Session:
             lean.enable_cpu_mem_arena = lean.enable_mem_pattern = False
             lean.graph_optimization_level = level
             lean.add_session_config_entry("session.disable_prepacking", "1")
+            lean.add_session_config_entry(SPINNING, "0")
             if serialized.folder:
                 lean.add_session_config_entry(EXTERNAL_FOLDER, serialized.folder)
             read = [name for name in initializers if name in serialized.large]
@@ -257,7 +263,7 @@ def optimized_session(
     """A session on the CPU provider, and how many nodes of each op it runs after its own optimisations."""
     with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
         path = str(Path(folder) / "optimized.onnx")
-        session = Session(model, optimized_path=path, threads=threads)
+        session = Session(model, optimized_path=path, threads=threads, spin=True)
         return session, collections.Counter(node.op_type for node in ir.load(path).graph.all_nodes())
 
 

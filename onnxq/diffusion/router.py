@@ -111,7 +111,7 @@ class Router:
     def _session(self, number: int) -> Session:
         session = self._sessions.pop(number, None)
         if session is None:
-            session = Session(self.files[number], device=self.device, optimize=self.optimize)
+            session = Session(self.files[number], device=self.device, optimize=self.optimize, spin=True)
         self._sessions[number] = session  # the last one used stands last
         while len(self._sessions) > self.most_open:
             self._sessions.pop(next(iter(self._sessions)))
