@@ -16,6 +16,9 @@ WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Ops that compute on codes without Q/DQ around them.
 QUANTIZED_OPS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm")
 
+# Ops that hand on what they read, at least in inference.
+HANDED_ON = ("Identity", "Dropout", "Cast", "QuantizeLinear", "DequantizeLinear")
+
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
     """Whether ``node`` is one of the given ops of the ONNX domain."""
@@ -170,6 +173,23 @@ def is_tabulated(value: ir.Value | None) -> bool:
     decoded = scaled.inputs[0].producer() if is_op(scaled, "Mul") and scaled and scaled.inputs[0] else None
     index = decoded.inputs[1].producer() if is_op(decoded, "Gather") and decoded and decoded.inputs[1] else None
     return index is not None and is_op(index, "Cast") and is_constant(index.inputs[0])
+
+
+def attention_products(graph: ir.Graph) -> Iterator[ir.Node]:
+    """The MatMul nodes ``softmax(q · kᵀ) · v`` in the graph's order, also behind an exporter's guard against NaN."""
+    for node in graph:
+        if is_op(node, "MatMul") and _is_softmax(node.inputs[0]):
+            yield node
+
+
+def _is_softmax(value: ir.Value | None) -> bool:
+    """Whether a Softmax makes the value, if only through ops that hand its numbers on."""
+    producer = None if value is None else value.producer()
+    if producer is None or is_op(producer, "Softmax"):
+        return producer is not None
+    if is_op(producer, "Where"):  # Where(IsNaN(x), 0, x)
+        return any(_is_softmax(read) for read in producer.inputs[1:])
+    return is_op(producer, *HANDED_ON) and _is_softmax(producer.inputs[0])
 
 
 def holds_float8(graph: ir.Graph) -> bool:

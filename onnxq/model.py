@@ -309,12 +309,7 @@ def kind_of(model: ir.Model) -> Kind:
     takes_tokens = bool(inputs) and inputs[0].dtype in integers and any(graphs.rank(value) == 2 for value in inputs)
     if takes_tokens and any(graphs.is_float(value) and graphs.rank(value) in (2, 3) for value in outputs):
         return Kind.LANGUAGE
-    for node in model.graph:
-        if graphs.is_op(node, "Softmax") and any(
-            graphs.is_op(reader, "MatMul") for reader, _ in graphs.consumers(node.outputs[0])
-        ):
-            return Kind.TRANSFORMER
-    return Kind.CNN
+    return Kind.CNN if next(graphs.attention_products(model.graph), None) is None else Kind.TRANSFORMER
 
 
 def _takes_a_timestep(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> bool:

@@ -133,6 +133,21 @@ def test_kinds_of_real_models(name: str, kind: models.Kind, shared_data: Path) -
     assert models.kind_of(models.load(shared_data / f"{name}.onnx")) is kind
 
 
+def test_attention_is_seen_behind_a_guard_against_nan_and_behind_qdq() -> None:
+    """Exports of scaled_dot_product_attention put Where(IsNaN(p), 0, p) between the Softmax and its product."""
+    header = '<ir_version: 10, opset_import: ["": 21]> net (float[2,4,4] s, float[2,4,8] v) => (float[2,4,8] y) '
+    guarded = "p = Softmax (s) n = IsNaN (p) q = Where (n, zero, p) y = MatMul (q, v)"
+    quantized = "p = Softmax (s) c = QuantizeLinear (p, zero) q = DequantizeLinear (c, zero) y = MatMul (q, v)"
+    other = "p = Softmax (s) q = Mul (p, zero) y = MatMul (v, q)"
+    for body, kind in (
+        (guarded, models.Kind.TRANSFORMER),
+        (quantized, models.Kind.TRANSFORMER),
+        (other, models.Kind.CNN),
+    ):
+        model = ir.from_onnx_text(f"{header}<float zero = {{0.0}}> {{ {body} }}")
+        assert models.kind_of(model) is kind
+
+
 def test_compressed_weights_are_folded(shared_data: Path) -> None:
     from onnxq import graph as graphs
 

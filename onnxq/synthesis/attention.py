@@ -7,7 +7,7 @@ ECCV 2022 (arXiv 2203.02250), section 3.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from onnxq import graph as graphs
 
-PASSED_THROUGH = ("Identity", "Dropout", "Cast")
 DENSITY_FLOOR = 1e-4
 NARROWEST_GRID = 4.0  # bandwidths; equal similarities would else have an entropy of 0, above that of a narrow peak
 MOST_EXTRA_TOKENS = 2  # a class token, and one for distillation
@@ -25,18 +24,8 @@ MOST_EXTRA_TOKENS = 2  # a class token, and one for distillation
 
 def attention_outputs(model: ir.Model) -> list[str]:
     """The values ``softmax(q · kᵀ) · v`` of a graph in its order: products whose left side is a Softmax."""
-    return list(_products(model.graph))
-
-
-def _products(graph: ir.Graph) -> Iterator[str]:
-    for node in graph:
-        if not graphs.is_op(node, "MatMul") or not node.outputs[0].name:
-            continue
-        read = node.inputs[0]
-        while read is not None and graphs.is_op(read.producer(), *PASSED_THROUGH):
-            read = read.producer().inputs[0]  # type: ignore[union-attr]
-        if read is not None and graphs.is_op(read.producer(), "Softmax"):
-            yield node.outputs[0].name
+    names = [node.outputs[0].name for node in graphs.attention_products(model.graph)]
+    return [name for name in names if name]
 
 
 def patch_similarities(values: Tensor, samples: int) -> Tensor:
