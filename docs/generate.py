@@ -22,6 +22,7 @@ from typer.cli import get_docs_for_click
 import onnxq
 from onnxq import recipes
 from onnxq.cli import app
+from onnxq.knobs import choices_of
 
 SECTIONS = ("Source", "Departures", "Attributes", "Args", "Returns", "Raises")
 NOTE = "<!-- Written by docs/generate.py from the docstrings. -->\n\n"
@@ -59,7 +60,8 @@ def recipe_page(name: str, entry: recipes.Entry) -> str:
     rows = []
     for item in dataclasses.fields(recipe):
         default = entry.knobs.get(item.name, item.default)
-        rows.append(f"| `{item.name}` | `{default}` | {meanings.get(item.name, '')} |")
+        words = "".join(f", `{word}`" for word in choices_of(item) if word != default)
+        rows.append(f"| `{item.name}` | `{default}`{words} | {meanings.get(item.name, '')} |")
     formats = f"Weights: {entry.weights or 'the default of the target'}. Activations: "
     lines = [
         f"# {name}", "", f"{entry.line[0].upper()}{entry.line[1:]}.", "",
@@ -69,7 +71,13 @@ def recipe_page(name: str, entry: recipes.Entry) -> str:
     ]  # fmt: skip
     for title, text in parts.items():
         lines += [f"## {title}", "", markdown(text), ""]
-    lines += ["## Knobs (`--set name=value`)", "", "| knob | default | meaning |", "|---|---|---|", *rows]
+    lines += [
+        "## Knobs (`--set name=value`)",
+        "",
+        "| knob | default, other choices | meaning |",
+        "|---|---|---|",
+        *rows,
+    ]
     return "\n".join(lines)
 
 

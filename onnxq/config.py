@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnxq.errors import OnnxqError
+from onnxq.knobs import choices_of
 
 
 class PreprocessingSettings(BaseModel):
@@ -125,10 +126,10 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def build_knobs(recipe: type[Any], knobs: Mapping[str, Any], name: str) -> Any:
-    """The recipe's dataclass with ``knobs`` set, each checked against the type of its default.
+    """The recipe's dataclass with ``knobs`` set, each checked against the type of its default and its choices.
 
     Raises:
-        OnnxqError: the recipe has no such knob, or its value is of another type.
+        OnnxqError: the recipe has no such knob, or its value is of another type or no choice of it.
     """
     fields = {field.name: field for field in dataclasses.fields(recipe)}
     checked: dict[str, Any] = {}
@@ -149,5 +150,8 @@ def build_knobs(recipe: type[Any], knobs: Mapping[str, Any], name: str) -> Any:
                 f"expected {kind.__name__} for knob {key!r} of recipe {name!r}, found {value!r}",
                 hint=f"its default is {default!r}",
             )
+        words = choices_of(fields[key])
+        if words and value not in words:
+            raise OnnxqError(f"expected {key} of {', '.join(words)}, found {value!r}", hint=f"--set {key}={words[0]}")
         checked[key] = value
     return recipe(**checked)

@@ -18,7 +18,7 @@ import onnx_ir as ir
 import onnxq
 from onnxq import model as models
 from onnxq import recipes, targets
-from onnxq.calibration import observers, side_car
+from onnxq.calibration import observers, side_car, weight_ranges
 from onnxq.calibration.data import Source
 from onnxq.calibration.noise import Noise
 from onnxq.check import Check, bare_float_run, check
@@ -101,9 +101,13 @@ def quantize(
     entry = recipes.get(settings.recipe)
     scheme = target.scheme(settings.weights or entry.weights, settings.activations or entry.activations)
     recipe = build_knobs(entry.load(), {**entry.knobs, **settings.knobs}, settings.recipe)
+    for knob, look_up in (("observer", observers.get), ("weight_ranges", weight_ranges.get)):
+        if hasattr(recipe, knob):  # an unknown rule is refused before inputs are made for it
+            look_up(getattr(recipe, knob))
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
         models.check_float(loaded)
+        kind = models.kind_of(loaded)  # of the float graph: what is rewritten for a target is harder to tell
         if settings.statistics is not None:
             side_car.attach(loaded, Path(settings.statistics))
     learns: bool = settings.low_rank > 0 or any(
@@ -135,7 +139,7 @@ def quantize(
         if kept is not None:  # made inputs are kept for a run that goes on, not for a model that is refused
             shutil.rmtree(kept, ignore_errors=True)
         raise
-    numbers = _numbers(job, path, checked, recipe)
+    numbers = _numbers(job, path, checked, recipe, kind)
     models.set_metadata(
         loaded,
         version=onnxq.__version__,
@@ -180,7 +184,7 @@ def _with_range_rule(recipe: Recipe, source: Source, given: Mapping[str, Any]) -
     return changed
 
 
-def _numbers(job: Job, path: Path, checked: Check, recipe: Any) -> dict[str, Any]:
+def _numbers(job: Job, path: Path, checked: Check, recipe: Any, kind: models.Kind) -> dict[str, Any]:
     quantized, weighted = quantized_counts(job.model.graph)
     warnings = list(job.warnings)
     if checked.sqnr_db < LOW_SQNR_DB:
@@ -194,7 +198,7 @@ def _numbers(job: Job, path: Path, checked: Check, recipe: Any) -> dict[str, Any
         "activations": str(job.scheme.activations),
         "first_last": job.settings.first_last,
         "seed": job.settings.seed,
-        "kind": models.kind_of(job.model).value,
+        "kind": kind.value,
         "quantized_nodes": quantized,
         "weighted_nodes": weighted,
         "left_float": {} if job.placement is None else job.placement.left_float,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,9 @@ import onnxq
 from onnxq import OnnxqError, recipes
 from onnxq import graph as graphs
 from onnxq.calibration import weight_ranges
+from onnxq.config import build_knobs
 from onnxq.formats import FORMATS, fake_quantize, scale_and_zero_point
+from onnxq.knobs import choices_of
 
 FASHION = (MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibration.npz")
 
@@ -72,6 +76,26 @@ def test_the_least_error_is_no_larger_than_that_of_the_extremes(name: str) -> No
 def test_unknown_weight_ranges_are_named(tmp_path: Path) -> None:
     with pytest.raises(OnnxqError, match="weight ranges"):
         onnxq.quantize(*FASHION, knobs={"weight_ranges": "mean"}, samples=4)
+
+
+def test_words_that_are_no_choice_are_refused_before_anything_is_computed() -> None:
+    """Of every recipe: the batches are never asked for, nor are inputs made."""
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        raise AssertionError("data was read")
+        yield {}
+
+    tried = set()
+    for name, entry in recipes.RECIPES.items():
+        for field in dataclasses.fields(entry.load()):
+            words = choices_of(field)
+            if words or field.name in ("observer", "weight_ranges"):
+                tried.add(field.name)
+                with pytest.raises(OnnxqError, match="found 'soup'"):
+                    onnxq.quantize(FASHION[0], batches(), recipe=name, knobs={field.name: "soup"})
+                for word in words:
+                    assert getattr(build_knobs(entry.load(), {field.name: word}, name), field.name) == word
+    assert {"observer", "weight_ranges", "partition", "distil", "optimizer", "solver", "taq"} <= tried
 
 
 def test_the_ends_get_the_format_asked_for(tmp_path: Path) -> None:

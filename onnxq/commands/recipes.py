@@ -18,6 +18,7 @@ def recipes(
     import inspect
 
     from onnxq import recipes as registry
+    from onnxq.knobs import choices_of
 
     if name is None:
         write_json(json_path, {key: entry.line for key, entry in registry.RECIPES.items()})
@@ -36,5 +37,7 @@ def recipes(
     for what, given in formats_given.items():
         typer.echo(f"  {what} = {given or 'the default of the target'}")
     typer.echo("\nKnobs (--set name=value):")
+    words = {field.name: choices_of(field) for field in dataclasses.fields(recipe)}
     for key, value in knobs.items():
-        typer.echo(f"  {key} = {value!r}")
+        others = [word for word in words[key] if word != value]
+        typer.echo(f"  {key} = {value!r}" + (f", or {', '.join(others)}" if others else ""))

@@ -15,7 +15,6 @@ from onnxq.diffusion.partition import ScaleCosts, check_groups, optimal, scale_c
 from onnxq.diffusion.step_floor import activation_roots
 from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.diffusion.trajectory import Sampler
-from onnxq.errors import OnnxqError
 from onnxq.formats import parse_format
 from onnxq.job import Job
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS, SYMMETRIC
@@ -95,11 +94,8 @@ def scales_by_step(
         powers_of_two: Whether scales are powers of two apart.
 
     Raises:
-        OnnxqError: there are not as many steps as groups, or no such partition or scope.
+        OnnxqError: there are not as many steps as groups.
     """
-    for what, value, known in (("partition", partition, ("optimal", "uniform")), ("scope", scope, SCOPES)):
-        if value not in known:
-            raise OnnxqError(f"expected {what} of {', '.join(known)}, found {value!r}", hint=f"use {what}={known[0]}")
     steps = len(sampler.schedule.timesteps)
     check_groups(steps, groups)
     costs = {}
@@ -135,11 +131,7 @@ def lower(job: Job, sampler: Sampler, tables: Mapping[str, Array], lowering: str
         tables: Scales [steps] by the name of the scale that they replace.
         lowering: ``rescale``: one graph with constant scales and a factor by step before and behind; ``subgraphs``:
             one graph for each group, besides one with scales looked up; ``none``: that one alone.
-
-    Raises:
-        OnnxqError: there is no such lowering.
     """
-    check_lowering(lowering)
     timestep, times = sampler.denoiser.timestep.name, sampler.schedule.timesteps
     if lowering == "rescale":
         TimeConditionedScales(timestep, times, tables, "rescale")(job.model)
@@ -156,15 +148,6 @@ def lower(job: Job, sampler: Sampler, tables: Mapping[str, Array], lowering: str
             + ("build the files of the groups" if lowering == "subgraphs" else "for TensorRT use lowering=rescale")
         )
     TimeConditionedScales(timestep, times, tables)(job.model)
-
-
-def check_lowering(lowering: str) -> None:
-    """Refuse a lowering that there is not, before anything is computed."""
-    if lowering not in LOWERINGS:
-        raise OnnxqError(
-            f"expected a lowering of {', '.join(LOWERINGS)}, found {lowering!r}",
-            hint="rescale is one graph that TensorRT builds; subgraphs are one for each group of steps",
-        )
 
 
 def _runs(tables: Mapping[str, Array], steps: int) -> Sequence[list[int]]:

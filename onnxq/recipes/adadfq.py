@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.zero_shot import Start, ZeroShot
 from onnxq.synthesis.disagreement import Balance, Band, disagreement
 
@@ -58,7 +59,7 @@ class AdaDfq:
     statistics: float = 1.0
     temperature: float = 20.0
     generator_rate: float = 1e-3
-    optimizer: str = "adam"
+    optimizer: str = choice("adam", "sgd")
     weight_rate: float = 1e-5
     step_rate: float = 1e-4
     observer: str = "mse"

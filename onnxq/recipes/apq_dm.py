@@ -9,10 +9,12 @@ import numpy as np
 
 from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.diffusion import time_scales
+from onnxq.diffusion.selection import POLICIES
 from onnxq.diffusion.source import sampler_of
 from onnxq.diffusion.step_floor import hold_floor
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.passes.cache_temporal_features import CacheTemporalFeatures
 
 Array = np.ndarray[Any, Any]
@@ -76,15 +78,15 @@ class ApqDm:
     """
 
     groups: int = 8
-    partition: str = "optimal"
+    partition: str = choice("optimal", "uniform", "learned")
     iterations: int = 0
     undecided: float = 0.8
-    scope: str = "layer"
-    lowering: str = "rescale"
+    scope: str = choice(*time_scales.SCOPES)
+    lowering: str = choice(*time_scales.LOWERINGS)
     least_gain_db: float = 2.0
     cache: bool = True
     powers_of_two: bool = False
-    selection: str = "uniform"
+    selection: str = choice(*POLICIES)
     trajectories: int = 32
     kept_steps: int = 16
     observer: str = "mse"
@@ -92,7 +94,6 @@ class ApqDm:
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        time_scales.check_lowering(self.lowering)
         if self.partition == "learned" and (self.lowering == "subgraphs" or self.scope == "global"):
             raise OnnxqError(
                 "expected groups of each activation's own for partition=learned, found groups that all share",

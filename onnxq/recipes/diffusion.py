@@ -9,11 +9,13 @@ from onnxq.autograd.blocks import cut
 from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.calibration.data import STEP_KEY
 from onnxq.calibration.one_sided import free_zero_points
-from onnxq.calibration.shortcuts import split_shortcuts
+from onnxq.calibration.shortcuts import FORMS, split_shortcuts
 from onnxq.diffusion import time_scales
+from onnxq.diffusion.selection import POLICIES
 from onnxq.diffusion.source import sampler_of
 from onnxq.diffusion.step_floor import hold_floor
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.reconstruct import Reconstruction, iterations_of, reconstruct, rounding_rate
 from onnxq.passes.cache_temporal_features import CacheTemporalFeatures
 from onnxq.recipes.ptqd import Ptqd
@@ -67,14 +69,14 @@ class Diffusion:
     """
 
     cache: bool = True
-    split: str = "two_op"
+    split: str = choice(*FORMS)
     split_gain_db: float = 2.0
     shift: bool = True
     step_floor_db: float = 22.0
     correct: bool = True
     groups: int = 1
     least_gain_db: float = 2.0
-    selection: str = "uniform"
+    selection: str = choice(*POLICIES)
     trajectories: int = 16
     kept_steps: int = 16
     iterations: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.losses import distillation
 from onnxq.learning.zero_shot import Start, ZeroShot, labelled
 
@@ -55,7 +56,7 @@ class Gdfq:
     labels: float = 1.0
     temperature: float = 1.0
     generator_rate: float = 1e-3
-    optimizer: str = "adam"
+    optimizer: str = choice("adam", "sgd")
     weight_rate: float = 1e-5
     step_rate: float = 1e-4
     observer: str = "mse"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.attention_transfer import attention_gap
 from onnxq.learning.augmentation import cropped, perturbed
 from onnxq.learning.losses import distillation
@@ -61,7 +62,7 @@ class Hast:
     perturbation: float = 0.01
     crop: float = 0.5
     temperature: float = 20.0
-    optimizer: str = "adam"
+    optimizer: str = choice("adam", "sgd")
     weight_rate: float = 1e-5
     step_rate: float = 1e-4
     observer: str = "mse"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from onnxq.autograd.blocks import cut
 from onnxq.calibration import calibrate, observers, weight_ranges
-from onnxq.errors import OnnxqError
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.distillation import distil_blocks, distil_network
 from onnxq.learning.finetune import FineTuning
 from onnxq.learning.losses import compared_outputs
@@ -64,15 +64,15 @@ class Lsq:
         cache_mib: Memory for samples and activations; what is more goes to files.
     """
 
-    distil: str = "blocks"
+    distil: str = choice("blocks", "network")
     steps: int = 0
     batch: int = 32
-    optimizer: str = "adam"
+    optimizer: str = choice("adam", "sgd")
     weight_rate: float = 1e-4
     step_rate: float = 1e-3
-    loss: str = "auto"
+    loss: str = choice("auto", "kl", "mse")
     temperature: float = 1.0
-    block_inputs: str = "student"
+    block_inputs: str = choice("student", "teacher")
     observer: str = "mse"
     weight_ranges: str = "mse"
     samples: int = 1024
@@ -80,10 +80,6 @@ class Lsq:
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        if self.distil not in STEPS:
-            raise OnnxqError(
-                f"expected distil of {', '.join(STEPS)}, found {self.distil!r}", hint="use --set distil=blocks"
-            )
         observe, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.prepare()
         blocks = cut(job.model.graph)

@@ -10,14 +10,13 @@ from onnxq import recipes
 from onnxq.calibration import observers, weight_ranges
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.mixed_precision import Choice, Point, allocate, pareto_front
 from onnxq.learning.widths import Widths, probe_of, widths_of
 from onnxq.recipes.static import Static
 from onnxq.runtime import Session
 from onnxq.sensitivity import Probe, alone, judged_samples, points_lost, together
 
-ROUNDINGS = ("nearest", "adaround", "brecq", "qdrop")
-SOLVERS = ("ilp", "pareto")
 DEFAULT_BITS = 5.0
 HALVINGS = 7  # of the interval of mean widths: a twentieth of a bit
 
@@ -72,10 +71,10 @@ class Mixed:
     budget_bops: float = 0.0
     max_drop: float = 0.0
     judging_samples: int = 512
-    solver: str = "ilp"
-    rounding: str = "nearest"
+    solver: str = choice("ilp", "pareto")
+    rounding: str = choice("nearest", "adaround", "brecq", "qdrop")
     iterations: int = 0
-    loss: str = "auto"
+    loss: str = choice("auto", "kl", "mse")
     sensitivity_samples: int = 32
     observer: str = "mse"
     weight_ranges: str = "mse"
@@ -103,11 +102,6 @@ class Mixed:
             learned(iterations=self.iterations, observer=self.observer, weight_ranges=self.weight_ranges).run(job)  # type: ignore[call-arg]
 
     def _check(self) -> None:
-        for knob, value, known in (("rounding", self.rounding, ROUNDINGS), ("solver", self.solver, SOLVERS)):
-            if value not in known:
-                raise OnnxqError(
-                    f"expected {knob} of {', '.join(known)}, found {value!r}", hint=f"--set {knob}={known[0]}"
-                )
         for knob in ("budget_bits", "budget_mib", "budget_bops", "max_drop"):
             if getattr(self, knob) < 0:
                 raise OnnxqError(f"expected a positive {knob}, found {getattr(self, knob)}", hint="0 means no budget")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from onnxq.calibration import bias_correction, calibrate, observers, weight_ranges
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.weights.masters import attach_tables
 
 if TYPE_CHECKING:
@@ -65,14 +66,14 @@ class MultiQuant:
     """
 
     train: bool = True
-    distil: str = "blocks"
+    distil: str = choice("blocks", "network")
     steps: int = 0
     batch: int = 32
     weight_rate: float = 3e-4
     step_rate: float = 1e-2
     own_labels: float = 0.5
     balance: float = 0.5
-    loss: str = "auto"
+    loss: str = choice("auto", "kl", "mse")
     samples: int = 1024
     cache_mib: int = 1024
     observer: str = "robust"
@@ -86,10 +87,6 @@ class MultiQuant:
             raise OnnxqError(
                 f"expected int8 weights per channel as the master of all widths, found {weights}",
                 hint="leave --weights out; `onnxq export --bits` picks the width",
-            )
-        if self.distil not in STEPS:
-            raise OnnxqError(
-                f"expected distil of {', '.join(STEPS)}, found {self.distil!r}", hint="use --set distil=blocks"
             )
         if not 0 <= self.own_labels <= 1:
             raise OnnxqError(

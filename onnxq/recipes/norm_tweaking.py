@@ -14,6 +14,7 @@ from onnxq.autograd.interpreter import TorchGraph
 from onnxq.calibration import calibrate, weight_ranges
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning import quantizers as found_quantizers
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.columnwise import Columnwise, round_layers
@@ -22,8 +23,6 @@ from onnxq.learning.norms import channel_distance, closed_form_scale, norm_param
 from onnxq.learning.own_initializers import readers_of, separate_weights
 from onnxq.learning.quantizers import Grid, as_float, read
 from onnxq.learning.walk import QUANTIZED, Walk, inside
-
-BASES, METHODS = ("nearest", "gptq"), ("gradient", "closed_form")
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class NormTweaking:
         cache_mib: Memory for activations; what is more goes to files.
     """
 
-    base: str = "nearest"
-    method: str = "gradient"
+    base: str = choice("nearest", "gptq")
+    method: str = choice("gradient", "closed_form")
     rate: float = 1e-3
     depth_factor: float = 1.0
     passes: int = 1
@@ -74,11 +73,6 @@ class NormTweaking:
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        for name, value, known in (("base", self.base, BASES), ("method", self.method, METHODS)):
-            if value not in known:
-                raise OnnxqError(
-                    f"expected {name} {' or '.join(known)}, found {value!r}", hint=f"--set {name}={known[0]}"
-                )
         if job.scheme.activations.enabled:
             raise OnnxqError(
                 f"expected float activations for norm-tweaking, found {job.scheme.activations}",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxq.calibration import calibrate, observers
-from onnxq.errors import OnnxqError
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.passes.power_activations import PowerActivations
 from onnxq.passes.tabulate_weights import STORAGES, TabulateWeights
 from onnxq.weights.float_weights import FloatWeight, float_weights, storage_of
@@ -45,7 +45,7 @@ class PowerQuant:
         observer: How a range follows from the statistics of an activation.
     """
 
-    scope: str = "model"
+    scope: str = choice("model", "tensor")
     nearest: bool = True
     storage: str = "auto"
     power_activations: bool = False
@@ -53,8 +53,6 @@ class PowerQuant:
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        if self.scope not in ("model", "tensor"):
-            raise OnnxqError(f"expected scope model or tensor, found {self.scope!r}", hint="use --set scope=model")
         observer, storage = observers.get(self.observer), storage_of(job, self.storage, STORAGES)
         job.prepare()
         weights = float_weights(job)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.diffusion.step_floor import hold_floor
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.targets import scheme_of_ends
 from onnxq.targets.placement import first_and_last
 
@@ -39,7 +40,7 @@ class Ptq4dm:
         observer: How a range follows from the statistics of an activation.
     """
 
-    selection: str = "ndtc"
+    selection: str = choice("ndtc", "uniform", "all")
     trajectories: int = 64
     kept_steps: int = 8
     observer: str = "power"

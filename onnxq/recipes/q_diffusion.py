@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from onnxq.autograd.blocks import cut
 from onnxq.calibration import calibrate, observers, weight_ranges
-from onnxq.calibration.shortcuts import split_shortcuts
+from onnxq.calibration.shortcuts import FORMS, split_shortcuts
+from onnxq.diffusion.selection import POLICIES
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.reconstruct import Reconstruction, iterations_of, reconstruct, rounding_rate
 
 
@@ -55,7 +57,7 @@ class QDiffusion:
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
 
-    selection: str = "uniform"
+    selection: str = choice(*POLICIES)
     trajectories: int = 16
     kept_steps: int = 16
     iterations: int = 0
@@ -63,7 +65,7 @@ class QDiffusion:
     activation_step_rate: float = 1e-3
     regularisation: float = 0.01
     observer: str = "mse"
-    split: str = "two_op"
+    split: str = choice(*FORMS)
     split_gain_db: float = 2.0
     correct_biases: bool = True
     samples: int = 1024

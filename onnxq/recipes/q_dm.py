@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.diffusion import time_scales
+from onnxq.diffusion.selection import POLICIES
 from onnxq.diffusion.source import sampler_of
-from onnxq.errors import OnnxqError
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.distillation import distil_network
 from onnxq.learning.finetune import FineTuning
 from onnxq.passes.time_conditioned_scales import TimeConditionedScales
@@ -16,7 +17,6 @@ from onnxq.targets import scheme_of_ends
 from onnxq.targets.placement import first_and_last
 
 STEPS = {"quick": 100, "default": 500, "paper": 20000}
-TAQ = ("table", "none")
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class QDm:
         cache_mib: Memory for inputs and what the float network makes of them; what is more goes to files.
     """
 
-    taq: str = "table"
+    taq: str = choice("table", "none")
     groups: int = 8
     steps: int = 0
     batch: int = 16
     weight_rate: float = 3e-4
     step_rate: float = 1e-3
-    selection: str = "uniform"
+    selection: str = choice(*POLICIES)
     trajectories: int = 64
     kept_steps: int = 8
     observer: str = "mse"
@@ -74,8 +74,6 @@ class QDm:
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        if self.taq not in TAQ:
-            raise OnnxqError(f"expected taq of {', '.join(TAQ)}, found {self.taq!r}", hint="use --set taq=table")
         observe, search = observers.get(self.observer), weight_ranges.get("mse")
         sampler = sampler_of(job)
         denoiser, times = sampler.denoiser, sampler.schedule.timesteps

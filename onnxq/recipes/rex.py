@@ -10,12 +10,11 @@ from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.folding import array_of
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.channel_scales import weight_specs
 from onnxq.passes.expand_residuals import FORMS, ExpandResiduals, is_expandable
 from onnxq.recipes.static import Static
 from onnxq.weights.residuals import Residuals, strongest
-
-ALLOCATIONS = ("layer", "network")
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class Rex:
     orders: int = 2
     density: float = 1.0
     depthwise_orders: int = 1
-    allocation: str = "network"
-    form: str = "channels"
+    allocation: str = choice("network", "layer")
+    form: str = choice(*FORMS)
     observer: str = "robust"
     bias_correction: bool = False
 
@@ -103,11 +102,3 @@ class Rex:
                 f"expected at least one order and a density between 0 and 1, found {self.orders} and {self.density}",
                 hint="use for example --set orders=2 --set density=0.5",
             )
-        for name, value, known in (
-            ("allocation", self.allocation, ALLOCATIONS),
-            ("form", self.form, FORMS),
-        ):
-            if value not in known:
-                raise OnnxqError(
-                    f"expected {name} {' or '.join(known)}, found {value!r}", hint=f"--set {name}={known[0]}"
-                )

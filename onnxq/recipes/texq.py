@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.augmentation import mixed
 from onnxq.learning.losses import distillation
 from onnxq.learning.zero_shot import Start, ZeroShot
@@ -62,7 +63,7 @@ class TexQ:
     mix: bool = True
     temperature: float = 20.0
     generator_rate: float = 1e-3
-    optimizer: str = "adam"
+    optimizer: str = choice("adam", "sgd")
     weight_rate: float = 1e-5
     step_rate: float = 1e-4
     observer: str = "mse"

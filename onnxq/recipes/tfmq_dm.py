@@ -11,14 +11,12 @@ from onnxq.diffusion.source import sampler_of
 from onnxq.diffusion.temporal_error import temporal_error
 from onnxq.diffusion.temporal_region import find_region
 from onnxq.diffusion.temporal_tables import tabulate
-from onnxq.errors import OnnxqError
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.reconstruct import Reconstruction, iterations_of, reconstruct, rounding_rate
 from onnxq.learning.temporal import TemporalInputs, finite_set_scales, reconstruct_temporal
 from onnxq.passes.cache_temporal_features import CacheTemporalFeatures
 from onnxq.passes.time_conditioned_scales import TimeConditionedScales
-
-MAINTENANCE = ("reconstruct", "cache", "smaller", "frozen")
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class TfmqDm:
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
 
-    maintenance: str = "reconstruct"
+    maintenance: str = choice("reconstruct", "cache", "smaller", "frozen")
     labels: bool = True
     finite_set: bool = True
     iterations: int = 0
@@ -84,11 +82,6 @@ class TfmqDm:
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        if self.maintenance not in MAINTENANCE:
-            raise OnnxqError(
-                f"expected maintenance of {', '.join(MAINTENANCE)}, found {self.maintenance!r}",
-                hint="reconstruct is the paper's; cache is exact and keeps no weights for time",
-            )
         observe, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         sampler = sampler_of(job)
         denoiser, timesteps = sampler.denoiser, sampler.schedule.timesteps

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.zero_shot import Start, ZeroShot
 from onnxq.synthesis.game import Move
 from onnxq.synthesis.relations import output_gap, relation_gap
@@ -56,7 +57,7 @@ class Zaq:
     relations: float = 1.0
     activations: float = 0.1
     generator_rate: float = 1e-3
-    optimizer: str = "adam"
+    optimizer: str = choice("adam", "sgd")
     weight_rate: float = 1e-5
     step_rate: float = 1e-4
     observer: str = "mse"

@@ -12,6 +12,7 @@ from onnxq.calibration import calibrate, observers
 from onnxq.errors import OnnxqError
 from onnxq.formats import NumberFormat
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.channel_scales import weight_specs
 from onnxq.passes.normalise_tokens import NormaliseTokens
 from onnxq.passes.split_gemm_bias import SplitGemmBias
@@ -69,7 +70,7 @@ class ZeroQuant:
     steps: int = 0
     batch: int = 16
     rate: float = 5e-5
-    block_inputs: str = "student"
+    block_inputs: str = choice("student", "teacher")
     samples: int = 256
     cache_mib: int = 1024
 
