@@ -66,6 +66,10 @@ def test_a_tokenizer_json_is_read(tmp_path: Path) -> None:
         json.dumps({"version": "1.0", "model": model, "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": []})
     )
     assert open_tokenizer(path).encode("once upon once never") == [1, 2, 1, 0]
+    del model["vocab"]["[UNK]"]
+    path.write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    with pytest.raises(OnnxqError, match=r"takes any text in .*UNK"):
+        open_tokenizer(path).encode("never")
     path.write_text("{}")
     with pytest.raises(OnnxqError, match=r"tokenizer\.json"):
         open_tokenizer(path)

@@ -58,7 +58,13 @@ def _hugging_face(file: Path) -> Tokenizer:
 
     class HuggingFace:
         def encode(self, text: str) -> list[int]:
-            return list(inner.encode(text).ids)
+            try:
+                return list(inner.encode(text).ids)
+            except Exception as error:  # it knows no other kind
+                raise OnnxqError(
+                    f"expected a tokenizer that takes any text in {file}, found: {' '.join(str(error).split())[:120]}",
+                    hint="a vocabulary without a token for what it does not know takes only text that it knows",
+                ) from error
 
     return HuggingFace()
 

@@ -129,6 +129,15 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    budget_speedup: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TIMES",
+            help="Keep in float what quantization harms most, as long as the whole is so many times faster than the "
+            "float model in onnxruntime here, one thread (recipe `mixed`, --target cpu).",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(show_default="cpu", help="Where calibration and learning run: cpu or cuda.")
     ] = None,
@@ -183,7 +192,7 @@ def quantize(
     }
     entries = read_yaml(config) if config else {}
     entries |= {key: value for key, value in given.items() if value is not None}
-    goals = {"max_drop": max_drop, "budget_mib": budget_mib}
+    goals = {"max_drop": max_drop, "budget_mib": budget_mib, "budget_speedup": budget_speedup}
     reached = {key: value for key, value in goals.items() if value is not None}
     if reached:
         entries.setdefault("recipe", "mixed")

@@ -8,14 +8,18 @@ from typing import Any
 
 from onnxq import recipes
 from onnxq.calibration import observers, weight_ranges
+from onnxq.calibration.observers import Observer
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.knobs import choice
 from onnxq.learning.mixed_precision import Choice, Point, allocate, pareto_front
+from onnxq.learning.speedup import FLOAT, Race, fastest_within
+from onnxq.learning.speedup import HALVINGS as TIMED_HALVINGS
 from onnxq.learning.widths import Widths, probe_of, widths_of
 from onnxq.recipes.static import Static
 from onnxq.runtime import Session
 from onnxq.sensitivity import Probe, alone, judged_samples, points_lost, together
+from onnxq.switchboard import Search
 
 DEFAULT_BITS = 5.0
 HALVINGS = 7  # of the interval of mean widths: a twentieth of a bit
@@ -30,6 +34,8 @@ class Mixed:
     2. Losses of layers add up: take the widths with the least sum that keep the budgets, by integer programming
        (HAWQ-V3) or from ZeroQ's Pareto front. Measure all chosen widths together beside the sum that was predicted.
        With ``max_drop`` the budget is found: the least mean width with which no more is lost, by bisection.
+       With ``budget_speedup`` each layer has 8 bits or stays float, and costs the time that onnxruntime's profile
+       shows for it; allocations are timed as a whole until one that loses least is as fast as wanted.
     3. Quantize with a format for each layer, rounding to the nearest or by a recipe that learns.
 
     Source: Y. Cai, Z. Yao, Z. Dong, A. Gholami, M. W. Mahoney, K. Keutzer, ZeroQ: A Novel Zero Shot Quantization
@@ -54,6 +60,8 @@ class Mixed:
         budget_bops: Bit operations of one sample in units of 10⁹: multiplications times both widths.
         max_drop: Instead of a budget: the points of top-1 that may be lost on the calibration samples, by their labels;
             without labels, the answers that may change, in percent.
+        budget_speedup: How many times faster than float the whole has to be in onnxruntime on this machine, one thread,
+            one sample; for ``--target cpu``, because an engine's time is not to be had without its GPU.
         judging_samples: How many samples ``max_drop`` is judged on, at most.
         solver: ``ilp``, or ``pareto`` (one budget at a time).
         rounding: ``nearest``, ``adaround``, ``brecq`` or ``qdrop``.
@@ -70,6 +78,7 @@ class Mixed:
     budget_mib: float = 0.0
     budget_bops: float = 0.0
     max_drop: float = 0.0
+    budget_speedup: float = 0.0
     judging_samples: int = 512
     solver: str = choice("ilp", "pareto")
     rounding: str = choice("nearest", "adaround", "brecq", "qdrop")
@@ -84,6 +93,9 @@ class Mixed:
         self._check()
         observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.prepare()
+        if self.budget_speedup:
+            self._faster(job, observer, search)
+            return
         widths = Widths(job, widths_of(self.weight_bits), widths_of(self.activation_bits))
         probe = probe_of(job, widths, self.loss, observer, search, self.sensitivity_samples)
         choices = self._choices(job, probe, widths)
@@ -102,16 +114,71 @@ class Mixed:
             learned(iterations=self.iterations, observer=self.observer, weight_ranges=self.weight_ranges).run(job)  # type: ignore[call-arg]
 
     def _check(self) -> None:
-        for knob in ("budget_bits", "budget_mib", "budget_bops", "max_drop"):
+        for knob in ("budget_bits", "budget_mib", "budget_bops", "max_drop", "budget_speedup"):
             if getattr(self, knob) < 0:
                 raise OnnxqError(f"expected a positive {knob}, found {getattr(self, knob)}", hint="0 means no budget")
         if self.max_drop and (self.budget_bits or self.budget_mib or self.budget_bops):
             raise OnnxqError("expected max_drop or a budget, found both", hint="leave one out")
+        if 0 < self.budget_speedup <= 1:
+            raise OnnxqError(
+                f"expected a budget_speedup above 1, found {self.budget_speedup:g}", hint="1.5 is half as fast again"
+            )
+        if self.budget_speedup and (self.budget_bits or self.budget_mib or self.budget_bops or self.max_drop):
+            raise OnnxqError("expected budget_speedup or another goal, found both", hint="leave one out")
         if self.solver == "pareto" and len(self._budgets()) > 1:
             raise OnnxqError(
                 f"expected one budget for solver=pareto, found {', '.join(self._budgets())}",
                 hint="use --set solver=ilp for several",
             )
+
+    def _faster(self, job: Job, observer: Observer, search: Search) -> None:
+        """Quantize to 8 bits what has to be on codes for the whole to be as fast as wanted."""
+        if job.target.name != "cpu" or not job.scheme.activations.enabled or job.is_large:
+            found = "a model over 512 MiB" if job.is_large else f"--target {job.target.name}"
+            raise OnnxqError(
+                f"expected what onnxruntime's integer kernels run for budget_speedup, found {found} with "
+                f"{job.scheme.activations.format.name} activations",
+                hint="use --target cpu with 8-bit activations; the time of an engine has to be taken on its GPU",
+            )
+        widths = Widths(job, [8], [8])
+        probe = probe_of(job, widths, self.loss, observer, search, self.sensitivity_samples)
+        (label,) = widths.schemes
+        schemes = {**widths.schemes, FLOAT: job.target.scheme("float", "float")}
+        losses = [choice.loss for (choice,) in self._choices(job, probe, widths)]
+        with job.progress.stage("time", "Timing", TIMED_HALVINGS + 2, "allocations") as advance:
+            race = Race(job, widths.groups, schemes, observer, search)
+            times = {name: race.times_ms(name) for name in (FLOAT, label)}
+            choices = [
+                [
+                    Choice(name, loss if name == label else 0.0, {"ms": times[name].get(group.name, 0.0)})
+                    for name in (FLOAT, label)
+                ]
+                for group, loss in zip(widths.groups, losses, strict=True)
+            ]
+            chosen = fastest_within(race, choices, self.budget_speedup, advance)
+        job.exceptions |= race.exceptions(chosen.point.labels)
+        Static(observer=self.observer, weight_ranges=self.weight_ranges).quantize(job)
+        with job.progress.stage("time", "Timing the result"):
+            result = race.time(job.model, chosen.point)
+        if result.speedup < self.budget_speedup:
+            job.warnings.append(
+                f"the result is {result.speedup:.2f} times faster than float, {self.budget_speedup:g} were wanted: "
+                f"while choosing it was {chosen.speedup:.2f}; on a busy machine times differ from run to run"
+            )
+        job.measurements |= {
+            "speedup": result.speedup,
+            "speedup_wanted": self.budget_speedup,
+            "speedup_ms": {"float": result.float_ms, "quantized": result.quantized_ms},
+            "predicted_loss": chosen.point.loss,
+            "layer_formats": {
+                name: choice
+                for group, choice in zip(widths.groups, chosen.point.labels, strict=True)
+                for name in group.nodes
+            },
+            "layer_ms": {
+                group.name: {name: times[name].get(group.name, 0.0) for name in times} for group in widths.groups
+            },
+        }
 
     def _budgets(self) -> dict[str, float]:
         given = {"bits": self.budget_bits, "mib": self.budget_mib, "bops": self.budget_bops}

@@ -86,6 +86,8 @@ def details(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         pairs.append(("formats", ", ".join(formats)))
     if result.get("mean_weight_bits"):
         pairs.append(("bits", f"{result['mean_weight_bits']:.2f} a weight on average"))
+    if result.get("speedup"):
+        pairs.append(("speedup", f"{result['speedup']:.2f}× with one thread, {result['speedup_wanted']:g}× wanted"))
     if result.get("samples"):
         origin = result.get("samples_from")
         pairs.append(("samples", f"{result['samples']}{f', {origin}' if origin else ''}"))
