@@ -127,6 +127,8 @@ def _analyze(
 ) -> Analysis:
     target = targets.get(settings.target)
     scheme = target.scheme(settings.weights, settings.activations)
+    for text in narrow:
+        target.scheme(text, "float")  # a format that is none is said before the work
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
         models.check_float(loaded)

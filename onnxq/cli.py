@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -25,6 +26,8 @@ from onnxq.commands import (
     view,
 )
 from onnxq.commands.common import BAD_INPUT, CHECK_FAILED, INTERRUPTED
+
+UsageError: Any = typer.BadParameter.__base__  # which the library does not name
 
 app = typer.Typer(
     name="onnxq",
@@ -64,10 +67,15 @@ def main() -> None:
     """Entry point: two lines and an exit code instead of a traceback."""
     from onnxq.errors import CheckError, OnnxqError
 
+    stdout = sys.stdout
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False)
+        if code:
+            sys.exit(code)
+    except UsageError as error:
+        _fail_usage(error)
     except OnnxqError as error:
         _fail(error.message, error.hint, CHECK_FAILED if isinstance(error, CheckError) else BAD_INPUT)
     except _Interrupted:
@@ -78,10 +86,25 @@ def main() -> None:
         )
     except MemoryError:
         _fail("out of memory", "use fewer or smaller samples, or a machine with more memory", BAD_INPUT)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = sys.stderr
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        sys.exit(CHECK_FAILED)
     except OSError as error:
         _fail(
             f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), "check the path and the disk", BAD_INPUT
         )
+    finally:
+        sys.stdout = stdout
+
+
+def _fail_usage(error: Any) -> NoReturn:
+    """The command line itself is wrong. Without any arguments, help has been printed and there is nothing to add."""
+    message: str = error.format_message().rstrip(".")
+    if not message:
+        sys.exit(BAD_INPUT)
+    command = error.ctx.command_path if error.ctx is not None else "onnxq"
+    _fail(message[0].lower() + message[1:], f"see `{command} --help`", BAD_INPUT)
 
 
 class _Interrupted(BaseException):
@@ -92,7 +115,7 @@ def _interrupt(number: int, frame: object) -> None:
     raise _Interrupted
 
 
-def _fail(message: str, hint: str, code: int) -> None:
+def _fail(message: str, hint: str, code: int) -> NoReturn:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     if hint:
         sys.stderr.write(f"  tip: {' '.join(hint.split())}\n")

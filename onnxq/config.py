@@ -71,9 +71,11 @@ def make_settings(entries: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
+        unknown = first["type"] == "extra_forbidden"
+        hint = f"settings are {', '.join(Settings.model_fields)}" if unknown else "`onnxq quantize --help` explains it"
         raise OnnxqError(
             f"expected another value for {where}: {first['msg'].lower()}, found {first.get('input')!r}",
-            hint=f"settings are {', '.join(Settings.model_fields)}",
+            hint=hint,
         ) from error
 
 

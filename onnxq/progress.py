@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 Advance = Callable[[int], None]
+SHORT_SECONDS = 2.0  # a stage that takes less is not worth a line in a log
 
 
 class Progress:
@@ -16,11 +17,12 @@ class Progress:
 
     Args:
         enabled: ``False`` says nothing (libraries, ``--quiet``).
+        verbose: Every stage gets a line with its time, not only those of two seconds and more.
         stream: Where lines go; standard error, so that standard output stays the result.
     """
 
-    def __init__(self, *, enabled: bool = False, stream: TextIO | None = None) -> None:
-        self.enabled = enabled
+    def __init__(self, *, enabled: bool = False, verbose: bool = False, stream: TextIO | None = None) -> None:
+        self.enabled, self.verbose = enabled, verbose
         self.stream = stream or sys.stderr
         self.live = enabled and self.stream.isatty()
         self.seconds: dict[str, float] = {}
@@ -37,7 +39,7 @@ class Progress:
         finally:
             seconds = time.perf_counter() - start
             self.seconds[key] = self.seconds.get(key, 0.0) + seconds
-        if self.enabled and not self.live and seconds >= 2:
+        if self.enabled and (self.verbose or (not self.live and seconds >= SHORT_SECONDS)):
             self.stream.write(f"{text}: {seconds:.1f} s{f' for {total} {unit}' if total else ''}\n")
             self.stream.flush()
 

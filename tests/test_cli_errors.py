@@ -226,7 +226,7 @@ def test_unwritable_outputs(
         (tmp_path / "missing" / "o.onnx", "expected a folder"),
         (tmp_path / "file" / "o.onnx", "expected a folder"),
         (tmp_path, "found a folder"),
-        (network, "the model itself"),
+        (network, "one of the inputs"),
     ):
         code, stderr = run(capsys, "quantize", network, "--data", calibration, "-o", output)
         assert_two_lines(code, stderr, word)

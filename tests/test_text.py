@@ -82,6 +82,7 @@ def test_a_tokenizer_json_is_read(tmp_path: Path) -> None:
         ("abc", "missing.json", DECODER, "found nothing"),
         ("abc", "tokenizer.bin", DECODER, "at least 256 tokens"),
         ("abc", "broken.bin", DECODER, "vocabulary of llama2.c"),
+        ("é", "few.bin", DECODER, "vocabulary of llama2.c"),
         ("abc", "text.txt", DECODER, r"\.bin of llama2\.c"),
         ("abc", "tokenizer.bin", [InputSpec("cache", INT64, (None, 2, 3))], "found input 'cache'"),
     ],
@@ -92,6 +93,9 @@ def test_what_is_wrong_is_said(
     text = tmp_path / "text.txt"
     text.write_text(content)
     (tmp_path / "broken.bin").write_bytes(vocabulary.read_bytes()[:-3])
+    (tmp_path / "few.bin").write_bytes(
+        struct.pack("<i", 8) + b"".join(struct.pack("<fi", 0, 1) + b"a" for _ in range(40))
+    )
     named = None if tokenizer is None else str(tmp_path / tokenizer)
     with pytest.raises(OnnxqError, match=message):
         open_source(text, specs, Preprocessing(tokenizer=named))

@@ -115,9 +115,9 @@ class Statistics:
     def drawing(self, bins: int = 64) -> tuple[list[float], list[float]]:
         """An even histogram over the whole range, as edges and counts, for a report."""
         values, counts = self.distribution()
-        heights, edges = np.histogram(
-            values, bins=bins, range=(self.low, max(self.high, self.low + 1e-12)), weights=counts
-        )
+        narrowest = 1e-6 * max(abs(self.low), 1e-6)  # of a constant: bins of a width that numbers of its size can have
+        high = max(self.high, self.low + narrowest)
+        heights, edges = np.histogram(values, bins=bins, range=(self.low, high), weights=counts)
         return [float(edge) for edge in edges], [float(height) for height in heights]
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 from onnxq.errors import OnnxqError
 
 UNKNOWN, BEGIN, FIRST_BYTE = 0, 1, 3
+BYTES = 256
 
 
 class Tokenizer(Protocol):
@@ -83,7 +84,7 @@ def read_llama2c(file: Path) -> BytePairs:
         pieces.append(data[offset : offset + length])
         scores.append(score)
         offset += length
-    if offset != len(data) or len(pieces) <= FIRST_BYTE:
+    if offset != len(data) or len(pieces) < FIRST_BYTE + BYTES:
         raise OnnxqError(
             f"expected a vocabulary of llama2.c in {file}, found something else", hint="its export writes tokenizer.bin"
         )

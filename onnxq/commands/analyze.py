@@ -51,7 +51,7 @@ def analyze(
     ray: RayAddress = None,
     report: ReportPath = None,
     json_path: JsonPath = None,
-    quiet: Quiet = False,
+    quiet: Quiet = None,
 ) -> None:
     """Measure what each layer of a float MODEL costs when it alone is quantized, and suggest what to leave in float.
 
@@ -63,7 +63,7 @@ def analyze(
     from onnxq.report.sections import sensitivity_tables
     from onnxq.report.table import decibels
 
-    check_destinations(model, json_path, report)
+    check_destinations([model, data, scheduler, conditions], json_path, report)
     settings = make_settings(
         {
             "target": target,

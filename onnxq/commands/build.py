@@ -46,7 +46,7 @@ def build(
     timeout: Annotated[float, typer.Option(help="Seconds before the compiler is stopped.")] = 1800.0,
     report: ReportPath = None,
     json_path: JsonPath = None,
-    quiet: Quiet = False,
+    quiet: Quiet = None,
 ) -> None:
     """Compile MODEL into an engine, and prove which nodes run in INT8, FP8 or INT4 and which stayed float.
 
@@ -72,7 +72,7 @@ def build(
         _build_groups(model, folder, shown, json_path, report, quiet, options | {"timeout_seconds": timeout})
         return
     destination = output or model.with_suffix(".engine")
-    check_destinations(model, destination, json_path, report)
+    check_destinations([model], destination, json_path, report)
     with shown.stage("build", "Compiling"):
         built = engines.build(model, destination, **options, timeout_seconds=timeout)
     lines = command_lines(models.read(model), model, destination, profiles or None)
@@ -93,7 +93,7 @@ def _build_groups(
     shown: Progress,
     json_path: Path | None,
     report: Path | None,
-    quiet: bool,
+    quiet: bool | None,
     options: dict[str, Any],
 ) -> None:
     """Engines for all groups of sampler steps, and their index."""
@@ -101,7 +101,7 @@ def _build_groups(
     from onnxq.engines.groups import build_groups
     from onnxq.report.sections import engine_table
 
-    check_destinations(index, json_path, report)
+    check_destinations([index], json_path, report)
     with shown.stage("build", "Compiling", len(read_index(index)), "engines") as advance:
         built = build_groups(index, folder, advance, **options)
     write_json(json_path, {"engines": [item.to_json() for item in built], "index": str(folder / index.name)})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from onnxq.progress import Progress
 
@@ -18,13 +18,24 @@ DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
 JsonPath = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers as JSON.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write the numbers as JSON; `-`: to standard output.", show_default=False
+    ),
 ]
 ReportPath = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="Write a self-contained HTML report.", show_default=False),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Quiet = Annotated[
+    bool | None,
+    typer.Option(
+        "--quiet/--verbose",
+        "-q/-v",
+        help="Print nothing but errors, or how long every stage takes.",
+        show_default=False,
+    ),
+]
 DataPath = Annotated[
     Path | None,
     typer.Option(
@@ -98,35 +109,55 @@ StatisticsPath = Annotated[
 ]
 
 
-def progress(quiet: bool) -> Progress:
-    """What is being done, unless nothing is to be said."""
+STDOUT = Path("-")  # what --json takes for standard output
+
+
+def progress(quiet: bool | None) -> Progress:
+    """What is being done, unless nothing is to be said; every stage of it with ``--verbose`` (``False``)."""
     from onnxq.progress import Progress
 
-    return Progress(enabled=not quiet)
+    return Progress(enabled=not quiet, verbose=quiet is False)
 
 
-def check_destinations(model: Path | None, *outputs: Path | None) -> None:
-    """Fail before the work rather than after it."""
+def check_destinations(inputs: Sequence[Path | None], *outputs: Path | None) -> None:
+    """Fail before the work rather than after it, and never write over what is read.
+
+    Args:
+        inputs: Files that the command reads.
+        *outputs: Files that it will write.
+    """
     from onnxq.errors import OnnxqError
     from onnxq.writing import check_writable
 
-    for path in outputs:
-        if path is None:
-            continue
+    given = [path for path in outputs if path is not None and path != STDOUT]
+    for index, path in enumerate(given):
         check_writable(path)
-        if model is not None and path.exists() and model.exists() and path.samefile(model):
-            raise OnnxqError(f"expected an output beside the model, found the model itself: {path}", hint="choose -o")
+        if any(other is not None and path.exists() and other.exists() and path.samefile(other) for other in inputs):
+            raise OnnxqError(
+                f"expected an output beside what is read, found one of the inputs: {path}", hint="choose another name"
+            )
+        if path.resolve() in [other.resolve() for other in given[:index]]:
+            raise OnnxqError(
+                f"expected a file for each output, found {path} twice", hint="choose another name for one of them"
+            )
 
 
 def write_json(path: Path | None, numbers: Mapping[str, Any]) -> None:
     """Write the numbers where ``--json`` says, if it does."""
-    if path is not None:
-        import json
+    if path is None:
+        return
+    import json
 
-        from onnxq.report.metrics import json_safe
-        from onnxq.writing import write_text
+    from onnxq.report.metrics import json_safe
+    from onnxq.writing import write_text
 
-        write_text(path, json.dumps(json_safe(numbers), indent=2) + "\n")
+    text = json.dumps(json_safe(numbers), indent=2) + "\n"
+    if path != STDOUT:
+        write_text(path, text)
+        return
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    sys.stdout = sys.stderr  # standard output is the JSON alone; what else is said goes here
 
 
 def write_report(path: Path, numbers: Mapping[str, Any]) -> None:
@@ -149,7 +180,7 @@ def write_report(path: Path, numbers: Mapping[str, Any]) -> None:
     write_text(path, render_html(json_safe({**numbers, "command": command, "versions": versions})))
 
 
-def show(numbers: Mapping[str, Any], quiet: bool) -> None:
+def show(numbers: Mapping[str, Any], quiet: bool | None) -> None:
     """Print the closing table on a terminal, plain lines elsewhere."""
     if quiet:
         return

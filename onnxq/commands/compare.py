@@ -45,7 +45,7 @@ def compare(
     ] = None,
     report: ReportPath = None,
     json_path: JsonPath = None,
-    quiet: Quiet = False,
+    quiet: Quiet = None,
 ) -> None:
     """Measure a quantized model against its float one: SQNR, accuracy, agreement, worst layers, latency, size.
 
@@ -57,7 +57,7 @@ def compare(
     from onnxq.config import make_settings, read_yaml, with_text
 
     settings = make_settings(with_text(read_yaml(config) if config else {}, tokenizer, sequence_length))
-    check_destinations(None, None, json_path, report)
+    check_destinations([float_model, quantized_model, data, tokenizer, config], json_path, report)
     shown = progress(quiet)
     with shown.stage("compare", "Comparing"):
         found = comparison.compare(

@@ -17,7 +17,7 @@ def export(
         Path | None,
         typer.Option("--output", "-o", metavar="OUT", help="Where to write; MODEL.intN.onnx if not given."),
     ] = None,
-    quiet: Quiet = False,
+    quiet: Quiet = None,
 ) -> None:
     """Write the model of one width from a MODEL that the recipe multiquant made.
 
@@ -27,7 +27,7 @@ def export(
     from onnxq.weights.masters import export_width
 
     destination = output or model.with_name(f"{model.stem}.int{bits}.onnx")
-    check_destinations(model, destination)
+    check_destinations([model], destination)
     opened = models.read(model)
     count = export_width(opened, bits)
     models.set_metadata(opened, bits=str(bits))

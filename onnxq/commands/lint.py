@@ -9,6 +9,8 @@ import typer
 
 from onnxq.commands.common import CHECK_FAILED, JsonPath, ModelPath, Quiet, check_destinations, write_json
 
+QDQ = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+
 
 def lint(
     model: ModelPath,
@@ -24,19 +26,21 @@ def lint(
         ),
     ] = None,
     json_path: JsonPath = None,
-    quiet: Quiet = False,
+    quiet: Quiet = None,
 ) -> None:
     """Name every rule of the target that MODEL's Q/DQ breaks, with the node.
 
     Errors are refused by the target or silently read as something else or run in float; warnings cost speed or
     accuracy. Works on Q/DQ models of any tool. Exit code 1 if there are errors, unless `--fix` mends them.
     """
+    from onnxq import graph as graphs
     from onnxq import model as models
     from onnxq import targets
 
-    check_destinations(model, fix, json_path)
+    check_destinations([model], fix, json_path)
     chosen = targets.get(target)
-    findings = chosen.lint(models.read(model), sm)
+    opened = models.read(model)
+    findings = chosen.lint(opened, sm)
     errors = [item for item in findings if item.severity == "error"]
     warnings = [item for item in findings if item.severity != "error"]
     write_json(
@@ -45,14 +49,15 @@ def lint(
     if not quiet:
         for item in errors + warnings:
             typer.echo(f"{item.severity} {item.rule} {item.node}: {item.message}")
-        typer.echo(f"{len(errors)} errors, {len(warnings)} warnings for {target}")
+        empty = "" if any(graphs.is_op(node, *QDQ) for node in opened.graph.all_nodes()) else ": it holds no Q/DQ"
+        typer.echo(f"{len(errors)} errors, {len(warnings)} warnings for {target}{empty}")
     if fix is not None:
         _fix(model, fix, target, quiet)
     elif errors:
         raise typer.Exit(CHECK_FAILED)
 
 
-def _fix(model: Path, output: Path, target: str, quiet: bool) -> None:
+def _fix(model: Path, output: Path, target: str, quiet: bool | None) -> None:
     from onnxq import model as models
     from onnxq.retarget import retarget
 

@@ -155,7 +155,7 @@ def quantize(
     ] = None,
     report: ReportPath = None,
     json_path: JsonPath = None,
-    quiet: Quiet = False,
+    quiet: Quiet = None,
 ) -> None:
     """Quantize MODEL and check the result against it.
 
@@ -199,7 +199,8 @@ def quantize(
         entries["knobs"] = {**(entries.get("knobs") or {}), **reached}
     settings = make_settings(with_text(entries, tokenizer, sequence_length))
     destination = output or model.with_name(f"{model.stem}.{_suffix(settings)}.onnx")
-    check_destinations(model, destination, json_path, report)
+    inputs = [model, data, statistics, scheduler, conditions, tokenizer, config]
+    check_destinations(inputs, destination, json_path, report)
     result = pipeline.quantize(model, data, output=destination, settings=settings, progress=progress(quiet))
     numbers = result.numbers
     write_json(json_path, numbers)

@@ -60,7 +60,7 @@ def sample(
             metavar="FILE", help="Write a self-contained HTML report: samples, error of each step.", show_default=False
         ),
     ] = None,
-    quiet: Quiet = False,
+    quiet: Quiet = None,
 ) -> None:
     """Sample images from the (quantized) denoiser MODEL, and measure how far they are from the float model's.
 
@@ -82,7 +82,7 @@ def sample(
     from onnxq.errors import OnnxqError
     from onnxq.runtime import Session
 
-    check_destinations(model, output, json_path, report)
+    check_destinations([model, against, scheduler, conditions, features, reference], output, json_path, report)
     if (features is None) != (reference is None):
         raise OnnxqError(
             "expected --features and --reference together, found one of them",

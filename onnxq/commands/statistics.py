@@ -32,7 +32,7 @@ def statistics(
     tokenizer: Tokenizer = None,
     sequence_length: SequenceLength = None,
     json_path: JsonPath = None,
-    quiet: Quiet = False,
+    quiet: Quiet = None,
 ) -> None:
     """Record the mean and the deviation of every channel inside MODEL, for who quantizes it without the data.
 
@@ -48,7 +48,7 @@ def statistics(
     from onnxq.calibration.data import Preprocessing, input_specs, open_source
     from onnxq.config import make_settings, read_yaml, with_text
 
-    check_destinations(model, output, json_path)
+    check_destinations([model, data, tokenizer, config], output, json_path)
     settings = make_settings(with_text(read_yaml(config) if config else {}, tokenizer, sequence_length))
     loaded = models.load(model)
     source = open_source(data, input_specs(loaded), Preprocessing(**settings.preprocess.model_dump()))

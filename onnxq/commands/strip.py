@@ -16,7 +16,7 @@ def strip(
         Path | None,
         typer.Option("--output", "-o", metavar="OUT", help="Where to write; MODEL.float.onnx if not given."),
     ] = None,
-    quiet: Quiet = False,
+    quiet: Quiet = None,
 ) -> None:
     """Take QuantizeLinear and DequantizeLinear out of MODEL, of whichever tool; stored codes become floats.
 
@@ -26,7 +26,7 @@ def strip(
     from onnxq import retarget
 
     destination = output or model.with_name(f"{model.stem}.float.onnx")
-    check_destinations(model, destination)
+    check_destinations([model], destination)
     models.save(retarget.strip(model), destination)
     if not quiet:
         typer.echo(f"{destination}: {models.file_bytes(destination) / 1e6:.1f} MB")

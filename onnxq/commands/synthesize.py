@@ -55,7 +55,7 @@ def synthesize(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     report: ReportPath = None,
     json_path: JsonPath = None,
-    quiet: Quiet = False,
+    quiet: Quiet = None,
 ) -> None:
     """Make calibration inputs for MODEL from the statistics that its BatchNormalization nodes remember.
 
@@ -73,7 +73,7 @@ def synthesize(
     from onnxq.synthesis.methods import get
     from onnxq.writing import atomic_folder
 
-    check_destinations(model, output, grid, report, json_path)
+    check_destinations([model, statistics], output, grid, report, json_path)
     settings = make_settings({"budget": budget, "seed": seed, "device": device})
     get(method)
     loaded = models.load(model)

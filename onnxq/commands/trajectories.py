@@ -47,7 +47,7 @@ def trajectories(
     workers: WorkerCount = None,
     ray: RayAddress = None,
     json_path: JsonPath = None,
-    quiet: Quiet = False,
+    quiet: Quiet = None,
 ) -> None:
     """Record what the denoiser MODEL is given along its sampler: sample, timestep and condition of chosen steps.
 
@@ -66,7 +66,7 @@ def trajectories(
     from onnxq.parallel import open_workers
     from onnxq.runtime import Session
 
-    check_destinations(model, output, json_path)
+    check_destinations([model, scheduler, conditions], output, json_path)
     settings = make_settings(
         {
             "scheduler": None if scheduler is None else str(scheduler),
