@@ -235,7 +235,18 @@ def _left_float(path: Path, name: str) -> dict[str, str]:
 
 
 def _suggestions(ranking: Sequence[str], cumulative: Sequence[float]) -> list[str]:
-    """The fewest layers in float that gain a fair part of what all of them would."""
+    """The fewest layers in float that gain a fair part of what all of them would.
+
+    Raises:
+        OnnxqError: an output is NaN or infinite.
+    """
+    if np.isnan(cumulative).any():
+        raise OnnxqError(
+            "expected finite outputs with layers quantized, found NaN or infinity",
+            hint="check that the float model itself stays finite on this data",
+        )
+    if np.isinf(cumulative[0]):
+        return ["nothing to leave out: no output changes when all layers are quantized"]
     gains = [value - cumulative[0] for value in cumulative]
     best = max(gains)
     if best < ENOUGH_DB:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 from conftest import MODELS, add_weights
 from typer.testing import CliRunner
 
@@ -116,3 +117,9 @@ def test_spread_takes_evenly_and_of_the_steps_asked_for(tmp_path: Path) -> None:
     assert taken == [0, 10, 20, 29, 39]
     taken = [float(sample["x"]) for sample in Spread(source, 4, {1, 3})]
     assert taken == [10, 16, 33, 39]
+
+
+def test_outputs_that_are_no_numbers_are_refused_and_perfect_ones_need_nothing() -> None:
+    with pytest.raises(onnxq.OnnxqError, match="finite outputs"):
+        analysis._suggestions(["first", "second"], [float("nan"), 20.0])
+    assert "nothing to leave out" in analysis._suggestions(["first"], [float("inf"), float("inf")])[0]

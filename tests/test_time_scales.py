@@ -282,6 +282,14 @@ def test_images_of_the_graphs_of_all_groups_are_those_of_the_one_for_all_steps(
         numbers.append(json.loads((tmp_path / "numbers.json").read_text()))
     for key in ("trajectory_sqnr_db", "same_seed_sqnr_db"):
         np.testing.assert_allclose(*[np.asarray(found[key], float) for found in numbers], atol=1e-3)
+    other = ir.load(tmp_path / "quantized.group1.onnx")
+    flat = ir.node("ReduceMean", [other.graph.outputs[0]], {"keepdims": 0}, name="flat")
+    other.graph.append(flat)
+    flat.outputs[0].name, other.graph.outputs[0].name = other.graph.outputs[0].name, "inner"
+    other.graph.outputs[0] = flat.outputs[0]
+    ir.save(other, tmp_path / "quantized.group1.onnx")
+    found = run(capsys, "sample", tmp_path / "quantized.groups.json", "--steps", 10, "-n", 1, "-q")
+    assert_two_lines(*found, "prediction of the sample's shape")
     (tmp_path / "quantized.groups.json").write_text("{}")
     found = run(capsys, "sample", tmp_path / "quantized.groups.json", "--steps", 10, "-n", 1, "-q")
     assert_two_lines(*found, "expected an index of subgraphs")

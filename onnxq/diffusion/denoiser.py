@@ -76,14 +76,24 @@ class Denoiser:
         return np.full(() if not self.timestep.shape else (count,), number, self.timestep.dtype)
 
     def predict(self, session: Runnable, feed: Mapping[str, Array]) -> Array:
-        """The network's prediction for a batch of any size, whatever batch the export is fixed to."""
+        """The network's prediction for a batch of any size, whatever batch the export is fixed to.
+
+        Raises:
+            OnnxqError: its output is none of the sample's shape.
+        """
         fixed = next((spec.batch for spec in self.specs if spec.batch is not None), None)
         total = len(feed[self.sample.name])
         parts = []
         for start in range(0, total, fixed or total):
             part = {name: _rows(array, start, fixed or total) for name, array in feed.items()}
             parts.append(session.run(part, [self.output])[0])
-        return np.concatenate(parts)[:total, : self.channels]
+        predicted, wanted = np.concatenate(parts), feed[self.sample.name].shape
+        if predicted.ndim < 2 or len(predicted) < total or predicted.shape[2:] != wanted[2:]:
+            raise OnnxqError(
+                f"expected a prediction of the sample's shape {list(wanted)}, found {list(predicted.shape)}",
+                hint="the graph is not that of the denoiser; if it is one of several, write them all again",
+            )
+        return predicted[:total, : self.channels]
 
 
 def find(model: ir.Model) -> Denoiser:
