@@ -87,7 +87,7 @@ class Denoiser:
         for start in range(0, total, fixed or total):
             part = {name: _rows(array, start, fixed or total) for name, array in feed.items()}
             parts.append(session.run(part, [self.output])[0])
-        predicted, wanted = np.concatenate(parts), feed[self.sample.name].shape
+        predicted, wanted = np.concatenate([np.atleast_1d(part) for part in parts]), feed[self.sample.name].shape
         if predicted.ndim < 2 or len(predicted) < total or predicted.shape[2:] != wanted[2:]:
             raise OnnxqError(
                 f"expected a prediction of the sample's shape {list(wanted)}, found {list(predicted.shape)}",
