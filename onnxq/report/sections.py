@@ -17,19 +17,20 @@ def sensitivity_tables(found: Analysis) -> list[dict[str, Any]]:
     """Layers with the SQNR of the output where each alone is quantized, and the curve of leaving the worst in float."""
     formats = list(dict.fromkeys(name for layer in found.layers for name in layer.narrow_db))
     has_steps = any(layer.worst_step is not None for layer in found.layers)
-    columns = ["layer", "op", "weight", "input range", *(["worst step"] if has_steps else [])]
+    names = [f"weight in {name}" for name in formats]
+    # What the table is for comes first: a phone shows the first columns without scrolling.
+    columns = ["layer", "op", "alone", *names, *(["worst step"] if has_steps else []), "weight", "input range"]
     rows = []
     for layer in found.layers:
         shape = "×".join(map(str, layer.weight_shape))
         step = [str(layer.worst_step)] if has_steps else []
         ratios = [layer.narrow_db.get(name, "") for name in formats]
-        rows.append([layer.name, layer.op, shape, f"{layer.low:.3g} … {layer.high:.3g}", *step, *ratios, layer.sqnr_db])
-    names = [f"weight in {name}" for name in formats]
+        rows.append([layer.name, layer.op, layer.sqnr_db, *ratios, *step, shape, f"{layer.low:.3g} … {layer.high:.3g}"])
     tables: list[dict[str, Any]] = [
         {
             "title": "Sensitivity",
             "about": f"SQNR of the output with one layer alone quantized for {found.target}, the most sensitive first.",
-            "columns": [*columns, *names, "alone"],
+            "columns": columns,
             "rows": rows,
         },
         {
