@@ -317,6 +317,8 @@ def test_an_engine_for_each_group_of_steps(tmp_path):
     listed = json.loads((tmp_path / "engines" / "unet.groups.json").read_text())["groups"]
     assert [entry["timesteps"] for entry in listed] == [[9.0], [8.0]]
     assert all((tmp_path / "engines" / entry["engine"]).is_file() for entry in listed)
+    assert all((tmp_path / "engines" / entry["file"]).is_file() for entry in listed)
+    assert {entry["runtime"] for entry in listed} == {"tensorrt-rtx"}
     with pytest.raises(OnnxqError, match="expected an index of subgraphs"):
         build_groups(tmp_path / "none.groups.json", tmp_path / "engines")
 

@@ -13,6 +13,7 @@ import numpy as np
 from onnxq import model as models
 from onnxq.calibration.data import Array
 from onnxq.diffusion import denoiser as denoisers
+from onnxq.diffusion.denoiser import Runnable
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Feed, Session
 
@@ -23,14 +24,15 @@ class Router:
     A sampler goes through the groups one after the other, so that one open session is enough.
 
     Args:
-        index: The ``.groups.json`` that ``onnxq quantize --set lowering=subgraphs`` wrote, or the ``.onnx`` of a
-            denoiser that is one graph.
+        index: The ``.groups.json`` that ``onnxq quantize --set lowering=subgraphs`` wrote, that of the engines that
+            ``onnxq build`` made of it (they run on the GPU, with torch's CUDA build), or the ``.onnx`` of a denoiser
+            that is one graph.
         device: ``cpu`` or ``cuda``.
         most_open: How many sessions stay open; each holds the weights once more.
         optimize: Whether onnxruntime may change the graphs, as in :class:`onnxq.runtime.Session`.
 
     Raises:
-        OnnxqError: the index is damaged, or a file that it names is missing.
+        OnnxqError: the index is damaged, a file that it names is missing, or there is no GPU for its engines.
     """
 
     def __init__(
@@ -40,15 +42,23 @@ class Router:
         one: list[dict[str, Any]] = [{"file": path.name, "timesteps": [0.0]}]
         entries = read_index(path) if path.suffix == ".json" else one
         self.files = [path.parent / entry["file"] for entry in entries]
-        for file in self.files:
+        self.engines = [path.parent / entry["engine"] for entry in entries if "engine" in entry]
+        self.runtimes = [str(entry.get("runtime", "")) for entry in entries]
+        if self.engines:
+            from onnxq.engines.execute import torch_with_gpu
+
+            torch_with_gpu()
+        for file in (*self.files, *self.engines):
             if not file.is_file():
-                raise OnnxqError(f"expected the graph {file}, found none", hint="move all files of the index together")
+                raise OnnxqError(
+                    f"expected {file}, which the index names, found none", hint="move all files of the index together"
+                )
         pairs = [(float(time), number) for number, entry in enumerate(entries) for time in entry["timesteps"]]
         self.timesteps = np.asarray([time for time, _ in pairs])
         self.groups = np.asarray([number for _, number in pairs])
         self.denoiser = denoisers.find(models.read(self.files[0]))
         self.device, self.most_open, self.optimize = device, max(1, most_open), optimize
-        self._sessions: dict[int, Session] = {}
+        self._sessions: dict[int, Runnable] = {}
 
     def group(self, timestep: float) -> int:
         """Which graph serves a timestep; one that the sampler does not visit gets that of the nearest."""
@@ -108,14 +118,21 @@ class Router:
             )
         return numbers.pop()
 
-    def _session(self, number: int) -> Session:
+    def _session(self, number: int) -> Runnable:
         session = self._sessions.pop(number, None)
         if session is None:
-            session = Session(self.files[number], device=self.device, optimize=self.optimize, spin=True)
+            session = self._opened(number)
         self._sessions[number] = session  # the last one used stands last
         while len(self._sessions) > self.most_open:
             self._sessions.pop(next(iter(self._sessions)))
         return session
+
+    def _opened(self, number: int) -> Runnable:
+        if not self.engines:
+            return Session(self.files[number], device=self.device, optimize=self.optimize, spin=True)
+        from onnxq.engines.execute import EngineSession
+
+        return EngineSession(self.engines[number], self.runtimes[number])
 
 
 def read_index(path: Path) -> list[dict[str, Any]]:
@@ -128,6 +145,8 @@ def read_index(path: Path) -> list[dict[str, Any]]:
         found = json.loads(path.read_text(encoding="utf-8"))
         entries: list[dict[str, Any]] = found["groups"]
         complete = bool(entries) and all(entry["file"] and entry["timesteps"] for entry in entries)
+        engines = [entry.get("runtime") for entry in entries if "engine" in entry]
+        complete &= not engines or (len(engines) == len(entries) and set(engines) <= {"tensorrt", "tensorrt-rtx"})
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
         raise OnnxqError(
             f"expected an index of subgraphs at {path}, found {' '.join(str(error).split())[:120]}",

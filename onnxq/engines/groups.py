@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ def build_groups(
 ) -> list[EngineBuild]:
     """Compile every graph of an index into ``output``, and write the index of the engines last.
 
-    The index of the engines is that of the graphs with ``engine`` beside each ``file``; engines hold the weights each
-    for itself, because TensorRT builds them in.
+    The index of the engines is that of the graphs with ``engine`` and ``runtime`` beside each ``file``, which leads
+    from the folder of the engines to the graph; :class:`onnxq.diffusion.router.Router` takes either index. Engines hold
+    the weights each for itself, because TensorRT builds them in.
 
     Args:
         index: The ``.groups.json``.
@@ -54,7 +56,15 @@ def build_groups(
         built.append(build(index.parent / entry["file"], engine, **options))
         if on_group is not None:
             on_group(number + 1)
-    listed = [entry | {"engine": item.engine_path.name} for entry, item in zip(entries, built, strict=True)]
+    listed = [
+        entry
+        | {
+            "file": os.path.relpath(index.parent / entry["file"], output),
+            "engine": item.engine_path.name,
+            "runtime": item.runtime,
+        }
+        for entry, item in zip(entries, built, strict=True)
+    ]
     target = output / index.name
     with atomic_folder(target) as folder:
         (folder / index.name).write_text(json.dumps({"groups": listed}, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,80 @@
+"""Engines for groups of steps behind the interface of the router: what is said without a GPU, what runs with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import add_weights
+
+from onnxq.diffusion.router import Router
+from onnxq.engines.execute import EngineSession
+from onnxq.engines.groups import build_groups
+from onnxq.engines.runtimes import gpu_sm
+from onnxq.errors import OnnxqError
+
+DENOISER = """
+<ir_version: 10, opset_import: ["" : 20]>
+g (float[2,16,8,8] sample, float[2] timestep) => (float[2,16,8,8] noise) <int64[4] shape = {2,1,1,1}> {
+  [conv] c = Conv <pads=[1,1,1,1]> (sample, w)
+  [time] t = Reshape (timestep, shape)
+  [sum] noise = Add (c, t)
+}
+"""
+without_gpu = pytest.mark.skipif(gpu_sm() is not None, reason="there is a GPU: the engines would run")
+with_gpu = pytest.mark.skipif(gpu_sm() is None, reason="no GPU to run engines on")
+
+
+@pytest.fixture
+def graphs(tmp_path: Path) -> Path:
+    entries = []
+    for number in (0, 1):
+        ir.save(add_weights(DENOISER, {"w": (16, 16, 3, 3)}, seed=number), tmp_path / f"unet.group{number}.onnx")
+        entries.append({"file": f"unet.group{number}.onnx", "steps": [number], "timesteps": [9.0 - 9 * number]})
+    index = tmp_path / "unet.groups.json"
+    index.write_text(json.dumps({"groups": entries}))
+    return index
+
+
+def engines(graphs: Path, **changed: object) -> Path:
+    """An index as ``build_groups`` writes it, with files in the place of engines."""
+    folder = graphs.parent / "engines"
+    folder.mkdir()
+    entries = json.loads(graphs.read_text())["groups"]
+    for entry in entries:
+        entry |= {"file": f"../{entry['file']}", "engine": f"{Path(entry['file']).stem}.engine"}
+        entry |= {"runtime": "tensorrt-rtx"} | changed
+        (folder / entry["engine"]).write_bytes(b"no engine")
+    index = folder / graphs.name
+    index.write_text(json.dumps({"groups": entries}))
+    return index
+
+
+@without_gpu
+def test_engines_without_a_gpu_are_refused_with_what_runs_instead(graphs: Path) -> None:
+    with pytest.raises(OnnxqError, match="expected an NVIDIA GPU") as caught:
+        Router(engines(graphs))
+    assert "groups.json" in caught.value.hint and "onnxruntime" in caught.value.hint
+    with pytest.raises(OnnxqError, match="expected an NVIDIA GPU"):
+        EngineSession(graphs, "tensorrt-rtx")
+    assert len(Router(graphs).files) == 2  # the index of the graphs runs here
+
+
+@pytest.mark.parametrize("changed", [{"runtime": "other"}, {"runtime": None}])
+def test_an_index_of_engines_of_no_known_runtime_is_refused(graphs: Path, changed: dict[str, object]) -> None:
+    with pytest.raises(OnnxqError, match="groups"):
+        Router(engines(graphs, **changed))
+
+
+@with_gpu
+def test_engines_predict_what_the_graphs_do(graphs: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    folder = graphs.parent / "engines"
+    build_groups(graphs, folder, runtime="tensorrt-rtx")
+    on_gpu, reference = Router(folder / graphs.name), Router(graphs)
+    sample = np.random.default_rng(0).standard_normal((2, 16, 8, 8)).astype(np.float32)
+    for time in (9.0, 0.0):
+        np.testing.assert_allclose(on_gpu.predict(sample, time), reference.predict(sample, time), rtol=1e-2, atol=1e-2)
