@@ -196,9 +196,8 @@ def multiply(graph: ir.Graph, change: Change) -> None:
 
 
 def new_initializer(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
-    """Register an initializer; a name that is taken is made longer."""
-    while name in graph.initializers:
-        name += "_"
+    """Register an initializer; a name that is taken, by whatever in the graph, is made longer."""
+    name = graphs.Names(graph).free(name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype))
     value.const_value = ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
     graph.register_initializer(value)

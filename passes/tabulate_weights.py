@@ -99,9 +99,10 @@ def _store(graph: ir.Graph, node: ir.Node, table: Table, scale: Array, packed: b
     tape = ir.tape.Tape()
     index = tape.op("Cast", [stored], {"to": ir.DataType.INT32.value})
     decoded = tape.op("Mul", [tape.op("Gather", [levels, index]), steps])
+    names = graphs.Names(graph)
     for made, ending in zip(tape.nodes, ("index", "decode", "scale"), strict=True):
-        made.name = f"{weight.name}_{ending}"
-        made.outputs[0].name = f"{weight.name}_{ending}d"
+        made.name = names.free(f"{weight.name}_{ending}")
+        made.outputs[0].name = names.free(f"{weight.name}_{ending}d")
     decoded.type, decoded.shape = output.type, output.shape
     tape.nodes[-1].metadata_props[FORMAT] = f"table of {len(table.levels)}"
     graph.insert_before(node, tape.nodes)

@@ -6,8 +6,9 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
-from conftest import DATA
+from conftest import DATA, add_weights
 
 import onnxq
 from onnxq.calibration.weight_ranges import least_error
@@ -179,3 +180,18 @@ def test_an_exponent_beats_the_extremes_on_a_real_network(shared_data: Path) -> 
     uniform = onnxq.quantize(model, knobs={"bias_correction": False}, **options)
     power = onnxq.quantize(model, recipe="powerquant", **options)
     assert power.numbers["sqnr_db"] > uniform.numbers["sqnr_db"] + 0.5
+
+
+@pytest.mark.parametrize("taken", ["w_codes", "w_levels", "w_steps", "w_indexd", "w_scaled"])
+def test_names_of_the_model_are_left_to_it(taken: str, tmp_path: Path) -> None:
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 20]>
+    g (float[2,64] x) => (float[2,64] y) {{
+      [square] {taken} = Mul (x, x)  [product] p = MatMul ({taken}, w)  [sum] y = Add (p, {taken})
+    }}
+    """
+    ir.save(add_weights(text, {"w": (64, 64)}), tmp_path / "model.onnx")
+    feed = {"x": np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)}
+    for target in ("cpu", "tensorrt"):
+        result = onnxq.quantize(tmp_path / "model.onnx", [feed], recipe="powerquant", target=target)
+        assert result.numbers["quantized_nodes"] == 1 and result.numbers["sqnr_db"] > 15
