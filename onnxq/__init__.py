@@ -9,7 +9,14 @@ Everything is imported on first use, so that ``import onnxq`` costs nothing.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Torch's threads wait for one another after every small op. By default they spin, and where another program has a core
+# the one that is waited for does not run meanwhile: made inputs took 10 times as long. Read when OpenMP is loaded,
+# so it has to be set before torch is imported; what the user has set stays.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 if TYPE_CHECKING:
     from onnxq.comparison import Comparison, compare

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 HEAVY = ("numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "torch", "jinja2")
 
@@ -26,3 +29,16 @@ def test_help_loads_nothing_heavy() -> None:
 def test_passes_are_only_reached_through_the_package() -> None:
     modules = loaded("import onnxq.passes.insert_qdq")
     assert "onnxq.passes.insert_qdq" in modules and "passes" not in modules
+
+
+@pytest.mark.parametrize(
+    ("mine", "found"),
+    [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "9"}, "None")],
+)
+def test_threads_that_wait_give_their_core_to_others(mine: dict[str, str], found: str) -> None:
+    """Unless the user wants it otherwise, and in time for torch, which reads it once."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | mine
+    code = "import onnxq, os, sys; print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == [found, "False"]
