@@ -1,17 +1,20 @@
 """What quantization without data loses, on real classifiers: inputs of every method beside real images.
 
     python tests/benchmarks/data_free.py --models ../shared/data/models --data FOLDER \
-        [--only resnet20_cifar10 …] [--methods noise zeroq …] [--rows 1000] [--budget default] \
-        [--target cpu] [--learned]
+        [--only resnet20_cifar10 …] [--methods noise zeroq …] [--seeds 0 1 2] [--rows 1000] [--budget default] \
+        [--widths int4/int4] [--rule minmax] [--target cpu] [--learned]
 
 FOLDER holds NAME.calib.npz and NAME.test.npz with labels, as ``prepare.py`` of the shared data writes them. Made inputs
-never see either; top-1 and SQNR are those of the test rows. Without ``--learned``: static W8A8 ranges. With it: W4A8
-and W4A4 by the recipe ``genie`` with 8-bit ends, on its own images and on real ones.
+never see either; top-1, SQNR and the share of inputs with the float network's answer are those of the test rows. A seed
+draws other made inputs, and takes other real ones. Without ``--learned``: static ranges, by the rule that ``quantize``
+takes for such inputs or by ``--rule``; ``--rule minmax --widths int4/int4`` is the papers' minimum. With it: W4A8 and
+W4A4 by the recipe ``genie`` with 8-bit ends, on its own images and on as many real ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +27,9 @@ import onnxq
 from onnxq import model as models
 from onnxq.calibration import observers
 from onnxq.calibration.data import input_specs
+from onnxq.calibration.noise import Noise
 from onnxq.inputs import default_count
+from onnxq.recipes.genie import Genie
 from onnxq.synthesis.synthesize import synthesise
 
 CLASSIFIERS = (
@@ -32,8 +37,10 @@ CLASSIFIERS = (
     "mobilenet_v1_025_224", "efficientnet_lite0", "r20vit_hybrid_cifar10",
 )  # fmt: skip
 METHODS = ("real", "noise", "zeroq", "dsg", "genie", "pixels")
-LEARNED_WIDTHS = (("int4", "int8"), ("int4", "int4"))
-HEADER = f"{'model':26} {'widths':10} {'inputs':10} {'float':>7} {'top-1':>7} {'SQNR dB':>8} {'made s':>7}"
+HEADER = (
+    f"{'model':26} {'widths':10} {'inputs':10} {'seed':>4} {'float':>7} {'top-1':>7} {'agree':>7} {'SQNR dB':>8} "
+    f"{'made s':>7} {'all s':>7}"
+)
 
 
 def main() -> None:
@@ -43,9 +50,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=CLASSIFIERS)
     parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="*", default=(0,))
     parser.add_argument("--rows", type=int, default=1000, help="test rows")
     parser.add_argument("--samples", type=int, default=0, help="inputs to calibrate on; 0: the default of quantize")
     parser.add_argument("--budget", default="default")
+    parser.add_argument("--widths", nargs="*", help="WEIGHTS/ACTIVATIONS")
+    parser.add_argument("--rule", help="how a range follows from what was seen; the default suits the inputs")
     parser.add_argument("--iterations", type=int, default=0, help="of --learned, for each block")
     parser.add_argument("--target", default="tensorrt")
     parser.add_argument("--learned", action="store_true")
@@ -59,37 +69,49 @@ def main() -> None:
 
 def measure(name: str, arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
     """The lines of one model."""
-    model = arguments.models / f"{name}.onnx"
+    model, output = arguments.models / f"{name}.onnx", folder / "quantized.onnx"
     with np.load(arguments.data / f"{name}.test.npz") as archive:
         np.savez(folder / "test.npz", **{key: archive[key][: arguments.rows] for key in archive.files})
-    loaded = models.load(model)
-    count = arguments.samples or default_count(input_specs(loaded))
-    for method in arguments.methods:
-        started, options, rule = time.perf_counter(), dict[str, Any](), observers.DEFAULT
-        data: Path | None = folder / f"{method}.npz"
-        if method == "real":
-            data, options = arguments.data / f"{name}.calib.npz", {"samples": count}
-        elif method == "noise":
-            data, options = None, {"synthesis": "noise", "samples": count}
-        else:
-            made = synthesise(loaded, method, count=count, budget=arguments.budget)
-            np.savez(folder / f"{method}.npz", **{made.name: made.inputs})
-            rule = made.observer  # what quantize takes for such inputs
-        seconds = time.perf_counter() - started
-        for weights, activations in LEARNED_WIDTHS if arguments.learned else (("int8", "int8"),):
+    count = arguments.samples or (Genie.images if arguments.learned else default_count(input_specs(models.load(model))))
+    widths = arguments.widths or (("int4/int8", "int4/int4") if arguments.learned else ("int8/int8",))
+    for method, seed in itertools.product(arguments.methods, arguments.seeds):
+        started = time.perf_counter()
+        data, rule = inputs(method, seed, count, model, arguments, folder)
+        made = time.perf_counter() - started
+        for width in widths:
+            weights, activations = width.split("/")
+            options: dict[str, Any] = {"knobs": {"observer": arguments.rule or rule}}
             if arguments.learned:
-                knobs = {"observer": "mse", "iterations": arguments.iterations}
-                options |= {"recipe": "genie", "first_last": "int8", "knobs": knobs}
-            else:
-                options["knobs"] = {"observer": rule}
-            output = folder / "quantized.onnx"
-            options |= {"weights": weights, "activations": activations, "target": arguments.target}
-            onnxq.quantize(model, data, output=output, **options)
+                knobs = {"observer": arguments.rule or "mse", "iterations": arguments.iterations}
+                options = {"recipe": "genie", "first_last": "int8", "knobs": knobs}
+            options |= {"weights": weights, "activations": activations, "target": arguments.target, "seed": seed}
+            onnxq.quantize(model, data, output=output, budget=arguments.budget, **options)
             found = onnxq.compare(model, output, folder / "test.npz", latency=False, layers=False)
             yield (
-                f"{name:26} {weights[3:] + '/' + activations[3:]:10} {method:10} {100 * found.top1_float:7.2f} "
-                f"{100 * found.top1_quantized:7.2f} {found.sqnr_db:8.2f} {seconds:7.0f}"
+                f"{name:26} {weights[3:] + '/' + activations[3:]:10} {method:10} {seed:4} "
+                f"{100 * found.top1_float:7.2f} {100 * found.top1_quantized:7.2f} {100 * found.agreement:7.2f} "
+                f"{found.sqnr_db:8.2f} {made:7.0f} {time.perf_counter() - started:7.0f}"
             )
+
+
+def inputs(
+    method: str, seed: int, count: int, model: Path, arguments: argparse.Namespace, folder: Path
+) -> tuple[Path, str]:
+    """A file of inputs to calibrate on, and the range rule that suits them."""
+    path, rule, loaded = folder / f"{method}.npz", observers.DEFAULT, models.load(model)
+    specs = input_specs(loaded)
+    if method == "real":
+        with np.load(arguments.data / f"{model.stem}.calib.npz") as archive:
+            rows = archive[specs[0].name]
+        made = {specs[0].name: np.roll(rows, -seed * count, axis=0)[:count]}
+    elif method == "noise":
+        noise = list(Noise(specs, count=count, seed=seed))
+        made = {specs[0].name: np.stack([sample[specs[0].name] for sample in noise])}
+    else:
+        found = synthesise(loaded, method, count=count, budget=arguments.budget, seed=seed)
+        made, rule = {found.name: found.inputs}, found.observer
+    np.savez(path, **made)  # type: ignore[arg-type]
+    return path, rule
 
 
 if __name__ == "__main__":
