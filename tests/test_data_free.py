@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import MODELS, add_weights
+from conftest import MODELS, NETWORK, SHAPES, add_weights
 
 import onnxq
 from onnxq import OnnxqError
@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch", reason="synthesis needs torch: pip install 
 from torch_networks import NETWORKS, make  # noqa: E402
 
 from onnxq.autograd.interpreter import TorchGraph  # noqa: E402
+from onnxq.runtime import Session  # noqa: E402
 from onnxq.synthesis.attention import (  # noqa: E402
     PatchEntropy,
     attention_outputs,
@@ -182,6 +183,35 @@ def test_one_layer_is_matched_exactly() -> None:
     exact = (start - mean) / deviation * layer.deviation[:, None, None] + layer.mean[:, None, None]
     match = MatchStatistics([layer], per_sample=True, mean_of_channels=False)
     assert float(match(exact, {"x": exact})) < 1e-8 < 1e-2 < float(match(start, {"x": start}))
+
+
+def test_no_slack_and_no_emphasis_are_zeroq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the byte, in batches of the same size."""
+    from dataclasses import replace
+
+    from onnxq.synthesis import methods
+
+    plain = replace(methods.METHODS["dsg"], slack=0.0, emphasis=0.0, batch=32)
+    model = add_weights(NETWORK, SHAPES)
+    slack, zeroq = (synthesise(model, name, count=8, steps=20).inputs for name in ("dsg", "zeroq"))
+    monkeypatch.setitem(methods.METHODS, "dsg", plain)
+    assert synthesise(model, "dsg", count=8, steps=20).inputs.tobytes() == zeroq.tobytes() != slack.tobytes()
+
+
+def test_every_pixel_is_learned() -> None:
+    """Gradients reach all of them."""
+    model = add_weights(NETWORK, SHAPES)
+    first, last = (synthesise(model, "zeroq", count=4, steps=steps).inputs for steps in (1, 2))
+    assert bool((first != last).all())
+
+
+@pytest.mark.parametrize("method", ["hast", "texq"])
+def test_made_images_are_of_the_classes_that_were_drawn(method: str) -> None:
+    """As many of each class, and the float network sees what they are meant to be."""
+    made = synthesise(models.load(FASHION), method, count=20, steps=60)
+    logits = next(iter(Session(models.load(FASHION)).run({"x": made.inputs})))
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).numpy()
+    assert (logits.argmax(1) == np.tile(order, 2)).mean() >= 0.95
 
 
 def test_no_gradient_within_the_slack() -> None:
