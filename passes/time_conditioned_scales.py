@@ -122,10 +122,11 @@ class TimeConditionedScales(InPlacePass):
 
     in the form ``rescale``, for compilers that want scales to be constant::
 
-        timestep ─► nearest step ─► Gather(table of s/s_t) ─┐       Gather(table of s_t/s) ─┐
-                                                    x ─► Mul ─► Q(s) ─► DQ(s) ─► Conv(W) ─► Mul ─► Add(b)
+        timestep ─► nearest step ─► Gather(table of s/s_t, s_t/s) ─► Split ─┬─────────────────────────┐
+                                                                   x ─► Mul ─► Q(s) ─► DQ(s) ─► Conv(W) ─► Mul ─► Add(b)
 
-    and in the form ``constant`` the scales of a single step are written into Q and DQ.
+    (one Gather and one Split for the factors of the whole graph: a node of its own for each costs more than what it
+    does), and in the form ``constant`` the scales of a single step are written into Q and DQ.
 
     All forms make the same codes: exactly where scales are apart by powers of two, and otherwise but for values that
     fall within float32's rounding of the middle between two codes. The model keeps its interface: the step is looked
@@ -171,9 +172,11 @@ class TimeConditionedScales(InPlacePass):
                 _set_constant(graph, found[name], float(table[self.step]))
         if moving:
             index = self._index(graph)
-            for name, table in moving.items():
-                form = _simulate if self.form == "simulation" else _rescale
-                form(graph, found[name], table, index)
+            if self.form == "simulation":
+                for name, table in moving.items():
+                    _simulate(graph, found[name], table, index)
+            else:
+                _rescale_all(graph, {name: found[name] for name in moving}, moving, index)
             common_passes.RemoveUnusedNodesPass()(model)
             models.set_metadata(model, **{METADATA: json.dumps(self.timesteps)})
         return PassResult(model, bool(chosen))
@@ -271,16 +274,47 @@ def _simulate(graph: ir.Graph, item: Conditionable, table: Array, index: ir.Valu
             node.attributes["axis"] = ir.AttrInt64("axis", 0)
 
 
-def _rescale(graph: ir.Graph, item: Conditionable, table: Array, index: ir.Value) -> None:
-    reference = float(np.sort(table)[len(table) // 2])  # one of them: where scales are powers of two apart, so it is
-    dtype, rank = _dtype(item), graphs.rank(item.value) or 1
+def _rescale_all(
+    graph: ir.Graph, items: Mapping[str, Conditionable], tables: Mapping[str, Array], index: ir.Value
+) -> None:
+    # The reference is one of the scales: where they are powers of two apart, so are the factors.
+    references = {name: float(np.sort(table)[len(table) // 2]) for name, table in tables.items()}
+    alike: dict[tuple[int, np.dtype[Any]], list[str]] = {}
+    for name, item in items.items():
+        alike.setdefault((graphs.rank(item.value) or 2, _dtype(item)), []).append(name)
+    for (rank, dtype), names in alike.items():
+        pairs = [rows for name in names for rows in (references[name] / tables[name], tables[name] / references[name])]
+        factors = _factors(graph, np.stack(pairs, axis=1).astype(dtype), rank, index)
+        for name, factor, inverse in zip(names, factors[::2], factors[1::2], strict=True):
+            _rescale(graph, items[name], references[name], factor, inverse)
+
+
+def _factors(graph: ir.Graph, table: Array, rank: int, index: ir.Value) -> Sequence[ir.Value]:
+    """This run's factors, one value of a rank for each column of a table [steps, factors]."""
+    prefix, count = f"step_factors_{rank}_{table.dtype}", table.shape[1]
+    axis = len(index.shape or ())  # samples come before factors, if each sample has a step of its own
+    rows = constant(graph, f"{prefix}_table", table.reshape(*table.shape, *[1] * (rank - 1 - axis)))
+    tape = ir.tape.Tape()
+    gathered = tape.op("Gather", [rows, index])
+    gathered.shape = ir.Shape([*(index.shape or ()), *rows.shape[1:]])  # type: ignore[index]
+    split = tape.op_multi_out("Split", [gathered], {"axis": axis, "num_outputs": count}, num_outputs=count)
+    for node in tape.nodes:
+        node.name = f"{prefix}_{node.op_type}"
+    for position, value in enumerate((gathered, *split)):
+        value.name, value.type = f"{prefix}_{position}", rows.type
+    for value in split:
+        value.shape = ir.Shape([*(index.shape or (1,)), *[1] * (rank - 1)])
+    graph.insert_after(index.producer(), tape.nodes)  # type: ignore[arg-type]
+    return split
+
+
+def _rescale(graph: ir.Graph, item: Conditionable, reference: float, factor: ir.Value, inverse: ir.Value) -> None:
     _set_constant(graph, item, reference)
-    tape = _Tape(graph, item, index)
-    factor = tape.table("factor", (reference / table).astype(dtype), rank)
-    scaled = tape.op("scaled", "Mul", [item.value, factor])
-    inverse = tape.table("inverse", (table / reference).astype(dtype), rank)
-    first = item.clip or item.quantize
-    graph.insert_before(first, tape.tape.nodes)
+    first, tape = item.clip or item.quantize, ir.tape.Tape()
+    scaled = tape.op("Mul", [item.value, factor])
+    scaled.name, tape.nodes[0].name = f"{item.quantize.name}_scaled", f"{item.quantize.name}_scaled_Mul"
+    scaled.type, scaled.shape = item.value.type, item.value.shape
+    graph.insert_before(first, tape.nodes)
     first.replace_input_with(0, scaled)
     for reader in item.readers:
         for _ in range(sum(operand in {node.outputs[0] for node in item.dequantize} for operand in reader.inputs)):

@@ -78,3 +78,13 @@ def test_memory_does_not_grow_with_samples(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_batches_share_what_has_no_axis_and_agree_on_their_rows() -> None:
+    x = np.arange(6, dtype=np.float32).reshape(3, 2)
+    source = data.Iterables([{"t": np.asarray(7), "x": x}, {"t": np.asarray([1]), "x": x[:1]}])
+    assert len(source) == 4
+    assert [int(sample["t"]) for sample in source] == [7, 7, 7, 1]
+    assert [sample["x"].tolist() for sample in source] == [*x.tolist(), x[0].tolist()]
+    with pytest.raises(OnnxqError, match="2 of t, 3 of x"):
+        list(data.Iterables([{"t": np.zeros(2), "x": x}]))

@@ -219,6 +219,43 @@ def test_the_simulation_runs_in_torch(single: Path) -> None:
         assert (found[name].numpy() != expected).mean() <= 1e-3
 
 
+def test_factors_of_all_layers_are_looked_up_at_once(tmp_path: Path) -> None:
+    path, shapes = tmp_path / "net.onnx", {"w": (24, 16, 3, 3), "b": (24,), "v": (16, 24, 3, 3)}
+    for timestep, factor_shape in (("float[N] t", ["N", 1, 1, 1]), ("float t", [1, 1, 1, 1])):
+        text = f"""net (float[N,16,6,6] x, {timestep}) => (float[N,16,6,6] y) {{
+            [a] a = Relu (x) [first] c = Conv <pads=[1,1,1,1]> (a, w, b)
+            [s] d = Sin (c) [second] y = Conv <pads=[1,1,1,1]> (d, v) }}"""
+        ir.save(add_weights(f"{HEAD}\n{text}", shapes), path)
+        x = np.random.default_rng(0).standard_normal((40, 16, 6, 6)).astype(np.float32)
+        model = onnxq.quantize(path, [{"x": x, "t": np.zeros(40 if "[N]" in timestep else (), np.float32)}]).model
+        names = conditionable(model.graph)
+        tables = {name: np.asarray([0.5, 1.0, 2.0, 0.25]) * (1 + place) for place, name in enumerate(names)}
+        assert len(tables) == 2
+        TimeConditionedScales("t", TIMES, tables, "rescale")(model)
+        ops = [node.op_type for node in model.graph]
+        assert ops.count("Gather") == ops.count("Split") == 1
+        split = next(node for node in model.graph if node.op_type == "Split")
+        assert len(split.outputs) == 4
+        session = Session(model, taps=[value.name or "" for value in split.outputs], optimize=False)
+        rows = 2 if "[N]" in timestep else 1
+        times = np.asarray([500.0, 100.0][:rows], np.float32).reshape([2] if rows == 2 else [])
+        found = session.run({"x": x[:2], "t": times}, [value.name or "" for value in split.outputs])
+        assert [value.shape for value in found] == [(rows, 1, 1, 1)] * 4, factor_shape
+        np.testing.assert_array_equal(np.stack(found[::2]) * np.stack(found[1::2]), 1)
+
+
+def test_on_cpus_no_factor_costs_an_integer_kernel(tmp_path: Path, denoiser: Path) -> None:
+    kernels, found = {}, {}
+    for groups in (1, 4):
+        knobs = {**QUICK, "groups": groups, "least_gain_db": 0.0}
+        result = onnxq.quantize(denoiser, target="cpu", knobs=knobs, **OPTIONS)
+        kernels[groups], found[groups] = result.numbers["integer_kernels"], result.numbers
+    assert kernels[4] == kernels[1] > 0
+    assert found[1]["time_scales"]["moving"] == 0
+    assert 0 < found[4]["time_scales"]["moving"] < found[4]["time_scales"]["values"]
+    assert any("keep one scale for all steps" in line for line in found[4]["warnings"])
+
+
 def test_a_table_has_a_row_for_each_step() -> None:
     with pytest.raises(OnnxqError, match="4 positive scales"):
         TimeConditionedScales("t", TIMES, {"s": np.ones(3)})

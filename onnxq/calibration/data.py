@@ -279,7 +279,10 @@ class Spread:
 
 
 class Iterables:
-    """Any iterable of dicts; each holds one batch (with the batch axis) of every input."""
+    """Any iterable of dicts; each holds one batch (with the batch axis) of every input.
+
+    What has no axis, as a timestep of rank 0, belongs to every row of its batch.
+    """
 
     def __init__(self, batches: Iterable[Mapping[str, Array]]) -> None:
         if iter(batches) is batches:
@@ -287,13 +290,25 @@ class Iterables:
         self.batches = batches
 
     def __len__(self) -> int:
-        return sum(len(next(iter(batch.values()))) for batch in self.batches)
+        return sum(_rows({key: np.asarray(value) for key, value in batch.items()}) for batch in self.batches)
 
     def __iter__(self) -> Iterator[Sample]:
         for batch in self.batches:
             arrays = {key: np.asarray(value) for key, value in batch.items()}
-            for row in range(len(next(iter(arrays.values())))):
-                yield {key: array[row] for key, array in arrays.items()}
+            for row in range(_rows(arrays)):
+                yield {key: array[row] if array.ndim else array for key, array in arrays.items()}
+
+
+def _rows(arrays: Mapping[str, Array]) -> int:
+    """How many samples a batch holds."""
+    lengths = {key: len(array) for key, array in arrays.items() if array.ndim}
+    if len(set(lengths.values())) > 1:
+        raise OnnxqError(
+            "expected batches with as many rows of each input, found "
+            + ", ".join(f"{length} of {key}" for key, length in lengths.items()),
+            hint="the first axis of every array counts the samples",
+        )
+    return next(iter(lengths.values()), 1)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
+from onnxq import graph as graphs
 from onnxq.calibration import timesteps
 from onnxq.calibration.observers import Observer
 from onnxq.calibration.timesteps import StepStatistics
@@ -20,6 +22,7 @@ from onnxq.job import Job
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS, SYMMETRIC
 from onnxq.passes.time_conditioned_scales import TimeConditionedScales, conditionable
 from onnxq.runtime import Session
+from onnxq.targets.cpu import ABSORBED
 
 Array = np.ndarray[Any, Any]
 
@@ -48,16 +51,52 @@ class TimeScales:
         """Only those whose error falls by so much against one scale for all steps: each costs some time to run."""
         kept = {}
         for name, groups in self.groups.items():
-            static = float(self.costs[name].costs[:, 0].sum())
-            moving = self.costs[name].error(self.costs[name].table(groups))
-            if 0 < moving <= static * 10 ** (-least_gain_db / 10):
+            table, static = self.costs[name].table(groups), float(self.costs[name].costs[:, 0].sum())
+            moves = np.ptp(table) > 0
+            if moves and 0 < self.costs[name].error(table) <= static * 10 ** (-least_gain_db / 10):
                 kept[name] = groups
+        return TimeScales({name: self.costs[name] for name in kept}, kept)
+
+    def keeping_kernels(self, graph: ir.Graph) -> TimeScales:
+        """Without those whose factor, behind a product, would come between it and its output's quantizer.
+
+        onnxruntime makes one integer kernel of a product and the pairs around it, and a float one where anything else
+        stands between: a convolution that is three times as slow, for one scale.
+        """
+        found = conditionable(graph)
+        kept = {
+            name: groups
+            for name, groups in self.groups.items()
+            if not any(_is_quantized(reader.outputs[0]) for reader in found[name].readers)
+        }
         return TimeScales({name: self.costs[name] for name in kept}, kept)
 
     @property
     def error(self) -> float:
         """The sum over layers and steps of the squared error as part of the mean square."""
         return sum(self.costs[name].error(table) for name, table in self.tables.items())
+
+
+def _is_quantized(value: ir.Value) -> bool:
+    """Whether the only thing that reads a value is a quantizer, but for what that absorbs."""
+    readers = graphs.consumers(value)
+    if len(readers) == 1 and graphs.is_op(readers[0][0], *ABSORBED):
+        readers = graphs.consumers(readers[0][0].outputs[0])
+    return bool(readers) and all(graphs.is_quantize(reader) for reader, _ in readers)
+
+
+def moving_scales(job: Job, scales: TimeScales, least_gain_db: float) -> TimeScales:
+    """Those that get a factor by step: which gain enough, and cost no integer kernel where the target's are fused."""
+    paying = scales.paying(least_gain_db)
+    if job.target.name != "cpu":
+        return paying
+    kept = paying.keeping_kernels(job.model.graph)
+    if lost := len(paying.groups) - len(kept.groups):
+        job.warnings.append(
+            f"{lost} activations keep one scale for all steps: a factor behind their layers would make these float in "
+            "onnxruntime; with --recipe apq-dm --set lowering=subgraphs they have one for each group of steps"
+        )
+    return kept
 
 
 def record(job: Job) -> dict[str, StepStatistics]:

@@ -68,6 +68,7 @@ class ApqDm:
             each product; ``subgraphs``: a graph for each group beside the file, sharing its weights; ``none``: scales
             are looked up, which TensorRT does not build.
         least_gain_db: By how much the error of a value has to fall for ``rescale`` to give it factors, which cost time.
+            For ``cpu`` no factor is put where it would keep a layer from its integer kernel.
         cache: Whether temporal features become tables first.
         powers_of_two: Whether the scales of a value are powers of two apart, so that factors are exact.
         selection: Which steps are kept where no data is given.
@@ -122,7 +123,7 @@ class ApqDm:
         )
         found = {"values": len(scales.tables), "error": scales.error}
         if self.lowering == "rescale":
-            scales = scales.paying(self.least_gain_db)
+            scales = time_scales.moving_scales(job, scales, self.least_gain_db)
         tables = scales.tables
         job.measurements["time_scales"] = {**found, "moving": len(tables)}
         if self.partition == "learned" and tables:

@@ -121,11 +121,11 @@ class Diffusion:
         reconstruct(job, blocks, rounding, samples=samples, cache_mib=self.cache_mib)
         moving = {name: item for name, item in by_step.items() if name not in shifted}  # a shift is for one scale
         scales = time_scales.scales_by_step(job, moving, sampler, observe, groups=self.groups) if moving else None
+        chosen = time_scales.moving_scales(job, scales, self.least_gain_db) if scales is not None else None
         job.lower()
-        if scales is not None:
-            tables = scales.paying(self.least_gain_db).tables
-            job.measurements["time_scales"] = {"values": len(scales.tables), "moving": len(tables)}
-            time_scales.lower(job, sampler, tables, "rescale")
+        if scales is not None and chosen is not None:
+            job.measurements["time_scales"] = {"values": len(scales.tables), "moving": len(chosen.tables)}
+            time_scales.lower(job, sampler, chosen.tables, "rescale")
         if exact is not None and STEP_KEY in next(iter(job.source), {}):
             Ptqd().correct(job, exact, sampler.denoiser)
 
