@@ -27,6 +27,7 @@ from onnxq.targets.placement import schemes_of
 
 ROWS = 96  # samples that candidates are judged on
 RANKING_STEPS = 4  # the worst steps, in which single layers are judged
+SPREAD_DB = 10.0  # by which single samples differ in the last step, where what is left of the noise is their own
 RANKING_ROWS = 16
 LARGE_BYTES = 64 << 20  # of weights; above, a quarter of the rows has to do, or judging would outlast sampling
 GROWTH = 1.5  # of the number of float layers, until the floor holds
@@ -62,8 +63,10 @@ def hold_floor(job: Job, observer: Observer, search: Search | None, floor_db: fl
     with job.progress.stage("steps", "Judging steps"):
         search_ = _Search(job, observer, search)
         before = after = search_.judge(0)
+        worst = sorted(before.by_step_db, key=lambda step: before.by_step_db[step])[:RANKING_STEPS]
+        if floor_db > 0 and before.worst_db < floor_db + SPREAD_DB:
+            before = after = search_.look_closer(worst)
         if 0 < floor_db > before.worst_db:
-            worst = sorted(before.by_step_db, key=lambda step: before.by_step_db[step])[:RANKING_STEPS]
             search_.rank(worst)
             count = search_.shortest(floor_db)
             after = search_.judge(count)
@@ -101,6 +104,16 @@ class _Search:
         self._part = 4 if models.initializer_bytes(job.model) > LARGE_BYTES else 1
         self.samples: list[Judged] = judged_samples(self._float, job.source, job.specs, ROWS // self._part)
         self._judged: dict[int, ErrorPower] = {}
+
+    def look_closer(self, steps: list[int]) -> ErrorPower:
+        """Judge these steps on as many samples as all of them were judged on: till now each had two or three."""
+        rows, job = ROWS // self._part, self.job
+        rest = set(self.judge(0).by_step_db) - set(steps)
+        self.samples = judged_samples(self._float, job.source, job.specs, rows, steps)
+        if rest:
+            self.samples += judged_samples(self._float, job.source, job.specs, rows, rest)
+        self._judged.clear()
+        return self.judge(0)
 
     def rank(self, steps: list[int]) -> None:
         """Order the layers by their own error in these steps, largest first."""
