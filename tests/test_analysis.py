@@ -110,6 +110,30 @@ def test_steps_are_judged_one_by_one(tmp_path: Path) -> None:
     assert list(left_float) == ["fragile"] and "every sampler step keeps" in left_float["fragile"]
 
 
+def test_the_worst_steps_are_judged_on_more_samples(tmp_path: Path) -> None:
+    """In a last step some samples lose far more than others: two or three of them say little."""
+    model, data = tmp_path / "chain.onnx", tmp_path / "data.npz"
+    ir.save(add_weights(CHAIN, {"w1": (32, 32), "w2": (32, 32), "w3": (16, 32)}), model)
+    x = np.random.default_rng(0).standard_normal((400, 32)).astype(np.float32)
+    step = np.arange(400) // 10
+    loudness = np.where(step == 39, np.geomspace(0.1, 0.02, 10)[np.arange(400) % 10], 1).astype(np.float32)
+    x = x * loudness[:, None]
+    np.savez(data, x=x, step=step)
+
+    def result(floor_db: float) -> onnxq.Result:
+        knobs = {"step_floor_db": floor_db, "bias_correction": False, "observer": "minmax"}
+        return onnxq.quantize(model, data, samples=400, knobs=knobs)
+
+    few = result(0.0).numbers["step_sqnr_db"]
+    worst = min(few, key=lambda step: few[step])
+    close = result(few[worst] - 5)
+    assert worst == 39 and not close.numbers["left_float"]
+    rows = {"x": x[step == 39]}
+    wanted, found = (Session(item, optimize=False).run(rows)[0] for item in (models.load(model), close.model))
+    whole_db = 10 * np.log10((wanted**2).sum() / ((wanted - found) ** 2).sum())
+    assert abs(close.numbers["step_sqnr_db"][39] - whole_db) < 0.05 < abs(few[39] - whole_db)
+
+
 def test_spread_takes_evenly_and_of_the_steps_asked_for(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=np.arange(40, dtype=np.float32), step=np.arange(40) // 10)
     source = open_source(tmp_path / "data.npz", input_specs(ir.from_onnx_text(CHAIN))[:1])
