@@ -58,7 +58,13 @@ def calibration_inputs(
         return own_trajectories(model, path, settings, progress, recipe, workers), []
     if data is None and models.kind_of(model) is models.Kind.LANGUAGE:
         from onnxq.calibration.generated_text import GeneratedText
+        from onnxq.calibration.random_tokens import RandomTokens, writes_text
 
+        if not writes_text(model, specs):
+            return RandomTokens(model, specs, count=settings.samples or 32, seed=settings.seed), [
+                "calibrated on random tokens, because no --data was given: ranges are guesses; give text with "
+                "--data FILE.txt --tokenizer tokenizer.json"
+            ]
         with progress.stage("generate", "Writing text"):
             written = GeneratedText(model, specs, count=settings.samples or 32, seed=settings.seed)
         return written, [

@@ -10,7 +10,7 @@ from conftest import DATA
 
 import onnxq
 from onnxq.calibration.data import InputSpec, Preprocessing, open_source
-from onnxq.calibration.text import decoder_feed, role_of
+from onnxq.calibration.text import text_feed, role_of
 from onnxq.comparison import compare
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
@@ -31,7 +31,7 @@ def decoder(tmp_path: Path) -> Path:
 def token_by_token(path: Path, tokens: np.ndarray) -> np.ndarray:
     """Logits [batch, sequence, vocabulary] of a run that feeds the model its own cache, one token at a time."""
     session = Session(path)
-    feed = decoder_feed(specs_of(path), tokens[:, :1])
+    feed = text_feed(specs_of(path), tokens[:, :1])
     logits = []
     for position in range(tokens.shape[1]):
         feed["input_ids"] = tokens[:, position : position + 1]
@@ -62,12 +62,12 @@ def test_a_quantized_decoder_decodes_from_its_cache_what_it_reads_at_once(
     assert "wrote itself" in " ".join(result.numbers["warnings"])
     tokens = np.random.default_rng(0).integers(0, 300, (2, 12))
     session = Session(output, optimize=False)
-    at_once = session.run(decoder_feed(specs_of(decoder), tokens), ["logits"])[0]
+    at_once = session.run(text_feed(specs_of(decoder), tokens), ["logits"])[0]
     in_steps = token_by_token(output, tokens)
     # Float sums in another order may move a value over a rounding boundary, so that a few differ by a step.
     assert np.mean(np.abs(in_steps - at_once) > 1e-3 * np.abs(at_once).max()) < 0.15
     noise = np.sum((in_steps - at_once) ** 2)
-    float_logits = Session(decoder).run(decoder_feed(specs_of(decoder), tokens), ["logits"])[0]
+    float_logits = Session(decoder).run(text_feed(specs_of(decoder), tokens), ["logits"])[0]
     assert noise < 0.1 * np.sum((float_logits - at_once) ** 2)  # far below the error of quantizing
 
 

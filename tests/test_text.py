@@ -122,3 +122,97 @@ def test_a_decoder_from_text_to_perplexity(shared_data: Path, tmp_path: Path) ->
         quantized = onnxq.load(output).graph.initializers.values()
         assert any(value.dtype == ir.DataType.INT4 for value in quantized)
     assert perplexity["float"] < perplexity["gptq"] < perplexity["int4-weights"] < 1.3 * perplexity["float"]
+
+
+ENCODER = [
+    InputSpec("input_ids", INT64, (None, None)),
+    InputSpec("attention_mask", INT64, (None, None)),
+    InputSpec("token_type_ids", INT64, (None, None)),
+]
+
+SENTENCES = """<ir_version: 10, opset_import: ["" : 20]>
+sentences (int64[N,S] input_ids, int64[N,S] attention_mask, int64[N,S] token_type_ids) => (float[N,S,24] hidden)
+{
+    words = Gather <axis=0> (vocabulary, input_ids)
+    segments = Gather <axis=0> (kinds, token_type_ids)
+    sum = Add (words, segments)
+    kept = Cast <to=1> (attention_mask)
+    last = Unsqueeze (kept, minus_one)
+    masked = Mul (sum, last)
+    [fc] hidden = MatMul (masked, w)
+}
+"""
+
+
+@pytest.fixture
+def word_tokenizer(tmp_path: Path) -> Path:
+    """A tokenizer.json as sentence encoders ship it: marks at both ends, cut and filled up to 6 tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "once", "upon", "a", "time"]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    made.enable_truncation(6)
+    made.enable_padding(length=6)
+    path = tmp_path / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """Words and segments looked up, masked and projected: what reads text and writes none."""
+    model = ir.from_onnx_text(SENTENCES)
+    rng = np.random.default_rng(0)
+    arrays = {"vocabulary": rng.normal(size=(8, 16)), "kinds": rng.normal(size=(2, 16)), "w": rng.normal(size=(16, 24))}
+    for name, array in {**arrays, "minus_one": np.array([-1])}.items():
+        dtype = np.int64 if name == "minus_one" else np.float32
+        free = next(value for node in model.graph for value in node.inputs if value is not None and value.name == name)
+        free.const_value = ir.Tensor(array.astype(dtype), name=name)
+        free.type, free.shape = ir.TensorType(free.const_value.dtype), free.const_value.shape
+        model.graph.register_initializer(free)
+    path = tmp_path / "encoder.onnx"
+    ir.save(model, path)
+    return path
+
+
+def test_an_encoder_reads_a_line_at_a_time_filled_up_on_the_right(word_tokenizer: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time\n\na time\n" + "upon " * 9 + "\n")
+    source = open_source(text, ENCODER, Preprocessing(tokenizer=str(word_tokenizer), sequence_length=7))
+    rows = list(source)
+    assert len(rows) == len(source) == 3  # the empty line is none
+    np.testing.assert_array_equal(rows[1]["input_ids"], [2, 6, 7, 3, 0, 0, 0])
+    np.testing.assert_array_equal(rows[1]["attention_mask"], [1, 1, 1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(rows[2]["input_ids"], [2, 5, 5, 5, 5, 5, 3])  # cut, but for its marks
+    assert not rows[0]["token_type_ids"].any()
+    short = open_source(text, ENCODER, Preprocessing(tokenizer=str(word_tokenizer), sequence_length=256))
+    assert next(iter(short))["input_ids"].shape == (11,)  # the longest line, not 256 tokens of filling
+
+
+def test_a_decoder_gets_the_whole_file_whatever_its_tokenizer_cuts(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "once": 1}, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.enable_truncation(8)
+    path = tmp_path / "tokenizer.json"
+    made.save(str(path))
+    assert len(open_tokenizer(path).encode("once " * 40)) == 40
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
+def test_an_encoder_is_calibrated_on_text_or_on_random_tokens(
+    encoder: Path, word_tokenizer: Path, tmp_path: Path, target: str
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time\na time\n")
+    options = {"target": target, "preprocess": {"tokenizer": str(word_tokenizer)}}
+    read = onnxq.quantize(encoder, text, **options)
+    assert read.numbers["samples"] == 2 and read.numbers["quantized_nodes"] == 1
+    guessed = onnxq.quantize(encoder, target=target)
+    assert guessed.numbers["sqnr_db"] > 25  # words of the vocabulary, not tokens that are out of bounds
+    assert "random tokens" in guessed.numbers["warnings"][0]

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.calibration.data import InputSpec, Sample
-from onnxq.calibration.text import check_roles, decoder_feed, fixed_length
+from onnxq.calibration.text import check_roles, text_feed, fixed_length
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 
@@ -58,7 +58,7 @@ class GeneratedText:
 
     def __iter__(self) -> Iterator[Sample]:
         for row in self._rows:
-            yield {name: value[0] for name, value in decoder_feed(self.specs, row[None]).items()}
+            yield {name: value[0] for name, value in text_feed(self.specs, row[None]).items()}
 
     def _write(self, start: int) -> Array:
         generator = np.random.default_rng((self.seed, start))
@@ -76,7 +76,7 @@ class GeneratedText:
         """Scores of the token after a position."""
         if self.fixed is not None:
             tokens = np.pad(tokens, ((0, 0), (0, self.fixed - tokens.shape[1])))
-        found = self._session.run(decoder_feed(self.specs, tokens), self._session.output_names[:1])[0]
+        found = self._session.run(text_feed(self.specs, tokens), self._session.output_names[:1])[0]
         if found.ndim != 3 or found.shape[:2] != tokens.shape:
             raise OnnxqError(
                 f"expected logits [batch, sequence, vocabulary] of a language model, found shape {list(found.shape)}",

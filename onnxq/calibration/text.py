@@ -1,4 +1,8 @@
-"""Text files as inputs of a language model: tokens in sequences of one length, streamed."""
+"""Text files as inputs of a language model: tokens in sequences of one length, streamed.
+
+A decoder's sequences are cut from the whole file. An encoder's are the lines of the file, each with the marks that the
+tokenizer puts at both ends, filled up on the right to one length, with a mask that says what is text.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +18,25 @@ from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
 
-# What a decoder reads besides its tokens, by the ends of usual names.
+# What a language model reads besides its tokens, by the ends of usual names.
 MASKS, POSITIONS = ("attention_mask", "mask"), ("position_ids", "positions")
+SEGMENTS = ("token_type_ids", "segment_ids")  # which of two texts; there is one
 TOKENS = ("input_ids", "tokens", "ids")
 CACHE, ENCODER = "past", "encoder"  # in the names of keys and values that a decoder gets back, or has of an encoder
 
 
 class Text:
-    """Sequences of tokens cut from a text file one after the other; what is left at the end is dropped.
+    """Sequences of tokens from a text file: its lines where texts stand alone, else cut one after the other.
+
+    What is left at the end of the last sequence is dropped; what is left of a long line too.
 
     Args:
         path: A UTF-8 text file.
         tokenizer: What makes tokens of it.
-        specs: The model's inputs: tokens [batch, sequence], and masks, positions and a cache where it reads them.
-        length: Tokens in a sequence, where the model does not fix it.
+        specs: The model's inputs: tokens [batch, sequence], and masks, positions, segments and a cache where it reads
+            them.
+        length: Tokens in a sequence, where the model does not fix it; lines that are all shorter are filled up to the
+            longest.
 
     Raises:
         OnnxqError: the file is no text or too short, or the model has an input that text does not give.
@@ -41,6 +50,9 @@ class Text:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise OnnxqError(f"expected UTF-8 text in {path}, found: {error}", hint="check --data") from error
+        if tokenizer.texts_stand_alone:
+            self._rows, self._masks = self._lines(path, text, tokenizer)
+            return
         tokens = np.asarray(tokenizer.encode(text), np.int64)
         count = len(tokens) // self.length
         if count == 0:
@@ -49,21 +61,37 @@ class Text:
                 hint="give more text, or a smaller --sequence-length",
             )
         self._rows = tokens[: count * self.length].reshape(count, self.length)
+        self._masks = np.ones_like(self._rows)
+
+    def _lines(self, path: Path, text: str, tokenizer: Tokenizer) -> tuple[Array, Array]:
+        """Tokens and masks [lines, sequence]."""
+        texts = [line for line in text.splitlines() if line.strip()]
+        if not texts:
+            raise OnnxqError(f"expected a text a line in {path}, found none", hint="write one sentence a line")
+        encoded = tokenizer.encode_texts(texts, self.length)
+        if fixed_length(self.specs) is None:
+            self.length = max(len(tokens) for tokens in encoded)
+        rows = np.full((len(encoded), self.length), tokenizer.padding, np.int64)
+        masks = np.zeros_like(rows)
+        for row, mask, tokens in zip(rows, masks, encoded, strict=True):
+            row[: len(tokens)], mask[: len(tokens)] = tokens, 1
+        return rows, masks
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Sample]:
-        for row in self._rows:
-            yield {name: value[0] for name, value in decoder_feed(self.specs, row[None]).items()}
+        for row, mask in zip(self._rows, self._masks, strict=True):
+            yield {name: value[0] for name, value in text_feed(self.specs, row[None], mask[None]).items()}
 
 
 def role_of(spec: InputSpec) -> str | None:
-    """What a decoder's input takes: ``tokens``, ``mask``, ``positions`` or ``cache``; ``None``: something else."""
+    """What an input takes: ``tokens``, ``mask``, ``positions``, ``segments`` or ``cache``; ``None``: something else."""
     name = spec.name.lower()
     if spec.dtype.kind == "f":
         return "cache" if CACHE in name and ENCODER not in name and _grows(spec) else None
-    for role, endings in (("mask", MASKS), ("positions", POSITIONS), ("tokens", TOKENS)):
+    ends = {"mask": MASKS, "positions": POSITIONS, "segments": SEGMENTS, "tokens": TOKENS}
+    for role, endings in ends.items():
         if spec.dtype.kind in "iu" and len(spec.shape) == 2 and name.endswith(endings):
             return role
     return None
@@ -79,7 +107,7 @@ def check_roles(specs: Sequence[InputSpec], *, hint: str) -> None:
         if role_of(spec) is None:
             shape = ["free" if size is None else size for size in spec.shape]
             raise OnnxqError(
-                f"expected a model that reads tokens, masks and positions [batch, sequence] and a cache of keys and "
+                f"expected a model that reads tokens, masks, positions and segments [batch, sequence] and a cache of keys and "
                 f"values of free length, found input {spec.name!r} {spec.dtype} of shape {shape}",
                 hint=hint,
             )
@@ -91,8 +119,8 @@ def fixed_length(specs: Sequence[InputSpec]) -> int | None:
     return next((size for spec in tokens if (size := spec.shape[1]) is not None), None)
 
 
-def decoder_feed(specs: Sequence[InputSpec], tokens: Array) -> dict[str, Array]:
-    """Whole sequences as a decoder reads them at the start, when nothing is cached yet.
+def text_feed(specs: Sequence[InputSpec], tokens: Array, mask: Array | None = None) -> dict[str, Array]:
+    """Whole sequences as an encoder reads them, or a decoder at the start, when nothing is cached yet.
 
     A cache that is empty says all there is: the keys and values that a quantizer sees behind it are those of every
     position, as they would be if they had come out of the cache one by one.
@@ -100,12 +128,14 @@ def decoder_feed(specs: Sequence[InputSpec], tokens: Array) -> dict[str, Array]:
     Args:
         specs: The model's inputs (see :func:`role_of`).
         tokens: Tokens [batch, sequence].
+        mask: 1 where there is text, 0 where a row is filled up; ``None``: text everywhere.
 
     Returns:
-        Arrays by input name: the tokens, masks of ones, positions from 0, caches of length 0.
+        Arrays by input name: the tokens, the mask, positions from 0, segments of zeros, caches of length 0.
     """
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    values = {"tokens": tokens, "mask": np.ones_like(tokens), "positions": positions}
+    mask = np.ones_like(tokens) if mask is None else mask
+    values = {"tokens": tokens, "mask": mask, "positions": positions, "segments": np.zeros_like(tokens)}
     feed = {}
     for spec in specs:
         role = role_of(spec) or ""

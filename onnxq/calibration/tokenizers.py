@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,8 +19,17 @@ BYTES = 256
 class Tokenizer(Protocol):
     """Text to tokens."""
 
+    texts_stand_alone: bool
+    """Whether a text gets a mark at both ends, as encoders read sentences; a decoder reads on and on."""
+
+    padding: int
+    """The token that fills a short text."""
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a document, with the mark of its beginning where the vocabulary has one."""
+
+    def encode_texts(self, texts: Sequence[str], length: int) -> list[list[int]]:
+        """The tokens of texts that stand alone, each cut to a length that includes its marks."""
 
 
 def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -57,7 +67,15 @@ def _hugging_face(file: Path) -> Tokenizer:
             hint="it is the file that Hugging Face's tokenizers save",
         ) from error
 
+    padding = (inner.padding or {}).get("pad_id", 0)
+    inner.no_truncation()  # the file may ask for both, as the model's users want a sentence, not as a whole file needs
+    inner.no_padding()
+
     class HuggingFace:
+        def __init__(self) -> None:
+            self.texts_stand_alone = inner.num_special_tokens_to_add(False) > 1
+            self.padding = padding
+
         def encode(self, text: str) -> list[int]:
             try:
                 return list(inner.encode(text).ids)
@@ -66,6 +84,12 @@ def _hugging_face(file: Path) -> Tokenizer:
                     f"expected a tokenizer that takes any text in {file}, found: {' '.join(str(error).split())[:120]}",
                     hint="a vocabulary without a token for what it does not know takes only text that it knows",
                 ) from error
+
+        def encode_texts(self, texts: Sequence[str], length: int) -> list[list[int]]:
+            inner.enable_truncation(length)
+            encoded = [list(found.ids) for found in inner.encode_batch(list(texts))]
+            inner.no_truncation()
+            return encoded
 
     return HuggingFace()
 
@@ -102,6 +126,12 @@ class BytePairs:
 
     pieces: tuple[bytes, ...]
     scores: tuple[float, ...]
+    texts_stand_alone: bool = False
+    padding: int = UNKNOWN
+
+    def encode_texts(self, texts: Sequence[str], length: int) -> list[list[int]]:
+        """The tokens of each text, cut to a length."""
+        return [self.encode(text)[:length] for text in texts]
 
     def encode(self, text: str) -> list[int]:
         """Tokens of the text; characters that are no piece become bytes. A line is merged at a time."""

@@ -1,0 +1,83 @@
+"""Random tokens for models that read text and write none: encoders, whose own words nobody can have them say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+from onnxq.calibration.data import InputSpec, Sample
+from onnxq.calibration.text import check_roles, fixed_length, role_of, text_feed
+from onnxq.errors import OnnxqError
+
+Array = np.ndarray[Any, Any]
+
+LENGTH = 32
+HINT = "give --data FILE.txt with --tokenizer, or FILE.npz keyed by input name"
+
+
+class RandomTokens:
+    """Tokens of the model's vocabulary, each as likely as the other.
+
+    Embeddings of random words are real embeddings, so that ranges are nearer to those of text than noise would be;
+    attention and what it finds are not those of text.
+
+    Args:
+        model: A model that looks its tokens up in a table.
+        specs: Its inputs: tokens, and masks, positions and segments where it reads them.
+        count: How many sequences.
+        seed: The same seed gives the same tokens.
+        length: Tokens in a sequence, where the model does not fix it.
+
+    Raises:
+        OnnxqError: the model reads something else, or how many tokens it knows cannot be told.
+    """
+
+    def __init__(
+        self, model: ir.Model, specs: Sequence[InputSpec], *, count: int, seed: int, length: int = LENGTH
+    ) -> None:
+        check_roles(specs, hint=HINT)
+        size = vocabulary_size(model, specs)
+        if size is None:
+            raise OnnxqError("expected a table that tokens are looked up in, found none", hint=HINT)
+        self.specs = list(specs)
+        self.length = fixed_length(specs) or length
+        self._rows = np.random.default_rng(seed).integers(0, size, (count, self.length))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for row in self._rows:
+            yield {name: value[0] for name, value in text_feed(self.specs, row[None]).items()}
+
+
+def vocabulary_size(model: ir.Model, specs: Sequence[InputSpec]) -> int | None:
+    """How many tokens the model knows: rows of the table that they index; ``None`` where there is no such table."""
+    tokens = {spec.name for spec in specs if role_of(spec) == "tokens"}
+    for node in model.graph:
+        if not graphs.is_op(node, "Gather") or node.attributes.get_int("axis", 0) != 0:
+            continue
+        table, indices = node.inputs[:2]
+        while indices is not None and (maker := indices.producer()) is not None and graphs.is_op(maker, "Cast"):
+            indices = maker.inputs[0]
+        if table is not None and indices is not None and indices.name in tokens and table.shape is not None:
+            rows = table.shape[0]
+            return rows if isinstance(rows, int) else None
+    return None
+
+
+def writes_text(model: ir.Model, specs: Sequence[InputSpec]) -> bool:
+    """Whether the model scores every token that may follow, rather than describing those that it reads.
+
+    It does not where it tells segments apart, as encoders do, or scores something else than its own vocabulary.
+    """
+    if any(role_of(spec) == "segments" for spec in specs):
+        return False
+    known = vocabulary_size(model, specs)
+    shape = model.graph.outputs[0].shape
+    scored = None if shape is None or len(shape) == 0 else shape[-1]
+    return known is None or not isinstance(scored, int) or scored == known
