@@ -107,8 +107,8 @@ def check_roles(specs: Sequence[InputSpec], *, hint: str) -> None:
         if role_of(spec) is None:
             shape = ["free" if size is None else size for size in spec.shape]
             raise OnnxqError(
-                f"expected a model that reads tokens, masks, positions and segments [batch, sequence] and a cache of keys and "
-                f"values of free length, found input {spec.name!r} {spec.dtype} of shape {shape}",
+                "expected a model that reads tokens, masks, positions and segments [batch, sequence] and a cache of "
+                f"keys and values of free length, found input {spec.name!r} {spec.dtype} of shape {shape}",
                 hint=hint,
             )
 

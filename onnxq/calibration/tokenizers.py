@@ -19,11 +19,13 @@ BYTES = 256
 class Tokenizer(Protocol):
     """Text to tokens."""
 
-    texts_stand_alone: bool
-    """Whether a text gets a mark at both ends, as encoders read sentences; a decoder reads on and on."""
+    @property
+    def texts_stand_alone(self) -> bool:
+        """Whether a text gets a mark at both ends, as encoders read sentences; a decoder reads on and on."""
 
-    padding: int
-    """The token that fills a short text."""
+    @property
+    def padding(self) -> int:
+        """The token that fills a short text."""
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a document, with the mark of its beginning where the vocabulary has one."""
