@@ -10,7 +10,7 @@ from conftest import DATA
 
 import onnxq
 from onnxq.calibration.data import InputSpec, Preprocessing, open_source
-from onnxq.calibration.text import text_feed, role_of
+from onnxq.calibration.text import role_of, text_feed
 from onnxq.comparison import compare
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session

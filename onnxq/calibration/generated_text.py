@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.calibration.data import InputSpec, Sample
-from onnxq.calibration.text import check_roles, text_feed, fixed_length
+from onnxq.calibration.text import check_roles, fixed_length, text_feed
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 
