@@ -92,7 +92,7 @@ def final_loss(network: Network, *, learn_codes: bool, steps: int) -> tuple[floa
 def test_codes_that_learn_beside_the_generator_come_nearer(small: ir.Model) -> None:
     """As in section 3.1 of the paper; how much nearer depends on the network and on the steps.
 
-    After 100 steps 0.57 of what is left to a generator alone, after 300 less than half; with the fourteen layers of the
+    After 100 steps 0.57 of what is left to a generator alone, after 200 0.51; with the fourteen layers of the
     shipped classifier 0.38 after 80. A quarter takes hundreds of steps on a deep network.
     """
     network = Network(small, 0, "cpu")
