@@ -306,3 +306,20 @@ def test_conditions_that_are_no_labels_are_given(tmp_path: Path) -> None:
     sampler.check()
     feed = next(iter(sampler.run(Session(model), [0, 1, 2]))).feed
     assert feed["prompt"].shape == (6, 3, 8) and feed["prompt"][:3].all() and not feed["prompt"][3:].any()
+
+
+def test_the_flow_of_diffusers_reaches_what_its_velocity_points_at() -> None:
+    """It has no init_noise_sigma, as the schedulers of diffusion have."""
+    pytest.importorskip("diffusers")
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 21]> net (float[N,1,2,2] x, float[N] t) => (float[N,1,2,2] y) '
+        "{ y = Identity (x) }"
+    )
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    schedule = schedules.make(config, denoisers.find(model), 4)
+    assert schedule.begin([0]) == 1.0
+    noise, data = np.full((1, 1, 2, 2), 2.0, np.float32), np.full((1, 1, 2, 2), -1.0, np.float32)
+    sample = noise
+    for step in range(4):
+        sample = schedule.advance(noise - data, step, sample)
+    np.testing.assert_allclose(sample, data, atol=1e-5)

@@ -148,7 +148,7 @@ class Diffusers:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if self._takes_generators and not self.eta:
             self._options["generator"] = self._generators
-        return float(self.scheduler.init_noise_sigma)
+        return float(getattr(self.scheduler, "init_noise_sigma", 1.0))  # schedulers of flows have none
 
     def scaled(self, sample: Array, step: int) -> Array:
         """What ``scale_model_input`` makes of the sample."""
