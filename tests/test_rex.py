@@ -18,7 +18,7 @@ from onnxq.formats import parse_format
 from onnxq.passes.expand_residuals import ExpandResiduals
 from onnxq.runtime import Session
 from onnxq.scheme import Spec
-from onnxq.weights.residuals import Residuals, strongest
+from onnxq.weights.residuals import Residuals, share_out, strongest
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'
 LAYERS = f"""{HEAD}
@@ -123,6 +123,26 @@ def test_the_strongest_units_are_worth_more_than_others_and_budgets_hold() -> No
     assert len(kept["wide"]) * 64 + len(kept["narrow"]) * 16 <= 0.25 * (wide.size + narrow.size)
     picked = {"wide": np.sort(generator.permutation(40)[:10]), "narrow": np.sort(generator.permutation(20)[:5])}
     assert left(strongest(fresh(), 0.25, "layer")) < left(picked)
+
+
+def test_one_budget_for_all_orders_goes_where_it_matters() -> None:
+    generator = np.random.default_rng(2)
+    thin, wide = generator.standard_normal((8, 9)), generator.standard_normal((64, 64))
+    layers = {
+        "thin": Residuals(thin.astype(np.float32), per_channel("int4"), 8),
+        "wide": Residuals(wide.astype(np.float32), per_channel("int4"), 64),
+    }
+    budget = thin.size + wide.size
+    second, third = share_out(layers, {"thin": 1e4, "wide": 1.0}, budget, 2)
+    assert len(third["thin"]) == 8 and len(third["wide"]) == 0 and 60 <= len(second["wide"]) < 64
+    assert sum(len(order["thin"]) * 9 + len(order["wide"]) * 64 for order in (second, third)) <= budget
+    assert all(len(layer.orders) == 1 for layer in layers.values())
+    for order in (second, third):
+        for name, kept in order.items():
+            layers[name].refine(kept)
+    for name, matrix in (("thin", thin), ("wide", wide)):
+        left = np.square(layers[name].rounded().reshape(matrix.shape) - matrix).sum()
+        np.testing.assert_allclose(left, layers[name].errors().sum(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "cpu"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,10 @@ from onnxq.knobs import choice
 from onnxq.learning.channel_scales import weight_specs
 from onnxq.passes.expand_residuals import FORMS, ExpandResiduals, is_expandable
 from onnxq.recipes.static import Static
-from onnxq.weights.residuals import Residuals, strongest
+from onnxq.weights.importance import output_importance
+from onnxq.weights.residuals import Residuals, share_out, strongest
+
+TRIED_SAMPLES = 16  # for the importance of layers
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Rex:
     Departures:
         - ``allocation="network"`` shares a budget out by the relative error that each channel takes off its layer;
           the paper gives every layer the same part (``layer``).
+        - ``allocation="outputs"`` shares the budget of all orders out at once by what each step takes off the error of
+          the network's outputs, which is tried layer by layer on random inputs: layers that matter get one order more
+          than ``orders``, paid for by those that do not. Nothing is given to depthwise layers beyond that.
         - Depthwise convolutions get one order more (``depthwise_orders=0`` is the paper's): their channels sum over
           so few weights that errors do not average out, and they hold about one weight in fifty.
         - In grouped convolutions whole groups are kept or left.
@@ -51,7 +58,7 @@ class Rex:
         orders: K, how many terms the sum has.
         density: The part of the weights that each order after the first keeps.
         depthwise_orders: How many more orders depthwise convolutions get, whole; they hold few of the weights.
-        allocation: ``network`` or ``layer``: how that part is shared out.
+        allocation: ``network``, ``layer`` or ``outputs``: how that part is shared out.
         form: ``channels``, one wider layer, or ``branches``, a layer for each order.
         observer: How a range follows from the statistics of an activation.
         bias_correction: Whether biases take back the mean shift that rounding the weights causes; it needs data.
@@ -60,7 +67,7 @@ class Rex:
     orders: int = 2
     density: float = 1.0
     depthwise_orders: int = 1
-    allocation: str = choice("network", "layer")
+    allocation: str = choice("network", "layer", "outputs")
     form: str = choice(*FORMS)
     observer: str = "robust"
     bias_correction: bool = False
@@ -81,14 +88,32 @@ class Rex:
                 layers[name] = Residuals(rows, specs[item.node], groups if groups > 1 else len(rows))
                 if groups > 1 and weight.shape[1] == 1:
                     thin.append(name)
-        for _ in range(self.orders - 1):
-            for name, kept in strongest(layers, self.density, self.allocation).items():
-                layers[name].refine(kept)
-        for name in thin if self.orders > 1 else ():
-            for _ in range(self.depthwise_orders):
-                layers[name].refine(np.arange(len(layers[name].rest)))
+        if self.allocation == "outputs":
+            self._share_out(job, layers)
+        else:
+            for _ in range(self.orders - 1):
+                for name, kept in strongest(layers, self.density, self.allocation).items():
+                    layers[name].refine(kept)
+            for name in thin if self.orders > 1 else ():
+                for _ in range(self.depthwise_orders):
+                    layers[name].refine(np.arange(len(layers[name].rest)))
         ExpandResiduals({name: layer.orders for name, layer in layers.items()}, self.form)(job.model)
         Static(self.observer, self.bias_correction).quantize(job)
+
+    def _share_out(self, job: Job, layers: dict[str, Residuals]) -> None:
+        """Spend the weights of all orders after the first where they take most off the error of the outputs."""
+        if self.orders == 1 or not layers:
+            return
+        tried = copy.deepcopy(layers)
+        for layer in tried.values():
+            layer.refine(np.arange(len(layer.rest)))  # one order of few bits is too far off to tell layers apart
+        rounded = {name: layer.rounded() for name, layer in tried.items()}
+        importance = output_importance(job, rounded, min(TRIED_SAMPLES, len(job.source)))
+        weights = sum(layer.rest.size for layer in layers.values())
+        budget = (self.orders - 1) * self.density * weights
+        for order in share_out(layers, importance, budget, self.orders):
+            for name, kept in order.items():
+                layers[name].refine(kept)
 
     def _check(self, job: Job) -> None:
         weights = job.scheme.weights

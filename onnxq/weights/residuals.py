@@ -9,6 +9,7 @@ Source: E. Yvinec, A. Dapogny, M. Cord, K. Bailly, REx: Data-Free Residual Quant
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,14 @@ class Residuals:
     def unit_size(self) -> int:
         """Weights in a unit."""
         return int(self.rest[0].size)
+
+    def rounded(self) -> Array:
+        """The sum of all orders, the last one rounded: [units, channels in a unit, elements]."""
+        total = self._rounded(self.rest)
+        for number, order in enumerate(self.orders):
+            before = self._holder[order.kept] != number  # what holds the rest is counted above
+            total[order.kept[before]] += order.weight[before]
+        return np.asarray(total)
 
     def errors(self) -> Array:
         """The squared error that rounding leaves in each unit."""
@@ -108,3 +117,48 @@ def strongest(layers: Mapping[str, Residuals], density: float, allocation: str) 
     order = np.argsort(-gains, kind="stable")
     chosen = order[np.cumsum(sizes[order]) <= density * sizes.sum()]
     return {name: np.sort(units[chosen[owners[chosen] == index]]) for index, name in enumerate(names)}
+
+
+def share_out(
+    layers: Mapping[str, Residuals], importance: Mapping[str, float], budget: float, most: int
+) -> list[dict[str, Array]]:
+    """The units that each further order refines, where one budget of weights holds for all orders together.
+
+    A step of a unit is worth the error that it takes off its layer, times the layer's importance, for each weight that
+    it adds. The steps worth most are taken until the budget is spent: a thin layer that matters gets a third order
+    before a wide one that does not gets its second.
+
+    Args:
+        layers: With one order; they stay as they are.
+        importance: What a unit of squared error in a layer's weight costs, by layer.
+        budget: How many weights all further orders may hold together.
+        most: How many further orders a unit may get.
+
+    Returns:
+        Indices of units, ascending, by layer, for each further order.
+    """
+    names = list(layers)
+    tried = copy.deepcopy(dict(layers))
+    gains, sizes, owners, units, steps = [], [], [], [], []
+    for position, name in enumerate(names):
+        layer = tried[name]
+        every = np.arange(len(layer.rest))
+        best = np.full(len(every), np.inf)
+        for step in range(most):
+            before = layer.errors()
+            layer.refine(every)
+            taken = (before - layer.errors()) * importance[name] / layer.unit_size
+            best = np.minimum(best, taken)  # so that no step comes before the one it builds on
+            gains.append(best)
+            sizes.append(np.full(len(every), layer.unit_size))
+            owners.append(np.full(len(every), position))
+            units.append(every)
+            steps.append(np.full(len(every), step))
+    owner, unit, number = np.concatenate(owners), np.concatenate(units), np.concatenate(steps)
+    order = np.lexsort((number, -np.concatenate(gains)))
+    chosen = order[np.cumsum(np.concatenate(sizes)[order]) <= budget]
+    owner, unit, number = owner[chosen], unit[chosen], number[chosen]
+    return [
+        {name: np.sort(unit[(owner == position) & (number == step)]) for position, name in enumerate(names)}
+        for step in range(most)
+    ]
