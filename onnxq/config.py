@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -145,6 +146,9 @@ def build_knobs(recipe: type[Any], knobs: Mapping[str, Any], name: str) -> Any:
         kind = type(default)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        if kind is float and isinstance(value, str):
+            with contextlib.suppress(ValueError):  # YAML reads 1e-5 as text
+                value = float(value)
         if kind is tuple and isinstance(value, list):
             value = tuple(value)
         if default is not None and not isinstance(value, kind):

@@ -15,7 +15,7 @@ import onnxq
 from onnxq import OnnxqError, recipes
 from onnxq import graph as graphs
 from onnxq.calibration import weight_ranges
-from onnxq.config import build_knobs
+from onnxq.config import build_knobs, parse_assignments
 from onnxq.formats import FORMATS, fake_quantize, scale_and_zero_point
 from onnxq.knobs import choices_of
 
@@ -71,6 +71,14 @@ def test_the_least_error_is_no_larger_than_that_of_the_extremes(name: str) -> No
     assert (clipped <= extreme * (1 + 1e-5)).all()
     if number_format.bits <= 4:
         assert clipped.sum() < (0.8 if symmetric else 0.9) * extreme.sum()
+
+
+def test_numbers_may_be_written_in_powers_of_ten() -> None:
+    load = recipes.get("lsq").load()
+    for text in ("1e-5", "1.0e-5", "0.00001"):
+        assert build_knobs(load, parse_assignments([f"weight_rate={text}"]), "lsq").weight_rate == 1e-5
+    with pytest.raises(OnnxqError, match="expected float"):
+        build_knobs(load, parse_assignments(["weight_rate=fast"]), "lsq")
 
 
 def test_unknown_weight_ranges_are_named(tmp_path: Path) -> None:
