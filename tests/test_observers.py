@@ -79,3 +79,20 @@ def test_an_unknown_rule_is_named() -> None:
 
 def test_range_holds_two_ends() -> None:
     assert Range(-1.0, 2.0).high == 2.0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_robust_keeps_a_channel_that_every_sample_reaches_and_cuts_what_a_rare_one_does(symmetric: bool) -> None:
+    generator = np.random.default_rng(0)
+    batches = [generator.standard_normal((1, 512, 768)) for _ in range(4)]
+    for batch in batches:
+        batch[:, 0, 7] = 40.0  # one value of 393,216 in each sample
+    number_format = INT8 if symmetric else UINT8
+    regular = statistics(*batches)
+    assert OBSERVERS["mse"](regular, number_format, symmetric).high < 30
+    assert OBSERVERS["robust"](regular, number_format, symmetric).high == pytest.approx(0.8 * 40, rel=1e-3)
+    narrow = parse_format("int4" if symmetric else "uint4")[0]
+    assert OBSERVERS["robust"](regular, narrow, symmetric) == OBSERVERS["mse"](regular, narrow, symmetric)
+    rare = statistics(*(np.where(batch == 40.0, 4.0, batch) for batch in batches[1:]), batches[0] * 10)
+    typical = OBSERVERS["mean_extremes"](rare, number_format, symmetric)
+    assert OBSERVERS["robust"](rare, number_format, symmetric).high <= 1.5 * max(typical.high, -typical.low) + 1e-6

@@ -23,6 +23,7 @@ PENDING_VALUES = 1 << 16
 CANDIDATES = 120
 POWER_CANDIDATES = 100
 TYPICAL_MARGIN = 1.5
+TYPICAL_FLOOR = 0.8
 
 
 class Statistics:
@@ -264,13 +265,21 @@ def robust(statistics: Statistics, number_format: NumberFormat, symmetric: bool)
     The squared error of a value that one rare sample reaches can outweigh everything else and coarsen the step for
     all samples, though clipping it hardly matters downstream. On MobileNetV2, whose linear bottlenecks have such
     values, this is worth 2 to 4 dB at the output; elsewhere it changes next to nothing.
+
+    Nor, with 8 bits or more, further in than 0.8 times that. What every sample reaches is no rare value but, behind the
+    LayerNorms of encoders of text, one channel of hundreds, too few to count in the error and missed by all that
+    follows. On all-MiniLM-L6-v2 this is worth up to 9 dB for ``cpu`` and 2 dB for ``tensorrt``; where nothing was
+    wrong it costs 1 dB at most, and on the convolutional networks and denoisers that it was tried on nothing.
     """
     least, typical = mse(statistics, number_format, symmetric), mean_extremes(statistics, number_format, symmetric)
-    low, high = typical.low * TYPICAL_MARGIN, typical.high * TYPICAL_MARGIN
-    if symmetric:
-        limit = max(-low, high)
-        low, high = -limit, limit
-    return Range(max(least.low, low), min(least.high, high))
+    inner = TYPICAL_FLOOR if number_format.bits >= 8 else 0.0
+    low = max(min(least.low, typical.low * inner), typical.low * TYPICAL_MARGIN)
+    high = min(max(least.high, typical.high * inner), typical.high * TYPICAL_MARGIN)
+    if not symmetric:
+        return Range(low, high)
+    reached = max(-typical.low, typical.high)
+    limit = min(max(-least.low, least.high, reached * inner), reached * TYPICAL_MARGIN)
+    return Range(-limit if least.low < 0 else 0.0, limit)
 
 
 def power(statistics: Statistics, number_format: NumberFormat, symmetric: bool) -> Range:
