@@ -279,9 +279,9 @@ def test_lsq_on_the_cpu_target_learns_zero_points(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"distil": "layers"}, "expected distil of network, blocks, found 'layers'"),
+        ({"distil": "layers"}, "expected distil of blocks, network, found 'layers'"),
         ({"distil": "blocks", "block_inputs": "both"}, "expected block_inputs of student, teacher, found 'both'"),
-        ({"optimizer": "lion"}, "expected an optimizer of adam, sgd, found 'lion'"),
+        ({"optimizer": "lion"}, "expected optimizer of adam, sgd, found 'lion'"),
         ({"weight_rate": 0.0, "step_rate": 0.0}, "expected weights or steps that learn, found neither"),
         ({"weight_rate": 1e30, "optimizer": "sgd"}, "expected a finite loss while fine-tuning, found"),
     ],
