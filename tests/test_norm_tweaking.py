@@ -95,6 +95,7 @@ def test_only_norms_change_and_held_out_text_comes_closer(shared_data: object) -
 
 
 def test_what_does_not_fit_is_refused(shared_data: object) -> None:
-    for knobs, message in (({"base": "awq"}, "base of nearest, gptq"), ({"method": "exact"}, "method of gradient, closed_form")):
+    words = (({"base": "awq"}, "base of nearest, gptq"), ({"method": "exact"}, "method of gradient, closed_form"))
+    for knobs, message in words:
         with pytest.raises(OnnxqError, match=message):
             onnxq.quantize(STORIES, [{"input_ids": np.ones((1, 8), np.int64)}], recipe="norm-tweaking", knobs=knobs)
