@@ -81,13 +81,14 @@ def gpu() -> tuple[str | None, bool]:
     capability = gpu_sm()
     if capability is None:
         return None, False
-    try:
-        import ctypes
+    from onnxq import cuda
+    from onnxq.errors import OnnxqError
 
-        ctypes.CDLL("libcudart.so.12")
-    except OSError:
+    try:
+        cuda.require_provider()
+    except OnnxqError:
         return capability, False
-    return capability, True
+    return capability, not cuda.load_libraries()
 
 
 def machine() -> dict[str, str]:

@@ -17,13 +17,17 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
+from onnxq import cuda
 from onnxq.errors import OnnxqError
 from onnxq.parts import Parts
 
 Array = np.ndarray[Any, Any]
 Feed = Mapping[str, Array]
 
-PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+PROVIDERS: dict[str, list[Any]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": [(cuda.PROVIDER, cuda.OPTIONS), "CPUExecutionProvider"],
+}
 LARGE_TENSOR_BYTES = 1 << 20  # kept out of the serialised model, which protobuf limits to 2 GiB
 IN_MEMORY_LIMIT_BYTES = 1 << 29
 SPINNING = "session.intra_op.allow_spinning"
@@ -196,6 +200,8 @@ class Session:
 def _inference_session(source: bytes | str, options: onnxruntime.SessionOptions, device: str) -> Any:
     session = onnxruntime.InferenceSession(source, options, providers=PROVIDERS[device])
     session._model_bytes = None  # kept only to start over on another provider, which we never do
+    if device == "cuda":
+        cuda.require_on_gpu(session)
     return session
 
 
@@ -312,15 +318,7 @@ def _check_device(device: str) -> None:
     if device not in PROVIDERS:
         raise OnnxqError(f"expected a device of {', '.join(PROVIDERS)}, found {device!r}", hint="use --device cpu")
     if device == "cuda":
-        try:
-            import ctypes
-
-            ctypes.CDLL("libcuda.so.1")
-        except OSError as error:
-            raise OnnxqError(
-                "expected an NVIDIA driver for --device cuda, found none (libcuda.so.1 does not load)",
-                hint="use --device cpu; every command works without a GPU",
-            ) from error
+        cuda.require_provider()
 
 
 def _one_line(error: BaseException) -> str:

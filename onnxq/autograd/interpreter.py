@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from onnxq import cuda
 from onnxq import graph as graphs
 from onnxq.autograd.ops import OPS, takes_outputs
 from onnxq.autograd.ops.operands import TORCH_TYPES, to_torch
@@ -65,11 +66,8 @@ class TorchGraph:
     def __init__(self, model: ir.Model, device: str = "cpu") -> None:
         self.model = model
         self.device = torch.device(device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise OnnxqError(
-                "expected a GPU that torch can use for --device cuda, found none",
-                hint="use --device cpu, or install a build of torch with CUDA",
-            )
+        if self.device.type == "cuda":
+            cuda.prepare_torch()
         self.parameters: dict[str, Tensor] = {}
         self.input_names = [value.name or "" for value in model.graph.inputs if not value.is_initializer()]
         self.output_names = [value.name or "" for value in model.graph.outputs]

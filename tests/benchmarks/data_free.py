@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=0, help="of --learned, for each block")
     parser.add_argument("--target", default="tensorrt")
     parser.add_argument("--learned", action="store_true")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     print(HEADER, flush=True)
     for name in arguments.only:
@@ -85,6 +86,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> Iterator[
                 knobs = {"observer": arguments.rule or "mse", "iterations": arguments.iterations}
                 options = {"recipe": "genie", "first_last": "int8", "knobs": knobs}
             options |= {"weights": weights, "activations": activations, "target": arguments.target, "seed": seed}
+            options |= {"device": arguments.device}
             onnxq.quantize(model, data, output=output, budget=arguments.budget, **options)
             found = onnxq.compare(model, output, folder / "test.npz", latency=False, layers=False)
             yield (
@@ -108,7 +110,7 @@ def inputs(
         noise = list(Noise(specs, count=count, seed=seed))
         made = {specs[0].name: np.stack([sample[specs[0].name] for sample in noise])}
     else:
-        found = synthesise(loaded, method, count=count, budget=arguments.budget, seed=seed)
+        found = synthesise(loaded, method, count=count, budget=arguments.budget, seed=seed, device=arguments.device)
         made, rule = {found.name: found.inputs}, found.observer
     np.savez(path, **made)  # type: ignore[arg-type]
     return path, rule

@@ -114,6 +114,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--test-samples", type=int, default=2500)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prepared", type=Path, help="where prepared inputs are kept between runs")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -129,7 +131,15 @@ def main() -> None:
                 for recipe in options.recipes.split(","):
                     for iterations in ["0"] if recipe in WITHOUT_ITERATIONS else options.iterations.split(","):
                         row = measure(
-                            model, inputs, test, recipe, formats, int(iterations), first_last=options.first_last
+                            model,
+                            inputs,
+                            test,
+                            recipe,
+                            formats,
+                            int(iterations),
+                            first_last=options.first_last,
+                            device=options.device,
+                            seed=options.seed,
                         )
                         rows.append(row)
                         print(
