@@ -86,8 +86,8 @@ class TorchGraph:
         """Compute values from other values; nodes that are not needed in between do not run.
 
         Args:
-            given: Known values by name: graph inputs, inner values, or initializers to run with another tensor.
-                Their batch may differ from one that the export fixed, if it is a multiple of it.
+            given: Known values by name: graph inputs, inner values, or initializers to run with another tensor, on
+                any device. Their batch may differ from one that the export fixed, if it is a multiple of it.
             wanted: Names of the values to return.
             replaced: Values that are computed by a function instead of by their node.
 
@@ -99,6 +99,7 @@ class TorchGraph:
         """
         names = tuple(wanted)
         replaced = replaced or {}
+        given = {name: self._placed(tensor) for name, tensor in given.items()}
         batched = self._batched(given)
         if not batched:
             return self._run(given, names, replaced)
@@ -154,16 +155,16 @@ class TorchGraph:
                     alive[name] = self._initializer(name or "")
             function = replaced[step.outputs[0]].function if step.outputs[0] in replaced else step.function
             try:
-                result = function(*[alive[name] for name in step.inputs], **step.attributes)
+                result = function(*self._together([alive[name] for name in step.inputs]), **step.attributes)
             except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError) as error:
                 raise OnnxqError(
                     f"expected {step.label} to run in torch, found: {' '.join(str(error).split())[:300]}",
                     hint="check the shapes that the data gives it; an op or attribute may not be supported here",
                 ) from error
             if isinstance(result, Tensor):
-                alive[step.outputs[0]] = result
+                alive[step.outputs[0]] = self._moved(result)
             else:
-                alive.update(zip(step.outputs, result, strict=False))
+                alive.update(zip(step.outputs, map(self._moved, result), strict=False))
             for name in step.finished:
                 alive.pop(name, None)  # a node may give fewer outputs than it names
         found = {}
@@ -261,6 +262,16 @@ class TorchGraph:
     def _placed(self, tensor: Tensor) -> Tensor:
         """The tensor where it is used: integers that may describe shapes on the CPU, all else on the device."""
         return tensor if tensor.dtype == torch.int64 else tensor.to(self.device)
+
+    def _together(self, operands: list[Tensor | None]) -> list[Tensor | None]:
+        """Operands of one node where it runs: on the device if one is there, but for integers, which it may read."""
+        if self.device.type == "cpu" or all(one is None or one.device.type == "cpu" for one in operands):
+            return operands
+        return [None if one is None else self._placed(one) for one in operands]
+
+    def _moved(self, result: Tensor) -> Tensor:
+        """A node's result; floats that came of integers on the CPU, such as a time step, go to the device."""
+        return result.to(self.device) if isinstance(result, Tensor) and result.is_floating_point() else result
 
     def _as_declared(self, name: str, tensor: Any) -> Any:
         """Codes travel as floats between Q and DQ, to carry gradients; whoever asks for them gets integers."""

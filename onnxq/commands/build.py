@@ -33,7 +33,7 @@ def build(
     sm: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SM", help="Compute capability, such as 89; repeatable. TensorRT-RTX needs no GPU for it."
+            "--sm", metavar="SM", help="Compute capability, such as 89; repeatable. TensorRT-RTX needs no GPU for it."
         ),
     ] = None,
     shapes: Annotated[

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.engines.runtimes import PACKAGES, gpu_sm
+from onnxq.engines.runtimes import PACKAGES, gpu_sm, require_kernels
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Array, Feed
 
@@ -34,6 +34,7 @@ class EngineSession:
                 f"expected the {runtime} package, which built {engine.name}, found none that loads",
                 hint="`onnxq doctor` says what is installed",
             ) from error
+        require_kernels(runtime, self._trt)
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(engine.read_bytes())
         if self._engine is None:

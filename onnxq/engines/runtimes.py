@@ -145,10 +145,10 @@ def _full_sm(wanted: tuple[str, ...] | None, gpu: str | None) -> tuple[str, ...]
 
 
 def _rtx_sm(module: Any, wanted: tuple[str, ...] | None, gpu: str | None) -> tuple[str, ...]:
-    names = module.ComputeCapability.__members__
-    legal = [name.removeprefix("SM") for name in names if name.startswith("SM")]
     if wanted is None:
-        return (gpu,) if gpu is not None and gpu in legal else (DEFAULT_SM,)
+        require_kernels("tensorrt-rtx", module)
+        return (gpu or DEFAULT_SM,)
+    legal = _known_sm(module)
     unknown = [sm for sm in wanted if sm not in legal]
     if unknown:
         raise OnnxqError(
@@ -156,6 +156,26 @@ def _rtx_sm(module: Any, wanted: tuple[str, ...] | None, gpu: str | None) -> tup
             hint=f"the legal ones are: {', '.join(legal)}",
         )
     return wanted
+
+
+def require_kernels(runtime: str, module: Any) -> None:
+    """See that a runtime runs on this machine's GPU: TensorRT-RTX leaves out data-centre GPUs such as SM 90.
+
+    Raises:
+        OnnxqError: it does not.
+    """
+    gpu, legal = gpu_sm(), _known_sm(module)
+    if gpu is not None and legal and gpu not in legal:
+        raise OnnxqError(
+            f"expected a GPU that {runtime} runs on (SM {', '.join(legal)}), found SM {gpu}",
+            hint=f"{INSTALL['tensorrt']} builds for this one; --sm {DEFAULT_SM} builds for another machine",
+        )
+
+
+def _known_sm(module: Any) -> list[str]:
+    """The compute capabilities that a runtime names, which full TensorRT does not."""
+    names = getattr(getattr(module, "ComputeCapability", None), "__members__", ())
+    return [name.removeprefix("SM") for name in names if name.startswith("SM")]
 
 
 def _plain(sm: str) -> str:
