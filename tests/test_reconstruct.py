@@ -104,7 +104,7 @@ def test_cache_moves_to_files_and_back(tmp_path: Path) -> None:
     with ActivationCache(1000, str(tmp_path)) as cache:
         cache.allocate("small", (10, 10), np.dtype(np.float32))
         cache.allocate("large", (100, 100), np.dtype(np.float32))
-        cache.write("large", slice(0, 100), np.ones((100, 100), np.float32))
+        cache.write("large", slice(0, 100), torch.ones(100, 100))
         cache.alias("again", "large")
         assert cache.used_bytes == 400
         cache.free("large")

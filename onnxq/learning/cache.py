@@ -1,4 +1,4 @@
-"""Activations kept between two blocks: in memory as long as they fit into a budget, in files after that."""
+"""Activations kept between two blocks: on the GPU or in memory as long as they fit, in files after that."""
 
 from __future__ import annotations
 
@@ -65,14 +65,19 @@ class ActivationCache:
     Args:
         memory_bytes: How much may lie in memory; what is more lies in files that are read row by row.
         folder: Where the files go; ``None``: the system's folder for temporary files.
+        device: Where the network learns. Floats stay on a GPU while they fit into half of what is free there: what
+            a step of learning reads need not travel.
     """
 
-    def __init__(self, memory_bytes: int, folder: str | None = None) -> None:
+    def __init__(
+        self, memory_bytes: int, folder: str | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         self.memory_bytes = memory_bytes
         self.used_bytes = 0
+        self.device = torch.device(device)
         self._parent = folder
         self._folder: str | None = None
-        self._arrays: dict[str, Array | _Stored] = {}
+        self._arrays: dict[str, Array | _Stored | Tensor] = {}
         self._counter = 0
 
     def __enter__(self) -> ActivationCache:
@@ -96,7 +101,9 @@ class ActivationCache:
             OnnxqError: the disk is full.
         """
         size = max(1, math.prod(shape)) * dtype.itemsize
-        if self.used_bytes + size <= self.memory_bytes:
+        if self._fits_on_gpu(size, dtype):
+            self._arrays[name] = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=self.device)
+        elif self.used_bytes + size <= self.memory_bytes:
             self._arrays[name] = np.empty(shape, dtype)
             self.used_bytes += size
         else:
@@ -106,13 +113,20 @@ class ActivationCache:
         """Another name for an array that is there."""
         self._arrays[name] = self._arrays[existing]
 
-    def write(self, name: str, index: slice, rows: Array) -> None:
+    def write(self, name: str, index: slice, rows: Tensor) -> None:
         """Fill some samples of an array."""
-        self._arrays[name][index] = rows
+        array = self._arrays[name]
+        if isinstance(array, Tensor):
+            array[index] = rows.to(array.device)
+        else:
+            array[index] = rows.cpu().numpy()
 
     def rows(self, name: str, index: Array | slice) -> Tensor:
-        """Some samples of an array, as a tensor of its own."""
-        return torch.from_numpy(np.array(self._arrays[name][index]))
+        """Some samples of an array, as a tensor of its own, where the array is."""
+        array = self._arrays[name]
+        if isinstance(array, Tensor):
+            return array[index].clone() if isinstance(index, slice) else array[torch.from_numpy(index).to(array.device)]
+        return torch.from_numpy(np.array(array[index]))
 
     def free(self, name: str) -> None:
         """Drop an array; its memory or file goes with the last name it has."""
@@ -121,8 +135,14 @@ class ActivationCache:
             return
         if isinstance(array, _Stored):
             array.close()
-        else:
+        elif not isinstance(array, Tensor):
             self.used_bytes -= max(1, array.size) * array.itemsize
+
+    def _fits_on_gpu(self, size: int, dtype: np.dtype[Any]) -> bool:
+        if self.device.type != "cuda" or dtype.kind != "f":
+            return False
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return size <= free // 2
 
     def _in_file(self, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> _Stored:
         if self._folder is None:

@@ -82,7 +82,7 @@ def round_layers(
     done = Checkpoint(job.checkpoint, fingerprint(job.model, checkpoint, options, samples, job.settings.seed))
     settled: set[str] = set()  # a weight that two blocks share is rounded in the first
     with (
-        ActivationCache(cache_mib << 20) as cache,
+        ActivationCache(cache_mib << 20, device=job.settings.device) as cache,
         job.progress.stage("learn", "Rounding columns", len(blocks)) as advance,
         torch.inference_mode(),
     ):

@@ -45,7 +45,7 @@ def distil_network(
     inputs = tuple(graph.input_names)
     whole = [Block(name, inputs, name, ()) for name in outputs]
     with (
-        ActivationCache(cache_mib << 20) as cache,
+        ActivationCache(cache_mib << 20, device=job.settings.device) as cache,
         job.progress.stage("learn", "Fine-tuning", options.steps, "steps") as advance,
     ):
         walk = Walk(graph, quantizers, whole, cache)
@@ -98,7 +98,7 @@ def distil_blocks(
     whole_blocks = replace(options, save_every=options.steps + 1)  # a block is finished soon: kept whole or not at all
     settled: set[str] = set()  # an initializer that two blocks share is learned in the first
     with (
-        ActivationCache(cache_mib << 20) as cache,
+        ActivationCache(cache_mib << 20, device=job.settings.device) as cache,
         job.progress.stage("learn", "Fine-tuning", len(blocks), "blocks") as advance,
     ):
         walk = Walk(graph, quantizers, blocks, cache)

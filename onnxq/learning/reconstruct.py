@@ -134,7 +134,7 @@ def reconstruct(
     done = Checkpoint(job.checkpoint, fingerprint(job.model, checkpoint, options, samples, job.settings.seed))
     settled = set(settled)  # a weight or scale that two blocks share is learned in the first
     with (
-        ActivationCache(cache_mib << 20) as cache,
+        ActivationCache(cache_mib << 20, device=job.settings.device) as cache,
         job.progress.stage("learn", "Reconstructing", len(blocks), "blocks") as advance,
     ):
         walk = Walk(graph, quantizers, blocks, cache)

@@ -62,7 +62,7 @@ class Walk:
                     self.cache.allocate(FLOAT + name, (samples, 1, *array.shape[1:]), array.dtype)
                     self.cache.alias(QUANTIZED + name, FLOAT + name)
                     self._axes[name] = 0
-                self.cache.write(FLOAT + name, slice(start, start + rows), array[:, None])
+                self.cache.write(FLOAT + name, slice(start, start + rows), torch.from_numpy(array[:, None]))
             start += rows
         self.samples = start  # an incomplete last batch of an export with a fixed batch is left out
         fixed = next((spec.batch for spec in specs if spec.batch is not None), None) or 1
@@ -100,9 +100,10 @@ class Walk:
                 if start == 0:
                     self._axes[name] = self._batch_axis(block, value, rows, kind, replaced)
                 moved = value.movedim(self._axes[name], 0)
-                array = moved.reshape(rows, -1, *moved.shape[1:]).cpu().numpy()
+                array = moved.reshape(rows, -1, *moved.shape[1:])
                 if start == 0:
-                    self.cache.allocate(kind + name, (self.samples, *array.shape[1:]), array.dtype)
+                    kept = array[:0].cpu().numpy().dtype
+                    self.cache.allocate(kind + name, (self.samples, *array.shape[1:]), kept)
                 self.cache.write(kind + name, index, array)
 
     def _batch_axis(

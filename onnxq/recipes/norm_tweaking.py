@@ -112,7 +112,7 @@ class _Tweak:
 
     def run(self) -> None:
         with (
-            ActivationCache(self.knobs.cache_mib << 20) as cache,
+            ActivationCache(self.knobs.cache_mib << 20, device=self.graph.device) as cache,
             self.job.progress.stage("learn", "Tweaking norms", len(self.units)) as advance,
         ):
             walk = Walk(self.graph, self.quantizers, self.units, cache)

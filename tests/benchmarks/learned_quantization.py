@@ -72,9 +72,18 @@ def prepared(data: Path, name: str, part: str, count: int, folder: Path) -> Path
 
 
 def measure(
-    model: Path, inputs: Path, test: Path, recipe: str, formats: str, iterations: int, **settings: Any
+    model: Path,
+    inputs: Path,
+    test: Path,
+    recipe: str,
+    formats: str,
+    iterations: int,
+    cache_mib: int | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     name, knobs = knobs_of(recipe, iterations)
+    if cache_mib and recipe != "nearest":
+        knobs = knobs | {"cache_mib": cache_mib}
     weights, activations = formats.split("/")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "quantized.onnx"
@@ -116,6 +125,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache-mib", type=int, help="memory for activations between two blocks")
     parser.add_argument("--prepared", type=Path, help="where prepared inputs are kept between runs")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -138,6 +148,7 @@ def main() -> None:
                             formats,
                             int(iterations),
                             first_last=options.first_last,
+                            cache_mib=options.cache_mib,
                             device=options.device,
                             seed=options.seed,
                         )
