@@ -69,9 +69,7 @@ class ActivationCache:
             a step of learning reads need not travel.
     """
 
-    def __init__(
-        self, memory_bytes: int, folder: str | None = None, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, memory_bytes: int, folder: str | None = None, device: torch.device | str = "cpu") -> None:
         self.memory_bytes = memory_bytes
         self.used_bytes = 0
         self.device = torch.device(device)
@@ -102,7 +100,9 @@ class ActivationCache:
         """
         size = max(1, math.prod(shape)) * dtype.itemsize
         if self._fits_on_gpu(size, dtype):
-            self._arrays[name] = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=self.device)
+            self._arrays[name] = torch.empty(
+                shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=self.device
+            )
         elif self.used_bytes + size <= self.memory_bytes:
             self._arrays[name] = np.empty(shape, dtype)
             self.used_bytes += size

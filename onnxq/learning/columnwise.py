@@ -88,7 +88,7 @@ def round_layers(
     ):
         walk = Walk(graph, quantizers, blocks, cache)
         walk.fill(job.source, job.specs, samples)
-        network = _Network(graph, walk, quantizers, readers, biases, options, search or extremes)
+        network = Network(graph, walk, quantizers, readers, biases, options, search or extremes)
         for position, block in enumerate(blocks):
             names = inside(graph, block)
             weights = [item for item in quantizers if item.is_weight and item.output in names]
@@ -97,13 +97,7 @@ def round_layers(
                 walk.prepare(block)
             finished = done.load(block.name)
             if finished is None:
-                learned: dict[str, Tensor] = {}
-                before: dict[str, Tensor] = {}  # what the float network still has where this block has changed
-                for group in network.in_order(weights):
-                    found = network.round(block, group, before)
-                    before |= {name: read(graph, name).clone() for name in found if name not in before}
-                    found_quantizers.store(graph, found)
-                    learned |= found
+                learned, _ = network.round_block(block, weights)
                 finished = {name: tensor.cpu().numpy() for name, tensor in learned.items()}
                 done.save(block.name, finished)
             found_quantizers.store(graph, finished)
@@ -112,8 +106,18 @@ def round_layers(
             advance(position + 1)
 
 
-class _Network:
-    """The Q/DQ graph while its layers are rounded."""
+class Network:
+    """The Q/DQ graph while its layers are rounded.
+
+    Args:
+        graph: It, in torch.
+        walk: Where the inputs of blocks are.
+        quantizers: All of its quantizers.
+        readers: The layers that read each weight (:func:`readers_of`).
+        biases: The biases that take back mean errors (:func:`own_biases`).
+        options: How layers are rounded.
+        search: How scales of blocks follow from columns, where they are not static.
+    """
 
     def __init__(
         self,
@@ -132,7 +136,26 @@ class _Network:
         self._nodes = {value.name: node for node in graph.model.graph for value in node.outputs}
         self._position = {node: index for index, node in enumerate(graph.model.graph)}
 
-    def in_order(self, weights: Sequence[Quantizer]) -> Iterator[list[Quantizer]]:
+    def round_block(self, block: Block, weights: Sequence[Quantizer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Round the weights of a block in ``graph``, first readers first.
+
+        Args:
+            block: The block, which the walk has come to.
+            weights: Its weights.
+
+        Returns:
+            The new initializers by name, and what they were.
+        """
+        learned: dict[str, Tensor] = {}
+        before: dict[str, Tensor] = {}  # what the float network still has where this block has changed
+        for group in self._in_order(weights):
+            found = self._round_group(block, group, before)
+            before |= {name: read(self.graph, name).clone() for name in found if name not in before}
+            found_quantizers.store(self.graph, found)
+            learned |= found
+        return learned, before
+
+    def _in_order(self, weights: Sequence[Quantizer]) -> Iterator[list[Quantizer]]:
         """The weights whose layers read one value, together, first readers first."""
         groups: dict[str, list[Quantizer]] = {}
         for item in sorted(weights, key=self._first_reader):
@@ -140,7 +163,9 @@ class _Network:
             groups.setdefault(layers[0].activation if layers else "", []).append(item)
         yield from groups.values()
 
-    def round(self, block: Block, weights: Sequence[Quantizer], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _round_group(
+        self, block: Block, weights: Sequence[Quantizer], before: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """New initializers by name, for weights whose layers depend on no weight that is not rounded yet.
 
         Args:

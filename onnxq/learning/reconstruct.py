@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,15 @@ from torch import Tensor
 from onnxq.autograd.blocks import Block, cut
 from onnxq.autograd.interpreter import Replacement, TorchGraph
 from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.calibration.weight_ranges import extremes
 from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
 from onnxq.learning.activations import LearnedStep, random_mask
 from onnxq.learning.bias_means import BiasMeans
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
+from onnxq.learning.columnwise import Columnwise, Network
+from onnxq.learning.own_initializers import own_biases, readers_of, separate_weights
 from onnxq.learning.quantizers import Grid, Quantizer, as_float
 from onnxq.learning.rounding import LearnedRounding
 from onnxq.learning.walk import FLOAT, QUANTIZED, Walk, inside
@@ -50,6 +53,9 @@ class Reconstruction:
         learn_weights: Whether weights are learned; without, they stay where an earlier phase has left them.
         power: The error's exponent.
         correct_biases: Whether biases take back the mean error that a block is left with.
+        start: ``nearest``: every weight chooses between the two codes around it; ``gptq``: between the code that GPTQ
+            gives it, on what the blocks before make, and that code's neighbour.
+        bias_rate: Adam's rate for biases; 0 keeps them.
     """
 
     iterations: int = 1000
@@ -66,6 +72,8 @@ class Reconstruction:
     learn_weights: bool = True
     power: float = 2.0
     correct_biases: bool = False
+    start: str = "nearest"
+    bias_rate: float = 0.0
 
 
 # Steps for each block. The papers' need a GPU or a night; a tenth of them comes close.
@@ -128,7 +136,11 @@ def reconstruct(
         checkpoint: Name of this stage within the job's checkpoint.
         settled: Weights and scales that were learned before, and stay.
     """
+    if options.start == "gptq":
+        separate_weights(job.model.graph)
     quantizers = found_quantizers.find(job.model.graph)
+    readers = readers_of(job.model.graph, quantizers)
+    own = own_biases(job.model.graph, readers) if options.start == "gptq" or options.bias_rate > 0 else {}
     biases = BiasMeans(job.model.graph, quantizers) if options.correct_biases else None
     graph = TorchGraph(job.model, job.settings.device)
     done = Checkpoint(job.checkpoint, fingerprint(job.model, checkpoint, options, samples, job.settings.seed))
@@ -139,16 +151,27 @@ def reconstruct(
     ):
         walk = Walk(graph, quantizers, blocks, cache)
         walk.fill(job.source, job.specs, samples)
+        columns = Network(graph, walk, quantizers, readers, own, Columnwise(act_order=True, asymmetry=0.5), extremes)
         for position, block in enumerate(blocks):
             names = inside(graph, block)
-            own = [item for item in quantizers if item.output in names]
-            weights = [item for item in own if item.is_weight and item.source not in settled]
+            inner = [item for item in quantizers if item.output in names]
+            weights = [item for item in inner if item.is_weight and item.source not in settled]
             walk.prepare(block)
             finished = done.load(block.name)
             if finished is None:
                 learns = bool(weights) or not options.learn_weights
                 expected = biases.expected(graph, walk, block, names) if biases is not None and learns else {}
-                learned = _Block(job, graph, walk, block, own, weights, settled, options).learn() if learns else {}
+                rounded: dict[str, Tensor] = {}
+                if learns and options.start == "gptq":
+                    with torch.no_grad():
+                        rounded, before = columns.round_block(block, weights)
+                    sources = {item.source for item in weights}
+                    found_quantizers.store(graph, {name: before[name] for name in sources & before.keys()})
+                learned = {name: tensor for name, tensor in rounded.items() if name in own.values()}
+                trained = [own[item.output] for item in weights if item.output in own] if options.bias_rate > 0 else []
+                if learns:
+                    state = _Block(job, graph, walk, block, inner, weights, settled, options, rounded, trained)
+                    learned |= state.learn()
                 found_quantizers.store(graph, learned)
                 if biases is not None:
                     learned |= biases.correct(graph, walk, block, expected)
@@ -156,7 +179,7 @@ def reconstruct(
                 done.save(block.name, finished)
             found_quantizers.store(graph, finished)
             settled.update(item.source for item in weights)
-            settled.update(item.scale for item in own)
+            settled.update(item.scale for item in inner)
             walk.advance(block)
             advance(position + 1)
 
@@ -174,13 +197,19 @@ class _Block:
         weights: Sequence[Quantizer],
         settled: set[str],
         options: Reconstruction,
+        rounded: Mapping[str, Tensor],
+        biases: Sequence[str],
     ) -> None:
         self.graph, self.walk, self.block, self.options = graph, walk, block, options
         seed = zlib.crc32(block.name.encode()) ^ job.settings.seed
         self.generator = torch.Generator(graph.device).manual_seed(seed)
         self.choice = np.random.default_rng(seed)
         integers = [item for item in weights if not item.is_float_format and options.learn_weights]
-        self.roundings = [LearnedRounding(Grid(graph, item), options.weight_step_rate > 0) for item in integers]
+        self.roundings = [
+            LearnedRounding(Grid(graph, item), options.weight_step_rate > 0, rounded.get(item.source))
+            for item in integers
+        ]
+        self.biases = {name: found_quantizers.read(graph, name).clone().requires_grad_() for name in biases}
         weight_sources = {item.grid.quantizer.output: Replacement((), item.weight) for item in self.roundings}
         others = [item for item in own if item.is_weight and item.output not in weight_sources]
         activations = [item for item in own if not item.is_weight]
@@ -203,7 +232,7 @@ class _Block:
 
     def learn(self) -> dict[str, Tensor]:
         """The block's new initializers by name."""
-        if self.roundings or self.steps:
+        if self.roundings or self.steps or self.biases:
             self._optimise()
         learned: dict[str, Tensor] = {}
         for rounding in self.roundings:
@@ -212,17 +241,18 @@ class _Block:
             learned[rounding.grid.quantizer.scale] = step
         for item in self.steps:
             learned |= item.learned()
-        return learned
+        return learned | {name: bias.detach() for name, bias in self.biases.items()}
 
     def _optimise(self) -> None:
         options, output = self.options, self.block.output
 
         def error() -> Tensor:
             index = np.sort(self.choice.choice(self.walk.samples, min(options.batch, self.walk.samples), replace=False))
-            found = self.graph.run(self._inputs(index), [output], replaced=self.replaced)[output]
+            given = self._inputs(index) | self.biases
+            found = self.graph.run(given, [output], replaced=self.replaced)[output]
             return output_error(found, self.walk.target(self.block, index).to(found.device), options.power)
 
-        descend(error, self.roundings, self.steps, options)
+        descend(error, self.roundings, self.steps, options, list(self.biases.values()))
 
     def _inputs(self, index: np.ndarray) -> dict[str, Tensor]:
         device = self.graph.device
@@ -241,6 +271,7 @@ def descend(
     roundings: Sequence[LearnedRounding],
     steps: Sequence[LearnedStep],
     options: Reconstruction,
+    biases: Sequence[Tensor] = (),
 ) -> None:
     """Adam on an error and the penalty that makes every rounding decide.
 
@@ -249,12 +280,15 @@ def descend(
         roundings: The weights' variables.
         steps: The activations' step sizes, if they are learned.
         options: Iterations, rates and penalty.
+        biases: The biases, if they are learned.
     """
     groups: list[dict[str, Any]] = [{"params": [item.variable for item in roundings], "lr": options.rounding_rate}]
     if options.weight_step_rate > 0:
         groups.append({"params": [item.log_step for item in roundings], "lr": options.weight_step_rate})
     if steps:
         groups.append({"params": [item.log_step for item in steps], "lr": options.activation_step_rate})
+    if biases:
+        groups.append({"params": list(biases), "lr": options.bias_rate})
     first_rates = [float(group["lr"]) for group in groups]
     optimizer = torch.optim.Adam(groups)
     warm_up = int(options.warm_up * options.iterations)

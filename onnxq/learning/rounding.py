@@ -7,6 +7,7 @@ from torch import Tensor
 
 from onnxq.learning.quantizers import Grid
 
+START_FROM_CODE = 0.2  # how far towards the neighbour a weight starts that has been rounded before
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # gamma and zeta: the sigmoid reaches 0 and 1, and has no gradient beyond
 
 
@@ -22,13 +23,21 @@ class LearnedRounding:
     Args:
         grid: The weight's grid.
         learn_step: Whether the step is learned too.
+        rounded: What another method has made of the weight: the two codes are then its own and the neighbour on the
+            side of the float weight, wherever that is.
     """
 
-    def __init__(self, grid: Grid, learn_step: bool = False) -> None:
+    def __init__(self, grid: Grid, learn_step: bool = False, rounded: Tensor | None = None) -> None:
         self.grid = grid
         ratio = grid.weight / grid.spread(grid.scale)
-        self.floor = ratio.floor()
-        rest = ratio - self.floor
+        if rounded is None:
+            self.floor = ratio.floor()
+            rest = ratio - self.floor
+        else:
+            code = (rounded / grid.spread(grid.scale)).round()
+            from_below = (ratio < code).to(ratio.dtype)
+            self.floor = code - from_below
+            rest = START_FROM_CODE + from_below * (1 - 2 * START_FROM_CODE)
         self.variable = -torch.log((STRETCH_HIGH - STRETCH_LOW) / (rest - STRETCH_LOW) - 1)
         self.variable.requires_grad_(True)
         self.log_step = torch.zeros_like(grid.scale, requires_grad=learn_step)

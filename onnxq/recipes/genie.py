@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.recipes.qdrop import QDrop
 
 
@@ -43,6 +44,9 @@ class Genie:
         regularisation: Weight of the penalty on undecided roundings.
         observer: How the first range follows from the statistics of an activation.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
+        start: ``nearest``: every weight chooses between the two codes around it; ``gptq``: between the code that GPTQ
+            gives it and that code's neighbour.
+        bias_rate: Adam's rate for biases; 0 keeps them.
         samples: How many samples to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
@@ -59,6 +63,8 @@ class Genie:
     regularisation: float = 0.01
     observer: str = "mse"
     weight_ranges: str = "mse"
+    start: str = choice("nearest", "gptq")
+    bias_rate: float = 0.0
     samples: int = 1024
     cache_mib: int = 1024
 
@@ -74,6 +80,8 @@ class Genie:
             regularisation=self.regularisation,
             observer=self.observer,
             weight_ranges=self.weight_ranges,
+            start=self.start,
+            bias_rate=self.bias_rate,
             samples=self.samples,
             cache_mib=self.cache_mib,
         ).run(job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning.reconstruct import Reconstruction, iterations_of, quantize_by_blocks, rounding_rate
 
 
@@ -36,6 +37,9 @@ class QDrop:
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
         correct_biases: Whether biases take back the mean error that a block is left with: for networks that run many
             times over, as denoisers do; a classifier gains nothing.
+        start: ``nearest``: every weight chooses between the two codes around it; ``gptq``: between the code that GPTQ
+            gives it and that code's neighbour.
+        bias_rate: Adam's rate for biases; 0 keeps them.
         samples: How many samples to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
@@ -50,6 +54,8 @@ class QDrop:
     observer: str = "mse"
     weight_ranges: str = "mse"
     correct_biases: bool = False
+    start: str = choice("nearest", "gptq")
+    bias_rate: float = 0.0
     samples: int = 1024
     cache_mib: int = 1024
 
@@ -67,5 +73,7 @@ class QDrop:
             mix=self.mix,
             regularisation=self.regularisation,
             correct_biases=self.correct_biases,
+            start=self.start,
+            bias_rate=self.bias_rate,
         )
         quantize_by_blocks(job, options, "block", self.observer, self.weight_ranges, self.samples, self.cache_mib)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import onnxq
 
@@ -78,12 +79,12 @@ def measure(
     recipe: str,
     formats: str,
     iterations: int,
-    cache_mib: int | None = None,
+    more_knobs: dict[str, Any],
     **settings: Any,
 ) -> dict[str, Any]:
     name, knobs = knobs_of(recipe, iterations)
-    if cache_mib and recipe != "nearest":
-        knobs = knobs | {"cache_mib": cache_mib}
+    if recipe != "nearest":
+        knobs = knobs | more_knobs
     weights, activations = formats.split("/")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "quantized.onnx"
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache-mib", type=int, help="memory for activations between two blocks")
+    parser.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="further knobs of recipes")
     parser.add_argument("--prepared", type=Path, help="where prepared inputs are kept between runs")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -147,8 +148,8 @@ def main() -> None:
                             recipe,
                             formats,
                             int(iterations),
+                            {key: yaml.safe_load(value) for key, value in (text.split("=", 1) for text in options.set)},
                             first_last=options.first_last,
-                            cache_mib=options.cache_mib,
                             device=options.device,
                             seed=options.seed,
                         )
