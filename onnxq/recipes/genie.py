@@ -31,6 +31,7 @@ class Genie:
         - Steps are learned in the logarithm, weight steps at a rate that annealing brings to zero; the first step
           minimises the squared error, the paper's the error to the power of 2.4.
         - The first and last layers are 8-bit only with ``--first-last int8``, and the network's input is quantized.
+        - Learning starts from GPTQ's codes, as in ``brecq``; ``start=nearest`` is the paper's.
         - With ``--data``, those samples are used and no images are made.
 
     Attributes:
@@ -44,8 +45,8 @@ class Genie:
         regularisation: Weight of the penalty on undecided roundings.
         observer: How the first range follows from the statistics of an activation.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        start: ``nearest``: every weight chooses between the two codes around it; ``gptq``: between the code that GPTQ
-            gives it and that code's neighbour.
+        start: ``gptq``: every weight chooses between the code that GPTQ gives it and that code's neighbour;
+            ``nearest``: between the two codes around it.
         bias_rate: Adam's rate for biases; 0 keeps them.
         samples: How many samples to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
@@ -63,7 +64,7 @@ class Genie:
     regularisation: float = 0.01
     observer: str = "mse"
     weight_ranges: str = "mse"
-    start: str = choice("nearest", "gptq")
+    start: str = choice("gptq", "nearest")
     bias_rate: float = 0.0
     samples: int = 1024
     cache_mib: int = 1024

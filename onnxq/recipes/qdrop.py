@@ -37,8 +37,8 @@ class QDrop:
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
         correct_biases: Whether biases take back the mean error that a block is left with: for networks that run many
             times over, as denoisers do; a classifier gains nothing.
-        start: ``nearest``: every weight chooses between the two codes around it; ``gptq``: between the code that GPTQ
-            gives it and that code's neighbour.
+        start: ``gptq``: every weight chooses between the code that GPTQ gives it and that code's neighbour;
+            ``nearest``: between the two codes around it.
         bias_rate: Adam's rate for biases; 0 keeps them.
         samples: How many samples to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
@@ -54,7 +54,7 @@ class QDrop:
     observer: str = "mse"
     weight_ranges: str = "mse"
     correct_biases: bool = False
-    start: str = choice("nearest", "gptq")
+    start: str = choice("gptq", "nearest")
     bias_rate: float = 0.0
     samples: int = 1024
     cache_mib: int = 1024
