@@ -17,7 +17,7 @@ from onnxq import model as models
 from onnxq.calibration.data import Iterables
 from onnxq.config import make_settings
 from onnxq.job import Job
-from onnxq.learning.gptq import Columns, round_columns, towards_float, weighted_error
+from onnxq.learning.gptq import Columns, round_columns, towards_float, weighted_error, with_best_steps
 from onnxq.learning.hessian import Hessian, Layer, layer, unfold
 from onnxq.progress import Progress
 from onnxq.recipes.gptq import Gptq
@@ -119,6 +119,22 @@ def test_blocks_of_columns_change_nothing(act_order: bool) -> None:
         weight[:, rest] -= error[:, None] * inverse[0]
         rest = rest[1:]
     torch.testing.assert_close(rounded[0].to(torch.float64), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_other_steps_stay_only_in_rows_where_they_lose_less() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(2, 16, 12, generator=generator)
+    inputs = torch.randn(2, 200, 12, generator=generator) @ torch.randn(2, 12, 12, generator=generator)
+    hessian = (inputs.mT @ inputs / 200).double()
+    step = weight.abs().amax(dim=2, keepdim=True) / 3
+    columns = Columns(weight, step.expand_as(weight), torch.zeros_like(weight), -4, 3)
+    own, _, _ = round_columns(columns, hessian)
+    rounded, factors = with_best_steps(columns, hessian, own, (0.7, 0.85, 1.15))
+    before, after = (weighted_error(weight - value, hessian) for value in (own, rounded))
+    assert (after <= before).all() and (after < 0.9 * before).any()
+    assert torch.equal(rounded[factors == 1], own[factors == 1]) and (factors != 1).any()
+    codes = rounded / (step * factors[:, :, None])
+    assert (codes - codes.round()).abs().max() < 1e-4 and codes.min() > -4.5 and codes.max() < 3.5
 
 
 def test_independent_inputs_are_rounded_to_the_nearest() -> None:

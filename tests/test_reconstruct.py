@@ -56,7 +56,8 @@ def test_biases_take_back_the_mean_error(fashion: tuple[Path, Path], recipe: str
     expected = Session(models.load(fashion[0])).run(feed)[0]
     mean_errors = []
     for correct_biases in (False, True):
-        knobs = QUICK | {"iterations": 20, "correct_biases": correct_biases, "start": "nearest"}
+        knobs = QUICK | {"iterations": 20, "correct_biases": correct_biases}
+        knobs |= {"start": "nearest", "bias_rate": 0.0}
         options = {"recipe": recipe, "weights": "int3", "activations": "int8", "samples": 32, "knobs": knobs}
         found = Session(onnxq.quantize(fashion[0], [feed], **options).model, optimize=False).run(feed)[0]
         mean_errors.append(float(np.abs((found - expected).mean(axis=0)).mean()))
@@ -147,6 +148,34 @@ def test_rounding_starts_as_the_float_weight_and_ends_on_the_grid() -> None:
     np.testing.assert_allclose(codes, np.rint(codes), atol=1e-5)
     assert np.abs(codes - weight / scale[:, None]).max() <= 1 + 1e-5
     np.testing.assert_allclose(codes, np.rint(weight / scale[:, None]), atol=1e-5)  # undecided: the nearest
+
+
+def test_rounding_that_starts_from_codes_keeps_them_until_it_learns() -> None:
+    generator = np.random.default_rng(1)
+    weight = generator.standard_normal((4, 9)).astype(np.float32)
+    scale = (np.abs(weight).max(axis=1) / 7).astype(np.float32)
+    codes = np.clip(np.rint(weight / scale[:, None]) + generator.integers(-2, 3, weight.shape), -7, 7)
+    rounding = LearnedRounding(
+        grid(weight, scale), rounded=torch.from_numpy((codes * scale[:, None]).astype(np.float32))
+    )
+    decided, step = rounding.decided()
+    np.testing.assert_allclose(decided.numpy() / step.numpy()[:, None], codes, atol=1e-4)
+    other = (2 * rounding.floor + 1).numpy() - codes  # the neighbour lies on the side of the float weight
+    assert ((other > codes) == (weight / scale[:, None] >= codes)).all()
+
+
+@pytest.mark.parametrize("recipe", ["adaround", "qdrop"])
+def test_the_codes_of_gptq_are_a_better_start_and_learned_biases_help(fashion: tuple[Path, Path], recipe: str) -> None:
+    formats = {"weights": "int3", "activations": "int8", "samples": 32}
+    found = [
+        sqnr(onnxq.quantize(*fashion, recipe=recipe, knobs=QUICK | {"iterations": 20} | knobs, **formats))
+        for knobs in (
+            {"start": "nearest", "bias_rate": 0.0},
+            {"start": "gptq", "bias_rate": 0.0},
+            {"start": "gptq", "bias_rate": 1e-3},
+        )
+    ]
+    assert found[1] > found[0] + 1.0 and found[2] > found[1]
 
 
 def test_the_gradient_of_a_step_is_that_of_lsq(network: Path, calibration: Path) -> None:

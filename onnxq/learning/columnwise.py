@@ -22,13 +22,15 @@ from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
-from onnxq.learning.gptq import Columns, Rescale, round_columns, towards_float
+from onnxq.learning.gptq import Columns, Rescale, round_columns, towards_float, with_best_steps
 from onnxq.learning.hessian import Hessian, Layer
 from onnxq.learning.own_initializers import own_biases, readers_of, separate_weights
 from onnxq.learning.quantizers import Grid, Quantizer, as_float, read
 from onnxq.learning.walk import FLOAT, QUANTIZED, Walk, inside
 from onnxq.passes.insert_qdq import FORMAT, SYMMETRIC
 
+# Multiples of the step with the least error of weights that are tried for the least error of outputs.
+STEPS = (0.7, 0.8, 0.9, 1.1, 1.2, 1.3)
 Array = np.ndarray[Any, Any]
 Search = Callable[[Array, NumberFormat, bool], tuple[Array, Array]]
 
@@ -44,6 +46,7 @@ class Columnwise:
             as they are when the block's turn comes. ``act_order`` asks for static ones.
         correct_biases: Whether a layer's bias takes back the mean error, so that only the rest has to be small.
         asymmetry: Part of what the layers before have lost that a weight makes up for (:func:`towards_float`).
+        steps: Multiples of a channel's step that are tried beside itself; the one that loses least stays.
     """
 
     damping: float = 0.01
@@ -51,6 +54,7 @@ class Columnwise:
     static_groups: bool = True
     correct_biases: bool = True
     asymmetry: float = 0.0
+    steps: tuple[float, ...] = ()
 
 
 def round_layers(
@@ -198,6 +202,7 @@ class Network:
         rescale = None
         if item.block_size is not None and not self.options.static_groups and not self.options.act_order:
             rescale = self._rescale(item)
+        by_row = item.block_size is None and item.axis is not None and item.symmetric
         rounded, new_scale, new_zero_point = round_columns(
             columns,
             products,
@@ -206,7 +211,18 @@ class Network:
             rescale=rescale,
             block_size=item.block_size,
         )
-        learned = {item.source: layer.weight(rounded)}
+        learned = {}
+        if by_row and self.options.steps:
+            rounded, factors = with_best_steps(
+                columns,
+                products,
+                rounded,
+                self.options.steps,
+                damping=self.options.damping,
+                act_order=self.options.act_order,
+            )
+            learned[item.scale] = grid.scale * factors.reshape(grid.scale.shape)
+        learned[item.source] = layer.weight(rounded)
         if rescale is not None and item.block_size is not None and item.axis is not None:
             each = range(0, weight.shape[2], item.block_size)
             for name, matrix in ((item.scale, new_scale), (item.zero_point, new_zero_point)):

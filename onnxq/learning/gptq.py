@@ -11,8 +11,8 @@ D. Alistarh, Optimal Brain Compression, NeurIPS 2022.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,6 +104,40 @@ def round_columns(
         weight[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
     back = order.argsort(dim=1)[:, None, :].expand(groups, rows, count)
     return rounded.gather(2, back), scale.gather(2, back), zero_point.gather(2, back)
+
+
+def with_best_steps(
+    columns: Columns,
+    hessian: Tensor,
+    rounded: Tensor,
+    factors: Iterable[float],
+    *,
+    damping: float = 0.01,
+    act_order: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Each row at the step, finer or coarser than its own, at which algorithm 1 loses least; rows are independent.
+
+    Args:
+        columns: The weight and its grid, of one step for each row and no zero points.
+        hessian: [groups, columns, columns].
+        rounded: What :func:`round_columns` makes of them.
+        factors: Multiples of the step to try.
+        damping: As there.
+        act_order: As there.
+
+    Returns:
+        The rounded weight, and the factor of each row's step, [groups, rows].
+    """
+    least = weighted_error(columns.weight - rounded, hessian)
+    chosen = torch.ones_like(least)
+    for factor in factors:
+        other = replace(columns, scale=columns.scale * factor)
+        found, _, _ = round_columns(other, hessian, damping=damping, act_order=act_order)
+        error = weighted_error(columns.weight - found, hessian)
+        better = error < least
+        least, chosen = torch.where(better, error, least), torch.where(better, factor, chosen)
+        rounded = torch.where(better[:, :, None], found, rounded)
+    return rounded, chosen.to(rounded.dtype)
 
 
 def towards_float(weight: Tensor, hessian: Tensor, drift: Tensor, part: float, ridge: float = 1.0) -> Tensor:

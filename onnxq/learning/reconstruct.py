@@ -27,7 +27,7 @@ from onnxq.learning.activations import LearnedStep, random_mask
 from onnxq.learning.bias_means import BiasMeans
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
-from onnxq.learning.columnwise import Columnwise, Network
+from onnxq.learning.columnwise import STEPS, Columnwise, Network
 from onnxq.learning.own_initializers import own_biases, readers_of, separate_weights
 from onnxq.learning.quantizers import Grid, Quantizer, as_float
 from onnxq.learning.rounding import LearnedRounding
@@ -151,7 +151,9 @@ def reconstruct(
     ):
         walk = Walk(graph, quantizers, blocks, cache)
         walk.fill(job.source, job.specs, samples)
-        columns = Network(graph, walk, quantizers, readers, own, Columnwise(act_order=True, asymmetry=0.5), extremes)
+        columns = Network(
+            graph, walk, quantizers, readers, own, Columnwise(act_order=True, asymmetry=0.75, steps=STEPS), extremes
+        )
         for position, block in enumerate(blocks):
             names = inside(graph, block)
             inner = [item for item in quantizers if item.output in names]

@@ -26,7 +26,8 @@ class Brecq:
         - Rounding and activation steps are learned together; the paper learns the steps afterwards.
         - Weights are symmetric, as TensorRT needs them; the authors' code has zero points.
         - Learning starts from GPTQ's codes and corrected biases: where four bits are few, the two codes around a weight
-          do not hold a good network (MobileNetV1 0.25 at W4A8). ``start=nearest`` is the paper's.
+          do not hold a good network (MobileNetV1 0.25 at W4A8). Biases are learned beside the rounding.
+          ``start=nearest`` and ``bias_rate=0`` are the paper's.
         - Activation steps are learned in the logarithm, at a rate of 1e-3.
         - Fewer steps, as in the recipe ``adaround``. First and last layers are not treated apart unless
           ``--first-last int8`` says so; the paper keeps them at 8 bits.
@@ -55,7 +56,7 @@ class Brecq:
     weight_ranges: str = "mse"
     correct_biases: bool = False
     start: str = choice("gptq", "nearest")
-    bias_rate: float = 0.0
+    bias_rate: float = 1e-3
     samples: int = 1024
     cache_mib: int = 1024
 

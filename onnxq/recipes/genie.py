@@ -31,7 +31,8 @@ class Genie:
         - Steps are learned in the logarithm, weight steps at a rate that annealing brings to zero; the first step
           minimises the squared error, the paper's the error to the power of 2.4.
         - The first and last layers are 8-bit only with ``--first-last int8``, and the network's input is quantized.
-        - Learning starts from GPTQ's codes, as in ``brecq``; ``start=nearest`` is the paper's.
+        - Learning starts from GPTQ's codes, and biases are learned, as in ``brecq``; ``start=nearest`` and
+          ``bias_rate=0`` are the paper's.
         - With ``--data``, those samples are used and no images are made.
 
     Attributes:
@@ -65,7 +66,7 @@ class Genie:
     observer: str = "mse"
     weight_ranges: str = "mse"
     start: str = choice("gptq", "nearest")
-    bias_rate: float = 0.0
+    bias_rate: float = 1e-3
     samples: int = 1024
     cache_mib: int = 1024
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from onnxq.autograd import blocks
 from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.job import Job
-from onnxq.learning.columnwise import Columnwise, round_layers
+from onnxq.learning.columnwise import STEPS, Columnwise, round_layers
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class Gptq:
 
     Departures:
         - Scales are clipped for the least error instead of the extremes (``weight_ranges="minmax"`` is the paper's).
+        - With one scale for each channel, finer and coarser steps are tried, and the one whose rounding loses least
+          stays (``search_steps``).
         - Scales of blocks are static by default; ``static_groups=False`` is the paper's.
         - Where a layer has a bias, it takes back the mean error, and the columns are rounded for the covariance of
           the inputs: the least error over both. ``correct_biases=False`` is the paper's.
-        - Weights make up for half of what the layers before have lost, by damped least squares before the rounding: on
-          convolutions it is worth more than the rounding itself. ``asymmetry=0`` is the paper's.
+        - Weights make up for three quarters of what the layers before have lost, by damped least squares before the
+          rounding: on convolutions it is worth more than the rounding itself. ``asymmetry=0`` is the paper's.
         - Inputs that are always zero keep their weights, rounded to the nearest, instead of losing them.
         - Inside a block, the layers are rounded in the order in which they run, on what the rounded ones make.
         - A weight that several layers share is rounded once, for the sum of their Hessians; layers in blocks that
@@ -43,6 +45,7 @@ class Gptq:
         static_groups: Whether the scales of blocks come from the float weights.
         correct_biases: Whether biases take back the mean error.
         asymmetry: Part of the error of the layers before that weights make up for (GPTAQ, arXiv 2504.02692).
+        search_steps: Whether other steps of channels are tried, for the least error of outputs instead of weights.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
         observer: How a range follows from the statistics of an activation.
         samples: How many samples Hessians are taken from.
@@ -53,7 +56,8 @@ class Gptq:
     act_order: bool = True
     static_groups: bool = True
     correct_biases: bool = True
-    asymmetry: float = 0.5
+    asymmetry: float = 0.75
+    search_steps: bool = True
     weight_ranges: str = "mse"
     observer: str = "robust"
     samples: int = 128
@@ -70,7 +74,14 @@ class Gptq:
         round_layers(
             job,
             units,
-            Columnwise(self.damping, self.act_order, self.static_groups, self.correct_biases, self.asymmetry),
+            Columnwise(
+                self.damping,
+                self.act_order,
+                self.static_groups,
+                self.correct_biases,
+                self.asymmetry,
+                STEPS if self.search_steps else (),
+            ),
             samples=min(self.samples, len(job.source), job.settings.samples or self.samples),
             cache_mib=self.cache_mib,
             search=search,

@@ -55,7 +55,7 @@ class QDrop:
     weight_ranges: str = "mse"
     correct_biases: bool = False
     start: str = choice("gptq", "nearest")
-    bias_rate: float = 0.0
+    bias_rate: float = 1e-3
     samples: int = 1024
     cache_mib: int = 1024
 
