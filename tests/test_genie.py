@@ -120,7 +120,7 @@ def test_codes_in_the_file_are_what_was_learned(
     monkeypatch.setattr(LearnedRounding, "decided", spy)
     path = tmp_path / "small.onnx"
     models.save(small, path)
-    knobs = {"iterations": 1000, "batch": 4, "regularisation": 1.0}  # steps of the default budget, the paper's weight
+    knobs = {"iterations": 1000, "batch": 4, "regularisation": 1.0, "start": "nearest", "bias_rate": 0.0}  # the paper's
     options = {"recipe": "genie", "weights": "int4", "activations": "int8", "knobs": knobs}
     model = onnxq.quantize(path, [{"x": images[:32]}], **options).model  # type: ignore[arg-type]
     stored = {}
