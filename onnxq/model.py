@@ -12,7 +12,7 @@ import enum
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -53,6 +53,11 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
     if not file.is_file():
         found = "a folder" if file.is_dir() else "nothing"
         raise OnnxqError(f"expected an ONNX file at {file}, found {found}", hint="check the path")
+    if file.suffix == ".json":
+        raise OnnxqError(
+            f"expected an ONNX model, found JSON: {file}",
+            hint="of a .groups.json, take a graph that it names; compare, lint, build and sample take it whole",
+        )
     if file.stat().st_size == 0:
         raise OnnxqError(f"expected an ONNX model, found an empty file: {file}", hint="export the model again")
     try:
@@ -196,12 +201,17 @@ def initializer_bytes(model: ir.Model) -> int:
 
 def file_bytes(path: str | os.PathLike[str]) -> int:
     """Bytes of a model file and of the external data files that it names."""
-    file = Path(path)
-    total = file.stat().st_size
-    with quiet():
-        model = ir.load(file)
-    locations = {tensor.location for tensor in _external_tensors(model)}
-    return total + sum((file.parent / location).stat().st_size for location in locations)
+    return bytes_of_files([path])
+
+
+def bytes_of_files(paths: Iterable[str | os.PathLike[str]]) -> int:
+    """Bytes of several model files and of the external data files that they name; what they share counts once."""
+    files: set[Path] = set()
+    for path in map(Path, paths):
+        with quiet():
+            model = ir.load(path)
+        files |= {path, *(path.parent / tensor.location for tensor in _external_tensors(model))}
+    return sum(file.stat().st_size for file in files)
 
 
 def is_large(path: str | os.PathLike[str]) -> bool:

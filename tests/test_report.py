@@ -267,8 +267,11 @@ def test_steps_are_drawn_from_what_there_is():
     assert plot["lines"][0]["worst"] == "-5.0 dB at worst (step 2)"
     assert [line["db"] for line in plot["grid"]] == [*range(-10, 81, 10)]
     sparse = step_plot({"step_sqnr_db": {"12": 20.0, "3": 25.0}})
-    assert sparse["lines"][0]["points"].startswith("250,") and sparse["last"] == 12
+    assert sparse["lines"][0]["points"].startswith("250,") and sparse["axis"].startswith("steps 0 to 12")
     assert step_plot({"trajectory_sqnr_db": [], "step_sqnr_db": {}}) is None
+    times = step_plot({"timestep_sqnr_db": {"21.0": 10.0, "999.0": 30.0}})
+    assert times["axis"] == "timesteps 999 to 21, left to right"
+    assert times["lines"][0]["worst"] == "10.0 dB at worst (timestep 21)"
 
 
 def test_a_page_shows_steps_and_pictures():

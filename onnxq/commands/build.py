@@ -58,7 +58,7 @@ def build(
     """
     from onnxq import engines
     from onnxq import model as models
-    from onnxq.engines.groups import is_index
+    from onnxq.diffusion.subgraphs import is_index
     from onnxq.engines.other_tools import command_lines
     from onnxq.report.sections import engine_table
 

@@ -51,10 +51,14 @@ def compare(
 
     Both run in onnxruntime on the same samples. SQNR is 10·log10 of signal over error power of the outputs: 20 dB is
     an error of a tenth, 40 dB of a hundredth. Any two models with the same inputs and outputs can be compared.
+
+    Denoisers are judged step by step, on data that `onnxq trajectories` recorded, or timestep by timestep on any other.
+    Of a denoiser with one graph for each group of steps, QUANTIZED is the `.groups.json`.
     """
     from onnxq import comparison
     from onnxq.calibration.data import Preprocessing
     from onnxq.config import make_settings, read_yaml, with_text
+    from onnxq.report.sections import groups_table
 
     settings = make_settings(with_text(read_yaml(config) if config else {}, tokenizer, sequence_length))
     check_destinations([float_model, quantized_model, data, tokenizer, config], json_path, report)
@@ -74,5 +78,6 @@ def compare(
     numbers = {"model": str(float_model), "output": str(quantized_model)} | found.to_json()
     write_json(json_path, numbers)
     if report is not None:
-        write_report(report, numbers)
+        tables = [groups_table(found.groups)] if found.groups else []
+        write_report(report, numbers | {"tables": tables})
     show(numbers, quiet)

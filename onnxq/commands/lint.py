@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,25 +31,39 @@ def lint(
     """Name every rule of the target that MODEL's Q/DQ breaks, with the node.
 
     Errors are refused by the target or silently read as something else or run in float; warnings cost speed or
-    accuracy. Works on Q/DQ models of any tool. Exit code 1 if there are errors, unless `--fix` mends them.
+    accuracy. Works on Q/DQ models of any tool. Of a `.groups.json` every graph is looked at. Exit code 1 if there are
+    errors, unless `--fix` mends them.
     """
     from onnxq import graph as graphs
     from onnxq import model as models
     from onnxq import targets
+    from onnxq.diffusion.router import files_of
+    from onnxq.diffusion.subgraphs import is_index
+    from onnxq.errors import OnnxqError
 
     check_destinations([model], fix, json_path)
     chosen = targets.get(target)
-    opened = models.read(model)
-    findings = chosen.lint(opened, sm)
-    errors = [item for item in findings if item.severity == "error"]
-    warnings = [item for item in findings if item.severity != "error"]
-    write_json(
-        json_path, {"errors": [item.to_json() for item in errors], "warnings": [item.to_json() for item in warnings]}
-    )
+    several = is_index(model)
+    if several and fix is not None:
+        raise OnnxqError(
+            f"expected one model to fix, found an index of several: {model}",
+            hint=f"quantize the denoiser with --target {target}, or fix the graphs that it names one by one",
+        )
+    found: list[dict[str, Any]] = []
+    holds_qdq = False
+    for file in files_of(model) if several else [model]:
+        opened = models.read(file)
+        of = {"file": file.name} if several else {}
+        found += [of | {"severity": item.severity} | item.to_json() for item in chosen.lint(opened, sm)]
+        holds_qdq |= any(graphs.is_op(node, *QDQ) for node in opened.graph.all_nodes())
+    errors = [item for item in found if item["severity"] == "error"]
+    warnings = [item for item in found if item["severity"] != "error"]
+    write_json(json_path, {"errors": errors, "warnings": warnings})
     if not quiet:
         for item in errors + warnings:
-            typer.echo(f"{item.severity} {item.rule} {item.node}: {item.message}")
-        empty = "" if any(graphs.is_op(node, *QDQ) for node in opened.graph.all_nodes()) else ": it holds no Q/DQ"
+            where = f"{item['file']}: " if several else ""
+            typer.echo(f"{item['severity']} {item['rule']} {where}{item['node']}: {item['message']}")
+        empty = "" if holds_qdq else ": it holds no Q/DQ"
         typer.echo(f"{len(errors)} errors, {len(warnings)} warnings for {target}{empty}")
     if fix is not None:
         _fix(model, fix, target, quiet)

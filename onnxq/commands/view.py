@@ -15,10 +15,15 @@ def view(
     browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
 ) -> None:
     """Look at MODEL's graph in Netron, offline."""
+    from onnxq.diffusion.router import files_of
+    from onnxq.diffusion.subgraphs import is_index
     from onnxq.errors import OnnxqError
 
     if not model.is_file():
         raise OnnxqError(f"expected an ONNX file at {model}, found nothing", hint="check the path")
+    if is_index(model):
+        names = ", ".join(file.name for file in files_of(model))
+        raise OnnxqError(f"expected one graph to look at, found an index of {names}", hint="name one of them")
     try:
         import netron
     except ImportError as error:

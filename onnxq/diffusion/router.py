@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from onnxq import model as models
-from onnxq.calibration.data import Array
+from onnxq.calibration.data import Array, Sample, Source
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion.denoiser import Runnable
 from onnxq.errors import OnnxqError
@@ -41,18 +41,14 @@ class Router:
         path = Path(index)
         one: list[dict[str, Any]] = [{"file": path.name, "timesteps": [0.0]}]
         entries = read_index(path) if path.suffix == ".json" else one
-        self.files = [path.parent / entry["file"] for entry in entries]
+        self.files = files_of(path) if path.suffix == ".json" else [path]
         self.engines = [path.parent / entry["engine"] for entry in entries if "engine" in entry]
         self.runtimes = [str(entry.get("runtime", "")) for entry in entries]
         if self.engines:
             from onnxq.engines.execute import torch_with_gpu
 
             torch_with_gpu()
-        for file in (*self.files, *self.engines):
-            if not file.is_file():
-                raise OnnxqError(
-                    f"expected {file}, which the index names, found none", hint="move all files of the index together"
-                )
+        _check_there(self.engines)
         pairs = [(float(time), number) for number, entry in enumerate(entries) for time in entry["timesteps"]]
         self.timesteps = np.asarray([time for time, _ in pairs])
         self.groups = np.asarray([number for _, number in pairs])
@@ -133,6 +129,45 @@ class Router:
         from onnxq.engines.execute import EngineSession
 
         return EngineSession(self.engines[number], self.runtimes[number])
+
+
+class Served:
+    """The samples of a source that one graph of a router serves.
+
+    Args:
+        source: All samples; each holds its timestep.
+        router: Which graph serves which timestep.
+        number: The graph.
+    """
+
+    def __init__(self, source: Source, router: Router, number: int) -> None:
+        self.source, self.router, self.number = source, router, number
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[Sample]:
+        name = self.router.denoiser.timestep.name
+        return (sample for sample in self.source if self.router.group(float(sample[name])) == self.number)
+
+
+def files_of(index: Path) -> list[Path]:
+    """The graphs that an index names.
+
+    Raises:
+        OnnxqError: the index is damaged, or a graph is missing.
+    """
+    files = [index.parent / entry["file"] for entry in read_index(index)]
+    _check_there(files)
+    return files
+
+
+def _check_there(files: Sequence[Path]) -> None:
+    for file in files:
+        if not file.is_file():
+            raise OnnxqError(
+                f"expected {file}, which the index names, found none", hint="move all files of the index together"
+            )
 
 
 def read_index(path: Path) -> list[dict[str, Any]]:

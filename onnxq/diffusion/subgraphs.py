@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnxq import model as models
 from onnxq.writing import atomic_folder
 
+INDEX_ENDING = ".groups.json"
 SMALLEST_SHARED_BYTES = 256  # onnx-ir leaves smaller tensors in the graph's own file
 
 
@@ -34,7 +35,12 @@ class Subgraph:
 def index_path(path: str | os.PathLike[str]) -> Path:
     """Where the index of a model's subgraphs is."""
     file = Path(path)
-    return file.with_name(f"{file.stem}.groups.json")
+    return file.with_name(f"{file.stem}{INDEX_ENDING}")
+
+
+def is_index(path: object) -> bool:
+    """Whether a path is that of an index of subgraphs rather than of a model."""
+    return isinstance(path, str | os.PathLike) and os.fspath(path).endswith(INDEX_ENDING)
 
 
 def save(model: ir.Model, subgraphs: Sequence[Subgraph], path: str | os.PathLike[str]) -> Path:

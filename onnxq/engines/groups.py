@@ -13,13 +13,6 @@ from onnxq.engines.tensorrt import EngineBuild, build
 from onnxq.errors import OnnxqError
 from onnxq.writing import atomic_folder
 
-INDEX_ENDING = ".groups.json"
-
-
-def is_index(path: Path) -> bool:
-    """Whether the file is an index of subgraphs rather than a model."""
-    return path.name.endswith(INDEX_ENDING)
-
 
 def build_groups(
     index: Path, output: Path, on_group: Callable[[int], None] | None = None, **options: Any

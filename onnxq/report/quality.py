@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class Quality:
             (model, k): Accuracy(k) for model in ("float", "quantized") for k in (1, TOP_K)
         }  # fmt: skip
         self.perplexity = {"float": Perplexity(), "quantized": Perplexity()}
+        self.keyed: dict[str, dict[float, Sqnr]] = {}
         self.warnings: list[str] = []
 
     def update(
@@ -46,8 +48,16 @@ class Quality:
         expected: Sequence[Array],
         found: Sequence[Array],
         labels: Array | None = None,
+        keys: Mapping[str, Array] = MappingProxyType({}),
     ) -> None:
-        """Add one batch: what both models were given, what each answered, and the labels if there are any.
+        """Add one batch: what both models were given, and what each answered.
+
+        Args:
+            feed: The inputs.
+            expected: The float model's outputs.
+            found: The quantized model's.
+            labels: The right classes.
+            keys: What rows are told apart by (``step``, ``timestep``): a number for each of them.
 
         Raises:
             OnnxqError: the two models answer in different shapes.
@@ -63,10 +73,38 @@ class Quality:
                 self.sqnr.update(reference, quantized)
                 self.output_sqnr.setdefault(name, Sqnr()).update(reference, quantized)
                 self.mean_error.update(reference, quantized)
+                self._update_keyed(reference, quantized, keys)
             else:
                 self.equality.update_equal(reference, quantized)
         if is_float(expected[0]) and is_float(found[0]):
             self._update_classes(feed, expected[0], found[0], labels)
+
+    def merged(self, other: Quality) -> Quality:
+        """This one, with what another one has seen of the same model added."""
+        for name, sqnr in other.output_sqnr.items():
+            self.output_sqnr.setdefault(name, Sqnr()).merge(sqnr)
+        for key, ratios in other.keyed.items():
+            for number, sqnr in ratios.items():
+                self.keyed.setdefault(key, {}).setdefault(number, Sqnr()).merge(sqnr)
+        self.sqnr.merge(other.sqnr)
+        self.mean_error.merge(other.mean_error)
+        self.agreement.merge(other.agreement)
+        self.equality.merge(other.equality)
+        for which, accuracy in self.accuracy.items():
+            accuracy.merge(other.accuracy[which])
+        for model, perplexity in self.perplexity.items():
+            perplexity.merge(other.perplexity[model])
+        for message in other.warnings:
+            self._warn_once(message)
+        return self
+
+    def _update_keyed(self, expected: Array, found: Array, keys: Mapping[str, Array]) -> None:
+        for key, numbers in keys.items():
+            if not expected.ndim or len(expected) != len(numbers):
+                continue  # rows of the output are not those of the batch
+            ratios = self.keyed.setdefault(key, {})
+            for row, number in enumerate(numbers.tolist()):
+                ratios.setdefault(number, Sqnr()).update(expected[row], found[row])
 
     def _update_classes(self, feed: Mapping[str, Array], expected: Array, found: Array, labels: Array | None) -> None:
         tokens = _tokens(feed, expected)
@@ -123,6 +161,10 @@ class Quality:
             "top5_quantized": self.accuracy["quantized", TOP_K].value,
             "perplexity_float": self.perplexity["float"].value,
             "perplexity_quantized": self.perplexity["quantized"].value,
+            **{
+                f"{key}_sqnr_db": {number: ratios[number].value for number in sorted(ratios)}
+                for key, ratios in self.keyed.items()
+            },
             "warnings": warnings,
         }
 

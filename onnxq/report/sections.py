@@ -5,7 +5,7 @@ A table is a dict of ``title``, ``about``, ``columns`` and ``rows``; numbers in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -74,6 +74,16 @@ def engine_table(built: EngineBuild) -> dict[str, Any]:
         "about": f"What {built.runtime} {built.runtime_version} runs every Conv, Gemm and MatMul in.",
         "columns": ["node", "runs in"],
         "rows": rows,
+    }
+
+
+def groups_table(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How good each graph of a denoiser is that has one for each group of steps."""
+    return {
+        "title": "Graphs",
+        "about": "Of each group of sampler steps: SQNR of its graph's prediction on the samples that it serves.",
+        "columns": ["graph", "SQNR", "samples"],
+        "rows": [[group["file"], group["sqnr_db"], str(group["samples"])] for group in groups],
     }
 
 

@@ -13,7 +13,7 @@ WIDTH, HEIGHT = 1000.0, 200.0  # of the viewBox; the page stretches it
 CEILING_DB = 80.0  # above it two predictions are as good as identical
 SERIES = (
     ("trajectory_sqnr_db", "prediction on the float model's trajectory"),
-    ("step_sqnr_db", "prediction on calibration inputs"),
+    ("step_sqnr_db", "prediction on recorded inputs"),
     ("same_seed_sqnr_db", "sample that both arrive at from the same noise"),
 )
 
@@ -22,16 +22,23 @@ def step_plot(result: Mapping[str, Any]) -> dict[str, Any] | None:
     """Geometry of one line for each series of SQNR by step that the result has.
 
     Args:
-        result: ``step_sqnr_db`` of quantize (by step), ``trajectory_sqnr_db`` and ``same_seed_sqnr_db`` of sample
-            (lists in the order of sampling); any may be missing.
+        result: ``step_sqnr_db`` of quantize and compare (by step), ``trajectory_sqnr_db`` and ``same_seed_sqnr_db`` of
+            sample (lists in the order of sampling); any may be missing. Where all are, ``timestep_sqnr_db`` of compare
+            takes their place: timesteps stand in falling order.
 
     Returns:
-        Lines (``points`` of an SVG polyline, name, lowest value), the grid behind them, the first and the last step;
-        ``None`` where there is nothing to draw.
+        Lines (``points`` of an SVG polyline, name, lowest value), the grid behind them, what is drawn from left to
+        right (``axis``); ``None`` where there is nothing to draw.
     """
     series = [(name, points) for key, name in SERIES if (points := _points(result.get(key)))]
+    unit, labels = "step", None
     if not series:
-        return None
+        by_time = result.get("timestep_sqnr_db") or {}
+        times = sorted(by_time, key=float, reverse=True)
+        points = _points([by_time[time] for time in times])
+        if not points:
+            return None
+        unit, labels, series = "timestep", [f"{float(time):g}" for time in times], [("prediction", points)]
     ratios = [ratio for _, points in series for _, ratio in points]
     steps = [step for _, points in series for step, _ in points]
     bottom = min(0.0, 10.0 * math.floor(min(ratios) / 10.0))
@@ -49,17 +56,18 @@ def step_plot(result: Mapping[str, Any]) -> dict[str, Any] | None:
                 "number": number,
                 "points": " ".join(f"{x:g},{y:g}" for x, y in drawn),
                 "dots": [
-                    {"x": x, "y": y, "title": f"step {step}: {_shown(ratio)}"}
+                    {"x": x, "y": y, "title": f"{unit} {labels[step] if labels else step}: {_shown(ratio)}"}
                     for (x, y), (step, ratio) in zip(drawn, points, strict=True)
                 ],
-                "worst": f"{_shown(worst[1])} at worst (step {worst[0]})",
+                "worst": f"{_shown(worst[1])} at worst ({unit} {labels[worst[0]] if labels else worst[0]})",
             }
         )
     grid = [
         {"db": db, "percent": round(100.0 * (top - db) / (top - bottom), 2)}
         for db in range(int(bottom), int(top) + 1, 10)
     ]
-    return {"lines": lines, "grid": grid, "width": WIDTH, "height": HEIGHT, "last": last}
+    axis = f"timesteps {labels[0]} to {labels[-1]}" if labels else f"steps 0 to {last}"
+    return {"lines": lines, "grid": grid, "width": WIDTH, "height": HEIGHT, "axis": f"{axis}, left to right"}
 
 
 def _shown(ratio: float) -> str:

@@ -60,11 +60,16 @@ def _rows(result: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(
             "SQNR", "", decibels(result["sqnr_db"]), "", _tone(number(result["sqnr_db"]), bad=LOW_SQNR_DB, good=30)
         )
-    steps = [(number(ratio) or 0.0, int(step)) for step, ratio in (result.get("step_sqnr_db") or {}).items()]
-    if steps:
-        ratio, step = min(steps)
+    for what in ("step", "timestep"):
+        ratios = [(number(ratio) or 0.0, float(at)) for at, ratio in (result.get(f"{what}_sqnr_db") or {}).items()]
+        if ratios:
+            ratio, at = min(ratios)
+            tone = _tone(ratio, bad=LOW_SQNR_DB, good=30)
+            yield Row(f"worst {what}", "", f"{decibels(ratio)} ({what} {at:g})", "", tone)
+    if result.get("groups"):
+        ratio, file = min((number(group["sqnr_db"]) or 0.0, group["file"]) for group in result["groups"])
         tone = _tone(ratio, bad=LOW_SQNR_DB, good=30)
-        yield Row("worst step", "", f"{decibels(ratio)} (step {step})", "", tone)
+        yield Row("worst graph", "", f"{decibels(ratio)} ({printable(file)}, of {len(result['groups'])})", "", tone)
     if result.get("quantized_nodes") is not None:
         of = f" of {result['weighted_nodes']}" if result.get("weighted_nodes") is not None else ""
         yield Row("quantized layers", "", f"{result['quantized_nodes']}{of}")
