@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.calibration import calibrate
+from onnxq.calibration import bias_correction, calibrate
 from onnxq.calibration.data import InputSpec, Source, input_specs
 from onnxq.calibration.observers import Range, Statistics
 from onnxq.config import Settings
@@ -47,6 +47,7 @@ class Job:
         progress: Where to say what is being done.
         placement: Set by :meth:`insert`.
         recording: Set by :meth:`record`.
+        observed: What :meth:`observe` has seen of the float graph.
         ranges: The range chosen for each activation, by value name.
         warnings: What the user should know.
         exceptions: The schemes of single layers, by the name of the node; a recipe may add some before :meth:`insert`.
@@ -69,6 +70,7 @@ class Job:
     specs: list[InputSpec] = field(default_factory=list)
     placement: Placement | None = None
     recording: calibrate.Recording | None = None
+    observed: calibrate.Recording = field(default_factory=lambda: calibrate.Recording({}))
     ranges: dict[str, Range] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     exceptions: dict[str, Scheme] = field(default_factory=dict)
@@ -130,13 +132,31 @@ class Job:
             raise OnnxqError(f"expected something to quantize, found nothing ({reasons})", hint="see `onnxq lint`")
         roots = {(site.like or site.value) for site in self.placement.sites if not site.value.is_initializer()}
         self._taps = sorted(root.name or "" for root in roots)
+        if not self._taps or not set(self._taps) <= self.observed.statistics.keys():
+            self._open_float_session(self._taps)
+        InsertQDQ(self.placement.sites)(self.model)
+
+    def _open_float_session(self, taps: Sequence[str]) -> Session:
         inputs = {spec.name for spec in self.specs}
-        inner = [name for name in self._taps if name not in inputs]
-        serialized = serialize(self.model, inner, by_path=self.workers is None)
+        serialized = serialize(self.model, [name for name in taps if name not in inputs], by_path=self.workers is None)
         self._float_session = Session(serialized, device=self.settings.device)
         if self.workers is not None:
             self._shared = self.workers.share(serialized, self.settings.device)
-        InsertQDQ(self.placement.sites)(self.model)
+        return self._float_session
+
+    def observe(self, taps: Collection[str]) -> dict[str, Statistics]:
+        """Statistics of values of the float graph, before :meth:`insert`, of which :meth:`record` then needs no run.
+
+        Args:
+            taps: Names of values; those that were observed before cost nothing.
+
+        Returns:
+            The statistics of all values that were ever observed.
+        """
+        missing = sorted(set(taps) - self.observed.statistics.keys())
+        if missing:
+            self.observed.add(self._run_float(missing, bias_correction.channel_axes(self.model.graph)))
+        return self.observed.statistics
 
     def record(self, channel_axes: Mapping[str, int] | None = None) -> dict[str, Statistics]:
         """Run the float graph once over the calibration inputs and keep statistics of what gets quantized.
@@ -144,25 +164,34 @@ class Job:
         Args:
             channel_axes: Values whose mean per channel is wanted too, and their channel axes.
         """
-        if self._float_session is None:
+        if self.placement is None:
             raise RuntimeError("insert() comes before record()")
+        if self._float_session is None:
+            outputs = [value.name or "" for value in self.model.graph.outputs]
+            self.recording = self.observed.of(self._taps, outputs)
+        else:
+            self.recording = self._run_float(self._taps, channel_axes or {})
+        return self.recording.statistics
+
+    def _run_float(self, taps: Sequence[str], channel_axes: Mapping[str, int]) -> calibrate.Recording:
+        session = self._float_session or self._open_float_session(taps)
         total = min(len(self.source), self.settings.samples or len(self.source))
-        if not self._taps:
+        if not taps:
             total = min(total, calibrate.KEPT_SAMPLES)  # weights only: a few samples to check the result on
         with self.progress.stage("calibrate", "Calibrating", total) as advance:
-            self.recording = calibrate.record(
-                self._float_session,
-                self._taps,
+            recording = calibrate.record(
+                session,
+                taps,
                 self.source,
                 self.specs,
-                channel_axes={name: axis for name, axis in (channel_axes or {}).items() if name in self._taps},
+                channel_axes={name: axis for name, axis in channel_axes.items() if name in taps},
                 samples=total,
                 on_batch=advance,
                 workers=self.workers,
                 shared=self._shared,
             )
         self._float_session = self._shared = None
-        return self.recording.statistics
+        return recording
 
     def lower(self) -> None:
         """Bring the graph to the form that the target runs, and prove that it breaks no rule of the target."""

@@ -195,11 +195,19 @@ class Probe:
         self, layers: Sequence[Layer], on_layer: Callable[[int], None] | None = None
     ) -> dict[str, ErrorPower]:
         """The error at the outputs when one layer alone is quantized, by its name."""
-        found = {}
-        for layer, powers in zip(layers, self._each(layers, [[layer.name] for layer in layers], on_layer), strict=True):
-            found[layer.name] = ErrorPower()
+        names = [layer.name for layer in layers]
+        powers = self.errors(self.board(layers), [[name] for name in names], on_layer)
+        return dict(zip(names, powers, strict=True))
+
+    def errors(
+        self, board: Switchboard, sets: Sequence[Sequence[str]], on_set: Callable[[int], None] | None = None
+    ) -> list[ErrorPower]:
+        """The error at the outputs with each of some sets of layers quantized."""
+        found = []
+        for powers in self._each(board, sets, on_set):
+            found.append(ErrorPower())
             for power in powers:
-                found[layer.name].merge(power)
+                found[-1].merge(power)
         return found
 
     def distances(
@@ -208,17 +216,17 @@ class Probe:
         """How far the outputs are from the float model's with each of some sets of layers quantized."""
         judge = Distance(tuple(self.outputs), tuple(self.output_names))
         rows = sum(len(next(iter(sample.feed.values()))) for sample in self.samples)
-        return [sum(found) / max(rows, 1) for found in self._each(layers, sets, on_set, judge)]
+        return [sum(found) / max(rows, 1) for found in self._each(self.board(layers), sets, on_set, judge)]
 
     def _each(
         self,
-        layers: Sequence[Layer],
+        board: Switchboard,
         sets: Sequence[Sequence[str]],
         on_set: Callable[[int], None] | None,
         judge: Judge = batch_power,
     ) -> list[list[Any]]:
         """What a judge says of every batch of samples with each set of layers quantized."""
-        board, workers = self.board(layers), self.workers
+        workers = self.workers
         found: list[list[Any]] = [[] for _ in sets]
         if workers is None:
             for index, on in enumerate(sets):

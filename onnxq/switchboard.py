@@ -75,6 +75,7 @@ class Switchboard:
         self._optimize, self._device = not graphs.holds_float8(copy.graph), device
         self._model = copy
         self._session: Session | None = None
+        self._shared: SharedBoard | None = None
 
     def run(self, feed: Mapping[str, Array], on: Iterable[str]) -> list[Array]:
         """The model's outputs when the named layers are quantized."""
@@ -83,9 +84,12 @@ class Switchboard:
         return _run(self._session, self._switches, feed, on)
 
     def share(self, workers: Workers) -> SharedBoard:
-        """The same board for all workers."""
-        serialized = serialize(self._model, by_path=False)
-        return SharedBoard(workers.share(serialized, self._device, optimize=self._optimize), self._switches)
+        """The same board for all workers, the same of them every time."""
+        if self._shared is None:
+            serialized = serialize(self._model, by_path=False)
+            shared = workers.share(serialized, self._device, optimize=self._optimize)
+            self._shared = SharedBoard(shared, self._switches)
+        return self._shared
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,24 @@ class Recording:
     samples: int = 0
     inference_seconds: float = 0.0
 
+    def add(self, other: Recording) -> None:
+        """Add what another pass over the same data gave of other values."""
+        self.statistics |= other.statistics
+        self.first_taps |= other.first_taps
+        self.channel_means |= other.channel_means
+        self.kept, self.first_feed = other.kept, other.first_feed
+        self.mean_samples, self.samples = other.mean_samples, other.samples
+        self.inference_seconds += other.inference_seconds
+
+    def of(self, taps: Sequence[str], outputs: Sequence[str]) -> Recording:
+        """What was seen of some values, and of the model's outputs."""
+        known = {*taps, *outputs}
+        return replace(
+            self,
+            statistics={name: self.statistics[name] for name in taps},
+            first_taps={name: values for name, values in self.first_taps.items() if name in known},
+        )
+
 
 @dataclass(frozen=True)
 class _Plan:

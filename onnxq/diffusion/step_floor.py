@@ -15,10 +15,11 @@ import onnx_ir as ir
 from onnxq import model as models
 from onnxq.calibration import calibrate
 from onnxq.calibration.data import STEP_KEY
-from onnxq.calibration.observers import Observer, Statistics
+from onnxq.calibration.observers import Observer
 from onnxq.job import Job
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.lower_weights import LowerWeights
+from onnxq.ranking import Ranking
 from onnxq.runtime import Session
 from onnxq.sensitivity import ErrorPower, Judged, Probe, error_power, judged_samples
 from onnxq.switchboard import Layer, Search, activations_of, layers_of
@@ -60,8 +61,8 @@ def hold_floor(job: Job, observer: Observer, search: Search | None, floor_db: fl
     """
     if STEP_KEY not in next(iter(job.source), {}):
         return None
+    search_ = _Search(job, observer, search)
     with job.progress.stage("steps", "Judging steps"):
-        search_ = _Search(job, observer, search)
         before = after = search_.judge(0)
         worst = sorted(before.by_step_db, key=lambda step: before.by_step_db[step])[:RANKING_STEPS]
         if floor_db > 0 and before.worst_db < floor_db + SPREAD_DB:
@@ -74,7 +75,7 @@ def hold_floor(job: Job, observer: Observer, search: Search | None, floor_db: fl
                 job.warnings.append(
                     f"a sampler step keeps only {after.worst_db:.1f} dB although {count} layers stay float for it"
                 )
-            for name in search_.ranking[:count]:
+            for name in search_.ranking.first(count):
                 job.exceptions[name] = search_.float_scheme
                 job.reasons[name] = f"in float every sampler step keeps {floor_db:g} dB"
         job.step_sqnr_db = after.by_step_db
@@ -91,15 +92,15 @@ def _growing(total: int) -> list[int]:
 class _Search:
     """Candidates: which layers are float, and how good the rest then is."""
 
+    ranking: Ranking
+
     def __init__(self, job: Job, observer: Observer, search: Search | None) -> None:
         self.job, self.observer, self.search = job, observer, search
         self.float_scheme = job.target.scheme("float", "float")
-        self.ranking: list[str] = []
         placement = job.place(job.model.graph)
         schemes = schemes_of(job.scheme, job.exceptions)
         self.layers: list[Layer] = layers_of(job.model.graph, schemes, placement.left_float)
-        self.statistics: dict[str, Statistics] = {}
-        self._record(activation_roots(placement) | set(activations_of(job.model.graph, self.layers)))
+        self.statistics = job.observe(activation_roots(placement) | set(activations_of(job.model.graph, self.layers)))
         self._float = Session(job.model, device=job.settings.device)
         self._part = 4 if models.initializer_bytes(job.model) > LARGE_BYTES else 1
         self.samples: list[Judged] = judged_samples(self._float, job.source, job.specs, ROWS // self._part)
@@ -116,16 +117,15 @@ class _Search:
         return self.judge(0)
 
     def rank(self, steps: list[int]) -> None:
-        """Order the layers by their own error in these steps, largest first."""
+        """Order the layers by their own error in these steps, largest first, as far as it turns out to be needed."""
         job = self.job
         samples = judged_samples(self._float, job.source, job.specs, RANKING_ROWS // self._part, steps)
         probe = Probe(job.model, samples, self.statistics, job.specs, self.observer, self.search, job.settings.device)
-        errors = replace(probe, workers=job.workers).errors_alone(self.layers)
-        self.ranking = sorted(errors, key=lambda name: (errors[name].worst_db, name))
+        self.ranking = Ranking(replace(probe, workers=job.workers), self.layers)
 
     def shortest(self, floor_db: float) -> int:
         """How many of the first layers have to be float, if fewer never help more; half if that is not enough."""
-        low, high = 0, len(self.ranking) // 2
+        low, high = 0, len(self.layers) // 2
         for count in _growing(high):
             if self.judge(count).worst_db >= floor_db:
                 high = count
@@ -139,7 +139,7 @@ class _Search:
     def judge(self, count: int) -> ErrorPower:
         """The error of the target's own graph with the first so many layers in float."""
         if count not in self._judged:
-            candidate = self._candidate(self.ranking[:count])
+            candidate = self._candidate(self.ranking.first(count) if count else [])
             session = Session(candidate, optimize=False, device=self.job.settings.device)
             self._judged[count] = error_power(session.run, self.samples)
         return self._judged[count]
@@ -147,22 +147,12 @@ class _Search:
     def _candidate(self, in_float: Sequence[str]) -> ir.Model:
         model = self.job.model.clone()
         placement = self.job.place(model.graph, dict.fromkeys(in_float, self.float_scheme))
-        self._record(
-            activation_roots(placement) - self.statistics.keys()
-        )  # a float layer may move its neighbours' pairs
+        self.job.observe(activation_roots(placement))  # a float layer may move its neighbours' pairs
         InsertQDQ(placement.sites)(model)
         calibrate.set_activation_scales(model, self.statistics, self.observer)
         calibrate.set_weight_scales(model, self.search)
         LowerWeights()(model)
         return model
-
-    def _record(self, names: set[str]) -> None:
-        if not names:
-            return
-        job, inputs = self.job, {spec.name for spec in self.job.specs}
-        session = Session(job.model, taps=sorted(names - inputs), device=job.settings.device)
-        recording = calibrate.record(session, sorted(names), job.source, job.specs, samples=job.settings.samples)
-        self.statistics |= recording.statistics
 
 
 def activation_roots(placement: Placement) -> set[str]:
