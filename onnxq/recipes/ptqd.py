@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import model as models
+from onnxq.calibration.calibrate import Recording
 from onnxq.calibration.data import STEP_KEY, Array, Source, batches, inputs_of
 from onnxq.config import build_knobs
 from onnxq.diffusion import denoiser as denoisers
@@ -82,6 +83,7 @@ class Ptqd:
         scheme = Scheme(job.scheme.weights, job.target.scheme(None, self.low_activations).activations)
         low = dataclasses.replace(job, model=job.model.clone(), scheme=scheme, checkpoint=None)
         low.exceptions, low.reasons, low.ranges = dict(job.exceptions), {}, {}
+        low.observed = Recording({})  # its values may be rewritten in another way
         fits = []
         for item in (low, job):
             base.run(item)

@@ -1,10 +1,12 @@
 """What a denoiser loses in each sampler step, and which part of the quantization loses it.
 
     python tests/benchmarks/denoiser_steps.py FOLDER [NAME …] [--target tensorrt cpu] [--samples 16] [--steps 20]
+    python tests/benchmarks/denoiser_steps.py FOLDER --steps 50 --variants "no floor for steps" default
 
-FOLDER holds NAME.onnx with NAME.scheduler.json (or a schedule in the metadata). Every variant is calibrated on the
-model's own trajectories and judged on others: SQNR of the prediction in each step of the float trajectory, from the
-same inputs. The table shows the first, the median, the worst and the last step.
+FOLDER holds NAME.onnx with NAME.scheduler.json (or a schedule in the metadata); without a NAME all of its denoisers are
+judged. Every variant is calibrated on the model's own trajectories and judged on others: SQNR of the prediction in each
+step of the float trajectory, from the same inputs. The table shows the first, the median, the worst and the last step,
+how many layers are on codes, and the seconds that quantizing took, those for the floor of the steps apart.
 """
 
 from __future__ import annotations
@@ -42,23 +44,34 @@ def main() -> None:
     parser.add_argument("--target", nargs="+", default=["tensorrt", "cpu"])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--calibration", type=int, default=256)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     arguments = parser.parse_args()
-    names = arguments.names or sorted(file.name.split(".")[0] for file in arguments.folder.glob("*.scheduler.json"))
+    names = arguments.names or [path.stem for path in sorted(arguments.folder.glob("*.onnx")) if is_denoiser(path)]
     for name in names:
         for target in arguments.target:
             print(f"\n{name}, {target}: SQNR in dB")
-            print(f"{'variant':22} {'first':>6} {'median':>6} {'worst':>6} {'at':>4} {'last':>6}  layers")
+            columns = f"{'variant':22} {'first':>6} {'median':>6} {'worst':>6} {'at':>4} {'last':>6}"
+            print(f"{columns}  {'layers':10} {'seconds':>7} {'floor':>6}")
             for variant in arguments.variants:
                 judge(arguments, name, target, variant)
+
+
+def is_denoiser(path: Path) -> bool:
+    """Whether a file is a denoiser that can be run."""
+    opened = models.read(path)
+    known = all(value.const_value is not None for value in opened.graph.initializers.values())
+    return known and models.kind_of(opened) == models.Kind.DENOISER
 
 
 def judge(arguments: argparse.Namespace, name: str, target: str, variant: str) -> None:
     """Quantize and print one line."""
     path = arguments.folder / f"{name}.onnx"
     scheduler = arguments.folder / f"{name}.scheduler.json"
-    common = {"steps": arguments.steps} | ({"scheduler": str(scheduler)} if scheduler.is_file() else {})
+    common: dict[str, Any] = {"steps": arguments.steps, "guidance": arguments.guidance}
+    if scheduler.is_file():
+        common["scheduler"] = str(scheduler)
     options = {key: value for key, value in VARIANTS[variant].items() if key != "noise"}
     if options.get("activations") == "8 bits":
         options["activations"] = {"tensorrt": "int8", "cpu": "uint8"}[target]
@@ -81,7 +94,7 @@ def judge(arguments: argparse.Namespace, name: str, target: str, variant: str) -
     layers = f"{numbers['quantized_nodes']} of {numbers['weighted_nodes']}"
     print(
         f"{variant:22} {found[0]:6.1f} {statistics.median(found):6.1f} {found[worst]:6.1f} {worst:4d} "
-        f"{found[-1]:6.1f}  {layers}",
+        f"{found[-1]:6.1f}  {layers:10} {numbers['seconds']['total']:7.1f} {numbers['seconds'].get('steps', 0.0):6.1f}",
         flush=True,
     )
 
