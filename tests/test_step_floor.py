@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from conftest import add_weights
+from test_temporal_features import NETWORK, SHAPES
 
+from onnxq import model as models
 from onnxq import switchboard, targets
 from onnxq.calibration import bias_correction, observers
 from onnxq.calibration.data import Iterables, Sample
 from onnxq.config import make_settings
+from onnxq.diffusion.source import open_sampler
 from onnxq.diffusion.step_floor import hold_floor
+from onnxq.diffusion.trajectory import Trajectories
 from onnxq.job import Job
 from onnxq.progress import Progress
 from onnxq.ranking import Ranking
 from onnxq.runtime import Session
-from onnxq.sensitivity import Probe, judged_samples
+from onnxq.sensitivity import ErrorPower, Probe, judged_samples
 
 LAYERS = 24
 
@@ -126,3 +131,32 @@ def test_record_wants_insert_first() -> None:
     job, _ = job_of(chain(()))
     with pytest.raises(RuntimeError, match="insert"):
         job.record()
+
+
+def test_few_samples_that_differ_are_judged_with_caution() -> None:
+    """The pooled ratio of a step of few samples, which differ a hundredfold, is mostly above what others will have."""
+    generator = np.random.default_rng(0)
+
+    def power_of(count: int) -> ErrorPower:
+        power, signal = ErrorPower(), np.sqrt(10.0 ** generator.uniform(-1, 1, (count, 1)))
+        power.add([signal], [signal + 0.3 * generator.standard_normal((count, 1))], np.full(count, 49))
+        return power
+
+    truth, few = power_of(20000), [power_of(16) for _ in range(300)]
+    assert abs(truth.cautious_by_step_db[49] - truth.worst_db) < 0.1
+    above = np.mean([power.worst_db > truth.worst_db for power in few])
+    cautiously = np.mean([power.cautious_by_step_db[49] > truth.worst_db for power in few])
+    assert above > 0.4 and cautiously < 0.3
+    one = power_of(1)
+    assert one.cautious_by_step_db == one.by_step_db
+
+
+def test_every_trajectory_keeps_its_quietest_step(tmp_path: Path) -> None:
+    path = tmp_path / "denoiser.onnx"
+    ir.save(add_weights(NETWORK, SHAPES), path)
+    sampler, _ = open_sampler(models.load(path), path, make_settings({"steps": 10}))
+    for policy, wanted in (("uniform", 4), ("ndtc", None)):
+        kept = Trajectories(sampler, Session(path), count=8, trajectories=4, policy=policy)
+        steps = [int(sample["step"]) for sample in kept]
+        assert wanted is None or steps.count(9) == wanted
+        assert set(steps) - {9}

@@ -67,19 +67,24 @@ def hold_floor(job: Job, observer: Observer, search: Search | None, floor_db: fl
         worst = sorted(before.by_step_db, key=lambda step: before.by_step_db[step])[:RANKING_STEPS]
         if floor_db > 0 and before.worst_db < floor_db + SPREAD_DB:
             before = after = search_.look_closer(worst)
-        if 0 < floor_db > before.worst_db:
+        if 0 < floor_db > _held_db(before):
             search_.rank(worst)
             count = search_.shortest(floor_db)
             after = search_.judge(count)
-            if after.worst_db < floor_db:
+            if _held_db(after) < floor_db:
                 job.warnings.append(
-                    f"a sampler step keeps only {after.worst_db:.1f} dB although {count} layers stay float for it"
+                    f"a sampler step keeps only {_held_db(after):.1f} dB although {count} layers stay float for it"
                 )
             for name in search_.ranking.first(count):
                 job.exceptions[name] = search_.float_scheme
                 job.reasons[name] = f"in float every sampler step keeps {floor_db:g} dB"
         job.step_sqnr_db = after.by_step_db
     return Floor(before, after, list(job.reasons))
+
+
+def _held_db(power: ErrorPower) -> float:
+    """What the worst step keeps, with a margin for the samples that were not seen."""
+    return min(power.cautious_by_step_db.values(), default=float("inf"))
 
 
 def _growing(total: int) -> list[int]:
@@ -127,13 +132,13 @@ class _Search:
         """How many of the first layers have to be float, if fewer never help more; half if that is not enough."""
         low, high = 0, len(self.layers) // 2
         for count in _growing(high):
-            if self.judge(count).worst_db >= floor_db:
+            if _held_db(self.judge(count)) >= floor_db:
                 high = count
                 break
             low = count
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self.judge(middle).worst_db >= floor_db else (middle, high)
+            low, high = (low, middle) if _held_db(self.judge(middle)) >= floor_db else (middle, high)
         return high
 
     def judge(self, count: int) -> ErrorPower:

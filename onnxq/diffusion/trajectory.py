@@ -312,6 +312,8 @@ class Trajectories:
         branches = np.mean([sampler.rows(step) for step in range(steps)])
         kept = int(np.clip(round(count / branches / trajectories), 1, steps))
         chosen = select(policy, trajectories, sampler.schedule.timesteps, kept, sampler.seed)
+        if policy == "uniform":
+            chosen[:, -1] = True  # the quietest step, where samples differ most: it takes many to judge it
         self._folder = tempfile.TemporaryDirectory(prefix="onnxq-trajectories-")
         path = Path(self._folder.name) / "trajectories.npz"
         record(sampler, session, chosen, path, advance, workers, shared)
