@@ -17,6 +17,7 @@ from rich.console import Console
 from onnxq.engines import EngineBuild
 from onnxq.report.html import histogram_plot, render_html, sqnr_bars
 from onnxq.report.metrics import Accuracy, Agreement, MeanError, Perplexity, Sqnr, json_safe
+from onnxq.report.scales import scale_plots
 from onnxq.report.sections import engine_table
 from onnxq.report.steps import step_plot
 from onnxq.report.table import closing_table, plain_lines
@@ -272,6 +273,16 @@ def test_steps_are_drawn_from_what_there_is():
     times = step_plot({"timestep_sqnr_db": {"21.0": 10.0, "999.0": 30.0}})
     assert times["axis"] == "timesteps 999 to 21, left to right"
     assert times["lines"][0]["worst"] == "10.0 dB at worst (timestep 21)"
+
+
+def test_scales_that_follow_the_steps_are_drawn_as_staircases():
+    plots = scale_plots({"still": [1.0, 1.0], "moving": [4.0, 2.0, 1.0], "none": []}, 9)
+    assert [plot["name"] for plot in plots] == ["moving", "still"]
+    points = [tuple(map(float, point.split(","))) for point in plots[0]["points"].split()]
+    assert [y for _, y in points] == [0, 0, 100, 100, 200, 200] and points[0][0] == 0 and points[-1][0] == 1000
+    assert plots[0]["ratio"] == "4.0×" and len(scale_plots({"a": [1.0], "b": [1.0]}, 1)) == 1
+    page = render_html({"scales_by_step": {"<b>": [4.0, 2.0]}})
+    assert page.count("<polyline") == 1 and "&lt;b&gt;" in page and "Scales by step" not in render_html({})
 
 
 def test_a_page_shows_steps_and_pictures():

@@ -301,6 +301,9 @@ def test_subgraphs_share_weights_and_route(denoiser: Path, tmp_path: Path) -> No
         assert all(value.const_value.location == "quantized.onnx.data" for value in large)
         assert not [node for node in part.graph if node.op_type == "ArgMin"]
     assert result.numbers["subgraphs"] == str(tmp_path / "quantized.groups.json")
+    by_step = np.asarray(list(result.numbers["scales_by_step"].values()))
+    assert by_step.shape == (result.numbers["time_scales"]["values"], 10)
+    assert 1 < len(np.unique(by_step, axis=1).T) <= 3  # all follow the same groups
     with pytest.raises(OnnxqError, match="one group"):
         router.predict(np.zeros((2, 1, 4, 4), np.float32), np.asarray([999, 0]), y=np.zeros(2))
     with pytest.raises(OnnxqError, match="conditions y"):

@@ -161,6 +161,12 @@ def scales_by_step(
     return TimeScales(costs, {name: optimal([item], groups) for name, item in costs.items()})
 
 
+def by_value(graph: ir.Graph, tables: Mapping[str, Array]) -> dict[str, list[float]]:
+    """The tables of a calibrated graph by the names of the activations that are quantized, for a report."""
+    found = conditionable(graph)
+    return {found[name].quantize.metadata_props[STATISTICS]: table.tolist() for name, table in tables.items()}
+
+
 def lower(job: Job, sampler: Sampler, tables: Mapping[str, Array], lowering: str) -> None:
     """Write scales by step into a graph that is lowered already, in the form that the target runs.
 

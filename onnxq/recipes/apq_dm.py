@@ -128,6 +128,7 @@ class ApqDm:
         job.measurements["time_scales"] = {**found, "moving": len(tables)}
         if self.partition == "learned" and tables:
             tables = self.learn(job, scales, len(sampler.schedule.timesteps))
+        job.measurements["scales_by_step"] = time_scales.by_value(job.model.graph, tables)
         job.lower()
         time_scales.lower(job, sampler, tables, self.lowering)
 

@@ -122,6 +122,8 @@ class Diffusion:
         moving = {name: item for name, item in by_step.items() if name not in shifted}  # a shift is for one scale
         scales = time_scales.scales_by_step(job, moving, sampler, observe, groups=self.groups) if moving else None
         chosen = time_scales.moving_scales(job, scales, self.least_gain_db) if scales is not None else None
+        if chosen is not None:
+            job.measurements["scales_by_step"] = time_scales.by_value(job.model.graph, chosen.tables)
         job.lower()
         if scales is not None and chosen is not None:
             job.measurements["time_scales"] = {"values": len(scales.tables), "moving": len(chosen.tables)}

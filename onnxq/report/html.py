@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxq.report import steps, table
+from onnxq.report import scales, steps, table
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -30,7 +30,8 @@ def render_html(result: Mapping[str, Any]) -> str:
         result: The JSON of quantize, merged with a comparison's. Any key may be missing. Beyond what the table
             shows: ``command``, ``versions`` and ``settings`` (dicts), ``layers``, and ``tensors`` (dicts of ``name``,
             ``format``, ``low``, ``high``, ``clip_low``, ``clip_high`` and ``histogram`` with ``edges``, ``counts``),
-            SQNR by step (see :func:`onnxq.report.steps.step_plot`), ``pictures`` (dicts of ``png`` and ``caption``) and
+            SQNR by step (see :func:`onnxq.report.steps.step_plot`),
+            ``scales_by_step`` (by the activation's name), ``pictures`` (dicts of ``png`` and ``caption``) and
             ``tables`` (see :mod:`onnxq.report.sections`).
 
     Returns:
@@ -66,6 +67,7 @@ def _view(result: Mapping[str, Any], items: int) -> dict[str, Any]:
         "warnings": [str(note) for note in result.get("warnings") or ()],
         "next_steps": [str(note) for note in result.get("next_steps") or ()],
         "steps": steps.step_plot(result),
+        "scales": scales.scale_plots(result.get("scales_by_step") or {}, items),
         "pictures": steps.embedded(result.get("pictures") or ()),
         "layers": [_layer(layer) for layer in layers[:items]],
         "bars": sqnr_bars(layers[:items]),
