@@ -25,6 +25,7 @@ from onnxq.diffusion.noise_correction import (
 )
 from onnxq.diffusion.schedule import ASSUMED_DIFFUSION
 from onnxq.diffusion.source import open_sampler
+from onnxq.diffusion.trajectory import record
 from onnxq.passes.correct_prediction import CorrectPrediction
 from onnxq.runtime import Session
 
@@ -167,22 +168,26 @@ def test_a_sampler_with_noise_of_its_own_adds_less(tmp_path: Path, eta: float, g
     np.testing.assert_allclose(list(factors.values()), left, rtol=1e-5)
 
 
-def test_other_trajectories_profit_too(tmp_path: Path) -> None:
-    """The shipped denoiser with 3-bit weights: no step gets worse on trajectories that were not measured."""
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[ir.Model, ir.Model]:
+    """The shipped denoiser with 3-bit weights, as it is and corrected."""
     options = {"steps": 4, "weights": "int3", "activations": "int8", "samples": 48}
     base = onnxq.quantize(UNET, recipe="ptq4dm", knobs={"selection": "uniform", "trajectories": 12}, **options)
-    data = tmp_path / "data.npz"
-    from onnxq.diffusion.trajectory import record
-
+    data = tmp_path_factory.mktemp("ptqd") / "data.npz"
     sampler, _ = open_sampler(models.load(UNET), UNET, make_settings({"steps": 4}))
+    record(sampler, Session(UNET), np.ones((12, 4), bool), data)
+    corrected = onnxq.quantize(UNET, data, recipe="ptqd", knobs={"base": "ptq4dm"}, **options)
+    return base.model, corrected.model
+
+
+def test_other_trajectories_profit_too(pair: tuple[ir.Model, ir.Model]) -> None:
+    """No step gets worse on trajectories that were not measured."""
     exact = Session(UNET)
-    record(sampler, exact, np.ones((12, 4), bool), data)
-    result = onnxq.quantize(UNET, data, recipe="ptqd", knobs={"base": "ptq4dm"}, **options)
-    table = json.loads(models.get_metadata(result.model)["noise_correction"])
+    table = json.loads(models.get_metadata(pair[1])["noise_correction"])
     assert [entry["step"] for entry in table] == [0, 1, 2, 3] and table[0]["timestep"] > table[3]["timestep"]
     assert any(entry["slope"] > 0 or any(entry["mean"]) for entry in table)
     other, _ = open_sampler(models.load(UNET), UNET, make_settings({"steps": 4, "seed": 9}))
-    plain, corrected = Session(base.model, optimize=False), Session(result.model, optimize=False)
+    plain, corrected = (Session(model, optimize=False) for model in pair)
     ratios = []
     for visit in other.run(exact, range(12)):
         errors = [
@@ -190,6 +195,27 @@ def test_other_trajectories_profit_too(tmp_path: Path) -> None:
         ]
         ratios.append(errors[1] / errors[0])
     assert max(ratios) < 1.01 and min(ratios) < 0.97
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_images_from_the_same_noise_end_nearer(pair: tuple[ir.Model, ir.Model], tmp_path: Path, eta: float) -> None:
+    """With and without noise of the sampler's own, which is made smaller by what quantization adds."""
+    file = tmp_path / "scheduler.json"
+    file.write_text(json.dumps({**ASSUMED_DIFFUSION, "eta": eta}))
+    images, factors = [], {}
+    for model in (models.load(UNET), *pair):
+        sampler, _ = open_sampler(
+            models.load(UNET), UNET, make_settings({"steps": 4, "scheduler": str(file), "seed": 9})
+        )
+        if model is pair[1]:
+            factors = correct_noise(sampler, models.get_metadata(model)["noise_correction"])
+        run = sampler.run(Session(model, optimize=False), range(8))
+        for _ in run:
+            pass
+        images.append(run.sample)
+    exact, plain, corrected = images
+    assert np.mean((corrected - exact) ** 2) < 0.95 * np.mean((plain - exact) ** 2)
+    assert bool(factors) == (eta > 0) and all(0 < factor < 1 for factor in factors.values())
 
 
 def test_samples_without_steps_are_refused(tmp_path: Path) -> None:

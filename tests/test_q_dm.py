@@ -13,7 +13,9 @@ from test_temporal_features import NETWORK, SHAPES
 import onnxq
 from onnxq import graph as graphs
 from onnxq import model as models
+from onnxq.diffusion.denoiser import find
 from onnxq.diffusion.partition import uniform
+from onnxq.diffusion.schedule import ASSUMED_DIFFUSION, make
 from onnxq.errors import OnnxqError
 from onnxq.formats import FORMATS, fake_quantize
 from onnxq.runtime import Session
@@ -103,6 +105,44 @@ def test_one_step_suits_activations_that_are_divided_by_what_they_reach() -> Non
 
     assert error(uniform(50, 50)) <= error(np.zeros(50, int)) / 7
     assert error(uniform(50, 8)) <= error(np.zeros(50, int)) / 5
+
+
+def test_what_is_rounded_reaches_about_as_far_in_every_step(denoiser: Path, tmp_path: Path) -> None:
+    """Samples that shrink tenfold along the sampler: quantizers see a range that hardly moves."""
+    generator, steps = np.random.default_rng(0), np.arange(80) % 10
+    x = generator.standard_normal((80, 1, 4, 4)) * np.geomspace(10, 1, 10)[steps].reshape(-1, 1, 1, 1)
+    times = np.asarray(make(ASSUMED_DIFFUSION, find(models.load(denoiser)), 10).timesteps)
+    data = {"x": x.astype(np.float32), "t": times[steps].astype(np.int64), "y": generator.integers(0, 2, 80)}
+    np.savez(tmp_path / "data.npz", step=steps, **data)
+    spread = {}
+    for taq in ("none", "table"):
+        knobs = {"taq": taq, "steps": 1, "weight_rate": 1e-9, "step_rate": 1e-9, "groups": 0}
+        made = onnxq.quantize(denoiser, tmp_path / "data.npz", recipe="q-dm", knobs=knobs, **OPTIONS).model
+        read = [node.inputs[0].name for node in made.graph if graphs.is_quantize(node) and node.inputs[0].producer()]
+        values = Session(made, taps=read, optimize=False).run(data, read)
+        reach = [[np.abs(value[steps == step]).max() for step in range(10)] for value in values]
+        spread[taq] = [max(steps) / min(steps) for steps in reach]
+    assert len(spread["none"]) == len(spread["table"]) >= 2
+    assert all(
+        after < 2 < before / 2 for before, after in zip(spread["none"], spread["table"], strict=True) if before > 4
+    )
+    assert max(spread["none"]) > 4
+
+
+def test_the_trained_network_is_the_exported_one(denoiser: Path) -> None:
+    """The graph in torch, as it was trained, and in onnxruntime, as it is stored, over a hundred inputs."""
+    from onnxq.autograd.interpreter import TorchGraph
+
+    made = onnxq.quantize(denoiser, recipe="q-dm", knobs=KNOBS | {"steps": 20}, **OPTIONS).model
+    generator = np.random.default_rng(5)
+    feed = {
+        "x": generator.standard_normal((100, 1, 4, 4)).astype(np.float32),
+        "t": generator.integers(0, 1000, 100),
+        "y": generator.integers(0, 2, 100),
+    }
+    wanted = Session(made, optimize=False).run(feed)[0]
+    found = TorchGraph(made, "cpu").run({name: torch.from_numpy(array) for name, array in feed.items()}, ["eps"])
+    np.testing.assert_allclose(found["eps"].detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_one_timestep_for_the_batch_is_refused_in_two_lines(tmp_path: Path) -> None:
