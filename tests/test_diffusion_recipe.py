@@ -13,7 +13,9 @@ from test_denoiser_recipes import NETWORK, SHAPES, held_out_error
 import onnxq
 from onnxq import graph as graphs
 from onnxq import model as models
+from onnxq.diffusion.router import Router
 from onnxq.errors import OnnxqError
+from onnxq.runtime import Session
 
 OPTIONS = {"steps": 8, "weights": "int4", "activations": "int8", "exclude": ["first", "last"]}
 KNOBS = {"trajectories": 8, "kept_steps": 8, "iterations": 300}
@@ -59,6 +61,29 @@ def test_scales_by_step_join_the_rest(denoiser: Path) -> None:
     moving = result.numbers["time_scales"]
     assert 0 < moving["moving"] <= moving["values"] < result.numbers["quantized_nodes"]
     assert errors[1] < 1.1 * errors[0]
+
+
+def test_the_first_steps_can_run_the_float_network(denoiser: Path, tmp_path: Path) -> None:
+    output = tmp_path / "quantized.onnx"
+    knobs = KNOBS | {"float_steps": 2, "iterations": 10}
+    onnxq.quantize(denoiser, output=output, recipe="diffusion", knobs=knobs, **OPTIONS)
+    router = Router(tmp_path / "quantized.groups.json")
+    assert [int((router.groups == number).sum()) for number in (0, 1)] == [2, 6]
+    exact, quantized = Session(denoiser), Session(output)
+    x = np.random.default_rng(0).standard_normal((2, *[size or 1 for size in router.denoiser.sample.shape[1:]]))
+    for step, time in enumerate(router.timesteps):
+        conditions = {item.spec.name: np.zeros(2, item.spec.dtype) for item in router.denoiser.conditions}
+        found = router.predict(x.astype(np.float32), time, **conditions)
+        feed = {
+            router.denoiser.sample.name: x.astype(np.float32),
+            router.denoiser.timestep.name: router.denoiser.timesteps(time, 2),
+            **conditions,
+        }
+        np.testing.assert_allclose(found, (exact if step < 2 else quantized).run(feed)[0], rtol=1e-5, atol=1e-6)
+    assert np.abs(exact.run(feed)[0] - quantized.run(feed)[0]).max() > 1e-3
+    for wrong in (-1, 8):
+        with pytest.raises(OnnxqError, match="float_steps between 0 and 7"):
+            onnxq.quantize(denoiser, recipe="diffusion", knobs=KNOBS | {"float_steps": wrong}, **OPTIONS)
 
 
 def test_the_same_seed_gives_the_same_bytes(denoiser: Path) -> None:

@@ -14,6 +14,8 @@ from onnxq.diffusion import time_scales
 from onnxq.diffusion.selection import POLICIES
 from onnxq.diffusion.source import sampler_of
 from onnxq.diffusion.step_floor import hold_floor
+from onnxq.diffusion.subgraphs import Subgraph
+from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.knobs import choice
 from onnxq.learning.reconstruct import Reconstruction, iterations_of, reconstruct, rounding_rate
@@ -37,6 +39,7 @@ class Diffusion:
        of the network makes (BRECQ, arXiv 2102.05426). Biases take back the mean error that is left.
     6. With ``groups``, activations whose range drifts get a scale for each group of steps (APQ-DM, arXiv 2305.18723).
     7. Measure what error remains in each step, and take back what follows the prediction (PTQD, arXiv 2305.10657).
+    8. With ``float_steps``, an index beside the result sends the first steps to the float network.
 
     Source: the composition is ours; the papers are named above.
 
@@ -45,6 +48,10 @@ class Diffusion:
           is on because it raised every step of the denoisers that it was tried on. Noise correction is on because
           learned rounding leaves a mean error that all steps share: steps look better, and yet images end further
           away (int4 weights, a guided UNet: squared error 1.5 of nearest rounding's without it, 0.16 with it).
+        - Where a sampler starts at almost no signal, its first step can make nearly all of the error of the images,
+          which eight bits do not mend: a small UNet of digits, 20 steps, had 4.0e-2 with int4 weights, and 0.8e-2 with
+          its first step in float. On others that step makes next to nothing (``tests/benchmarks/step_influence.py``
+          tells), so ``float_steps`` is 0 unless it is set.
 
     Attributes:
         cache: Whether temporal features become tables.
@@ -55,6 +62,7 @@ class Diffusion:
         correct: Whether the error of each step is taken back behind the network.
         groups: In how many groups of steps an activation has a scale of its own (APQ-DM); 1: one scale for all.
         least_gain_db: By how much the error of an activation has to fall for that: factors cost time.
+        float_steps: How many of the first steps run the float network, which is stored beside the quantized one.
         selection: Which steps are kept where no data is given.
         trajectories: How many samples the sampler makes.
         kept_steps: Steps kept of each.
@@ -76,6 +84,7 @@ class Diffusion:
     correct: bool = True
     groups: int = 1
     least_gain_db: float = 2.0
+    float_steps: int = 0
     selection: str = choice(*POLICIES)
     trajectories: int = 16
     kept_steps: int = 16
@@ -92,10 +101,17 @@ class Diffusion:
         """Quantize the job's model."""
         observe, search = observers.get(self.observer), weight_ranges.get("mse")
         sampler = sampler_of(job)
+        times = sampler.schedule.timesteps
+        if not 0 <= self.float_steps < len(times):
+            raise OnnxqError(
+                f"expected float_steps between 0 and {len(times) - 1}, found {self.float_steps}",
+                hint=f"the sampler has {len(times)} steps, the last of which is quantized at least",
+            )
+        whole = job.model.clone() if self.float_steps else None
         exact = Session(job.model, device=job.settings.device) if self.correct else None
         job.prepare()
         if self.cache:
-            CacheTemporalFeatures(sampler.denoiser, sampler.schedule.timesteps, bytes_per_weight=1.0)(job.model)
+            CacheTemporalFeatures(sampler.denoiser, times, bytes_per_weight=1.0)(job.model)
         split_shortcuts(job, self.split, self.split_gain_db)
         if self.step_floor_db > 0:
             hold_floor(self._with_wide_weights(job), observe, search, self.step_floor_db)
@@ -130,6 +146,12 @@ class Diffusion:
             time_scales.lower(job, sampler, chosen.tables, "rescale")
         if exact is not None and STEP_KEY in next(iter(job.source), {}):
             Ptqd().correct(job, exact, sampler.denoiser)
+        if whole is not None:
+            first = self.float_steps
+            job.subgraphs = [
+                Subgraph(whole, tuple(range(first)), tuple(times[:first])),
+                Subgraph(job.model, tuple(range(first, len(times))), tuple(times[first:])),
+            ]
 
     def _with_wide_weights(self, job: Job) -> Job:
         """The same job with weights of at least 8 bits; what it finds out goes into the job's own dictionaries."""
