@@ -8,6 +8,8 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 
+from onnxq.machine import cores
+
 
 @dataclass(frozen=True)
 class Need:
@@ -102,7 +104,7 @@ def machine() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": str(os.cpu_count()),
+        "cores": str(cores()),
         "integer instructions": ", ".join(name for flag, name in known.items() if flag in words) or "unknown",
     }
 

@@ -224,7 +224,7 @@ class Names:
             self._taken.add(node.name or "")
             self._taken.update(value.name or "" for value in node.outputs)
             for attribute in node.attributes.values():
-                for inner in _graphs_in(attribute):
+                for inner in graphs_in(attribute):
                     self._taken |= {value.name or "" for value in inner.inputs} | set(inner.initializers)
 
     def free(self, name: str) -> str:
@@ -235,7 +235,8 @@ class Names:
         return name
 
 
-def _graphs_in(attribute: ir.Attr) -> Sequence[ir.Graph]:
+def graphs_in(attribute: ir.Attr) -> Sequence[ir.Graph]:
+    """The graphs that an attribute holds: bodies of If, Loop and Scan."""
     if attribute.type == ir.AttributeType.GRAPH:
         return [attribute.as_graph()]
     return attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else ()

@@ -20,6 +20,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import Sequential
 
 from onnxq import graph as graphs
+from onnxq import shapes
 from onnxq.errors import OnnxqError
 from onnxq.runtime import IN_MEMORY_LIMIT_BYTES
 from onnxq.writing import atomic_folder
@@ -93,7 +94,7 @@ def normalise(model: ir.Model, *, name: str = "the model") -> None:
         )
     try:
         with quiet():
-            _normalise(model, opset)
+            _normalise(model, opset, name)
     except OnnxqError:
         raise
     except (KeyboardInterrupt, MemoryError):
@@ -106,15 +107,16 @@ def normalise(model: ir.Model, *, name: str = "the model") -> None:
         ) from error
 
 
-def _normalise(model: ir.Model, opset: int) -> None:
+def _normalise(model: ir.Model, opset: int, name: str) -> None:
     Sequential(
         common_passes.InlinePass(),
         common_passes.RemoveInitializersFromInputsPass(),
         common_passes.TopologicalSortPass(),
         common_passes.NameFixPass(),
-        common_passes.ShapeInferencePass(),  # outputs may come without a type
-        common_passes.CheckerPass(),  # so that every pass may take for granted what an op requires
     )(model)
+    shapes.infer(model)  # outputs may come without a type
+    shapes.check_sizes(model, name)
+    common_passes.CheckerPass()(model)  # so that every pass may take for granted what an op requires
     _name_nodes(model)
     if opset < LOWEST_OPSET:
         from onnxscript import version_converter
@@ -132,14 +134,17 @@ def _normalise(model: ir.Model, opset: int) -> None:
         from onnxscript import optimizer
 
         # Weights may be stored compressed, behind Cast and Mul: the default limits would leave those in the graph.
-        optimizer.fold_constants(model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS)
+        optimizer.fold_constants(
+            model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS, should_fold=_should_fold
+        )
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     Sequential(
         common_passes.IdentityEliminationPass(),
         common_passes.RemoveUnusedNodesPass(),
-        common_passes.ShapeInferencePass(),
-        common_passes.NameFixPass(),
     )(model)
+    shapes.infer(model)
+    shapes.check_sizes(model, name)
+    common_passes.NameFixPass()(model)
     _name_nodes(model)
 
 
@@ -150,6 +155,11 @@ def _is_foldable(node: ir.Node) -> bool:
     if graphs.is_quantize(node) or graphs.is_dequantize(node):
         return False
     return bool(node.inputs) and all(value is None or graphs.is_constant(value) for value in node.inputs)
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Not what would be computed only to be found too large; else what the folder decides by itself."""
+    return False if any((shapes.elements(value) or 0) > FOLDED_ELEMENTS for value in node.outputs) else None
 
 
 def _name_nodes(model: ir.Model) -> None:
@@ -218,12 +228,6 @@ def is_large(path: str | os.PathLike[str]) -> bool:
     """Whether a file's weights are too many for one onnxruntime session (see :class:`onnxq.runtime.Session`)."""
     size = Path(path).stat().st_size
     return size > IN_MEMORY_LIMIT_BYTES or (size <= WITHOUT_WEIGHTS_BYTES and file_bytes(path) > IN_MEMORY_LIMIT_BYTES)
-
-
-def infer_types(model: ir.Model) -> None:
-    """Give every value a type, as far as shape inference knows it."""
-    with quiet():
-        common_passes.ShapeInferencePass()(model)
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx
 
+from onnxq import machine
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Serialized, Session, serialize
 
@@ -164,7 +165,7 @@ def open_workers(count: int = 1, ray_address: str | None = None) -> Iterator[Wor
             with contextlib.closing(workers):
                 yield workers
     elif count > 1:
-        threads = max(1, (os.cpu_count() or 1) // count)
+        threads = max(1, machine.cores() // count)
         # Never fork: onnxruntime's threads would not survive it.
         pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
         with pool, contextlib.closing(Workers(pool, count, threads)) as workers:

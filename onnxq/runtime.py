@@ -138,14 +138,15 @@ class Session:
         device: str,
     ) -> Any:
         if not isinstance(model, ir.Model | Serialized):
-            from onnxq.model import infer_types, is_large, read
+            from onnxq import shapes
+            from onnxq.model import is_large, read
 
             large = is_large(model)
             if not taps and (not large or options.optimized_model_filepath):
                 return _inference_session(os.fspath(model), options, device)
             model = read(model)
             if large:
-                infer_types(model)
+                shapes.infer(model)
         serialized = serialize(model, taps) if isinstance(model, ir.Model) else model
         self._appended = serialized.appended
         if serialized.folder:

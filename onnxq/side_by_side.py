@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq import model as models
+from onnxq import shapes
 from onnxq.calibration import data as inputs
 from onnxq.calibration.data import STEP_KEY, Source, Spread
 from onnxq.diffusion import denoiser as denoisers
@@ -110,7 +111,7 @@ class Bench:
         """
         if self.large:  # both run in parts, and the quantized one literally: optimised, all of it would be in memory
             for model in (self.original, *(part.graph for part in parts)):
-                models.infer_types(model)
+                shapes.infer(model)
         with _blaming("float"):
             float_session = Session(self.original if self.large else self.model, device=self.device)
         names = float_session.output_names
@@ -194,8 +195,17 @@ def rows_of(feed: Mapping[str, Array]) -> int:
 
 
 def opened(model: Model) -> ir.Model:
-    """The graph of a model that may be given by path."""
-    return model if isinstance(model, ir.Model) else models.read(model)
+    """The graph of a model that may be given by path.
+
+    Raises:
+        OnnxqError: it cannot be read, or its sizes are absurd.
+    """
+    if isinstance(model, ir.Model):
+        return model
+    found = models.read(model)
+    shapes.infer(found)
+    shapes.check_sizes(found, os.path.basename(model))
+    return found
 
 
 def _named(model: Model, opened: ir.Model) -> ir.Model:

@@ -13,6 +13,7 @@ from benchmarks.large_models import BLOCK_BYTES, SEQUENCE, WIDTH, measured, writ
 from conftest import DATA, MODELS
 
 from onnxq import model as models
+from onnxq import shapes
 from onnxq.parts import Parts
 from onnxq.runtime import Session, serialize
 
@@ -61,7 +62,7 @@ def test_parts_give_what_the_whole_gives_taps_included(network: Path) -> None:
 def test_what_an_inner_graph_reads_from_outside_is_handed_on(typed: bool) -> None:
     model = ir.from_onnx_text(LOOP)
     if typed:
-        models.infer_types(model)
+        shapes.infer(model)
     parts = in_parts(model, [], part_bytes=20)
     assert (len(parts) > 1) is typed  # no session takes in a value whose type is unknown
     feed = {"x": np.arange(4, dtype=np.float32)}

@@ -17,6 +17,7 @@ import onnx_ir.passes.common as common_passes
 
 from onnxq import graph as graphs
 from onnxq import model as models
+from onnxq import shapes
 from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
@@ -264,7 +265,7 @@ def _typed(model: ir.Model) -> ir.Model:
             copy = model.clone()
             if copy.functions:
                 common_passes.InlinePass()(copy)
-            common_passes.ShapeInferencePass()(copy)
+            shapes.infer(copy)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise OnnxqError(
