@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,21 +33,24 @@ class Checkpoint:
         if folder is None:
             return
         marker = folder / KEY_FILE
-        if folder.is_dir() and marker.is_file() and marker.read_text(encoding="utf-8") != key:
+        if folder.is_dir() and marker.is_file() and marker.read_text(encoding="utf-8", errors="replace") != key:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         marker.write_text(key, encoding="utf-8")
 
     def load(self, step: str) -> dict[str, Array] | None:
-        """The arrays of a finished step by name, or ``None`` if it is not finished."""
+        """The arrays of a finished step by name, or ``None`` if it is not finished, or its file is damaged."""
         if self.folder is None:
             return None
         path = self._path(step)
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as archive:
-            names = [str(name) for name in archive["names"]]
-            return {name: archive[f"array_{index}"] for index, name in enumerate(names)}
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                names = [str(name) for name in archive["names"]]
+                return {name: archive[f"array_{index}"] for index, name in enumerate(names)}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            return None  # what a machine that lost its power left: the step is done again
 
     def save(self, step: str, arrays: Mapping[str, Array]) -> None:
         """Remember a finished step, whole or not at all."""
