@@ -190,5 +190,5 @@ def check_groups(steps: int, groups: int) -> None:
     if not 1 <= groups <= steps:
         raise OnnxqError(
             f"expected between 1 and {steps} groups of the sampler's {steps} steps, found {groups}",
-            hint="use for example --set groups=8, or more --steps",
+            hint=f"use for example --set groups={max(1, min(8, steps))}, or more --steps",
         )

@@ -22,7 +22,8 @@ from onnxq import recipes, targets
 
 # The fewest steps with which a recipe that learns still does all it does.
 FEW_STEPS = {
-    "iterations": 2, "steps": 2, "rounds": 1, "samples": 16,
+    "iterations": 2, "steps": 2, "rounds": 1, "samples": 16, "images": 8, "class_images": 8, "hard_images": 8,
+    "batch": 4,
 }  # fmt: skip
 
 
