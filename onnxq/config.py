@@ -97,7 +97,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        TypeError,
+        yaml.YAMLError,
+    ) as error:  # it checks little itself
         raise OnnxqError(
             f"expected a YAML file of settings at {path}, found: {' '.join(str(error).split())[:160]}",
             hint="for example: 'target: cpu' and 'exclude: [Conv_0]', one a line",
@@ -123,7 +129,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             raise OnnxqError(f"expected knob=value, found {assignment!r}", hint="for example --set observer=minmax")
         try:
             knobs[name.strip().replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (ValueError, RecursionError, TypeError, yaml.YAMLError) as error:
             raise OnnxqError(f"expected a plain value, found {assignment!r}", hint="quote it") from error
     return knobs
 

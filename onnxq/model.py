@@ -107,6 +107,24 @@ def normalise(model: ir.Model, *, name: str = "the model") -> None:
         ) from error
 
 
+def check_valid(model: ir.Model, name: str) -> None:
+    """Refuse a graph that the ONNX checker refuses.
+
+    Raises:
+        OnnxqError: it does.
+    """
+    try:
+        with quiet():
+            common_passes.CheckerPass()(model)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise OnnxqError(
+            f"expected a valid graph in {name}, found one that is not ({_one_line(error)})",
+            hint="run `python -m onnx.checker` to see what is wrong, then make the file again",
+        ) from error
+
+
 def _normalise(model: ir.Model, opset: int, name: str) -> None:
     Sequential(
         common_passes.InlinePass(),

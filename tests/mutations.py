@@ -30,13 +30,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import damage
 import numpy as np
 import onnx
 import onnx_ir as ir
+from PIL import Image
 
 MEMORY_BYTES = 6 << 30
+SAID_EVERY = 500
 SECONDS = 180  # beside other work; --seconds gives more where there is much of it
-INTERESTING = (0, 1, -1, 2, 7, 127, 255, 256, 65535, 2**31 - 1, -(2**31), 2**40, 2**62, -(2**63))
 
 MODEL = """
 <ir_version: 10, opset_import: ["" : 17]>
@@ -65,6 +67,20 @@ g (float[N,1,8,8] sample, int64[N] timestep) => (float[N,1,8,8] noise) <
   [conv] c = Conv <pads=[1,1,1,1]> (sample, w)
   [cast] f = Cast <to=1> (timestep)  [div] d = Div (f, hundred)  [time] t = Reshape (d, shape)
   [sum] a = Add (c, t)  [act] r = Relu (a)
+  [out] noise = Conv <pads=[1,1,1,1]> (r, v)
+}
+"""
+
+GUIDED = """
+<ir_version: 10, opset_import: ["" : 17]>
+g (float[N,1,8,8] sample, int64[N] timestep, int64[N] y) => (float[N,1,8,8] noise) <
+  float[16,1,3,3] w = {%s}, float[1,16,3,3] v = {%s}, float[3,16] classes = {%s}, float hundred = {100.0},
+  int64[4] shape = {-1,1,1,1}, int64[4] wide = {-1,16,1,1}
+> {
+  [conv] c = Conv <pads=[1,1,1,1]> (sample, w)
+  [cast] f = Cast <to=1> (timestep)  [div] d = Div (f, hundred)  [time] t = Reshape (d, shape)
+  [embed] e = Gather (classes, y)  [widen] k = Reshape (e, wide)
+  [sum] a = Add (c, t)  [all] b = Add (a, k)  [act] r = Relu (b)
   [out] noise = Conv <pads=[1,1,1,1]> (r, v)
 }
 """
@@ -107,12 +123,31 @@ def corpus(folder: Path) -> None:
     x = generator.standard_normal((4, 3, 8, 8)).astype(np.float32)
     np.savez(folder / "data.npz", x=x, labels=np.arange(4))
     (folder / "denoiser.scheduler.json").write_text(json.dumps(SCHEDULER))
+    (folder / "ddim.scheduler.json").write_text(json.dumps(SCHEDULER | {"eta": 1.0}))
+    corrected = onnx.load(folder / "denoiser.onnx")
+    rows = [{"timestep": time, "slope": 0.1, "mean": [0.0], "deviation": 0.1, "r_squared": 0.9} for time in (66, 33, 0)]
+    remembered = {"temporal_timesteps": [66.0, 33.0, 0.0], "noise_correction": rows}
+    for key, entry in remembered.items():
+        corrected.metadata_props.add(key=f"onnxq.{key}", value=json.dumps(entry))
+    onnx.save(corrected, folder / "corrected.onnx")
+    noisy = generator.standard_normal((6, 1, 8, 8)).astype(np.float32)
+    np.savez(folder / "trajectories.npz", sample=noisy, timestep=np.array([99, 66, 33, 99, 66, 33]))
+    onnx.save(onnx.parser.parse_model(GUIDED % (numbers(144), numbers(144), numbers(48))), folder / "guided.onnx")
+    np.savez(folder / "conditions.npz", y=np.arange(3))
+    for name in ("one", "two"):
+        picture = folder / "pictures" / "0" / f"{name}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (9, 11, 3)).astype(np.uint8)).save(picture)
     (folder / "settings.yaml").write_text(
         "recipe: int8\ntarget: cpu\nsamples: 2\nknobs:\n  observer: mse\nexclude: ['conv']\nseed: 3\n"
         "preprocess:\n  mean: [0.5, 0.5, 0.5]\n"
     )
     onnxq.quantize(folder / "model.onnx", folder / "data.npz", output=folder / "quantized.onnx")
     onnx.save(onnx.parser.parse_model(PLAIN % (numbers(432), numbers(256))), folder / "plain.onnx")
+    onnxq.quantize(
+        folder / "plain.onnx", folder / "data.npz", recipe="multiquant", knobs={"train": False},
+        output=folder / "master.onnx",
+    )  # fmt: skip
     plain = onnxq.model.load(folder / "plain.onnx")
     recorded = side_car.record(plain, open_source(folder / "data.npz", input_specs(plain)))
     np.savez(folder / "statistics.npz", **recorded)
@@ -160,6 +195,8 @@ USES: dict[str, list[str]] = {
         "sample {m} --scheduler {d}/denoiser.scheduler.json --steps 3 -n 2 -o {o}/out.png",
         "sample {m} --against {d}/denoiser.onnx --steps 3 -n 2 -o {o}/out.png",
     ],
+    "corrected.onnx": ["sample {m} --scheduler {d}/ddim.scheduler.json --steps 3 -n 2 -o {o}/out.png"],
+    "master.onnx": ["export {m} --bits 4 -o {o}/out.onnx", "lint {m} --fix {o}/out.onnx --target cpu"],
     "other.onnx": ["sample {d}/all.groups.json --scheduler {d}/denoiser.scheduler.json --steps 3 -n 2 -o {o}/out.png"],
     "plain.onnx": [
         "analyze {m} --data {d}/data.npz",
@@ -183,109 +220,24 @@ USES: dict[str, list[str]] = {
         "quantize {d}/decoder.onnx --data {m} --tokenizer {d}/tokenizer.bin --sequence-length 4 -o {o}/out.onnx"
     ],
     "data.npz": [
+        "statistics {d}/plain.onnx --data {m} -o {o}/out.npz",
         "quantize {d}/model.onnx --data {m} -o {o}/out.onnx",
         "compare {d}/model.onnx {d}/quantized.onnx --data {m} --no-latency",
     ],
-    "settings.yaml": ["quantize {d}/model.onnx --data {d}/data.npz --config {m} -o {o}/out.onnx"],
+    "trajectories.npz": ["quantize {d}/denoiser.onnx --data {m} --target cpu -o {o}/out.onnx"],
+    "settings.yaml": [
+        "quantize {d}/model.onnx --data {d}/data.npz --config {m} -o {o}/out.onnx",
+        "compare {d}/model.onnx {d}/quantized.onnx --data {d}/data.npz --config {m} --no-latency",
+    ],
+    "pictures/0/one.png": [
+        "quantize {d}/model.onnx --data {d}/pictures -o {o}/out.onnx",
+        "compare {d}/model.onnx {d}/quantized.onnx --data {d}/pictures --no-latency",
+    ],
+    "conditions.npz": [
+        "quantize {d}/guided.onnx --conditions {m} --scheduler {d}/denoiser.scheduler.json --steps 3 -n 4 --target cpu "
+        "-o {o}/out.onnx"
+    ],
 }
-
-
-def damage_bytes(data: bytes, chance: random.Random) -> bytes:
-    """A few random edits of the bytes."""
-    changed = bytearray(data)
-    for _ in range(chance.choice([1, 1, 2, 4, 16])):
-        place, length = chance.randrange(len(changed) + 1), chance.choice([1, 1, 2, 4, 8, 64, 1024])
-        kind = chance.randrange(7)
-        if kind == 0 and changed:
-            changed[place % len(changed)] ^= 1 << chance.randrange(8)
-        elif kind == 1:
-            changed[place : place + length] = chance.randbytes(length)
-        elif kind == 2:
-            del changed[place : place + length]
-        elif kind == 3:
-            changed[place:place] = chance.randbytes(length)
-        elif kind == 4:
-            other = chance.randrange(len(changed) + 1)
-            changed[place:place] = changed[other : other + length]
-        elif kind == 5:
-            del changed[place:]
-        else:
-            number = chance.choice(INTERESTING) % 2**64
-            size = chance.choice([1, 4, 8])
-            changed[place : place + size] = (number % 2 ** (8 * size)).to_bytes(size, chance.choice(["little", "big"]))
-    return bytes(changed)
-
-
-def damage_model(data: bytes, chance: random.Random) -> bytes:
-    """A model whose structure is wrong, though it parses."""
-    model = onnx.ModelProto.FromString(data)
-    graph = model.graph
-    names = [value.name for value in (*graph.input, *graph.initializer)] + [
-        n for node in graph.node for n in node.output
-    ]
-    for _ in range(chance.choice([1, 1, 2, 5])):
-        node = chance.choice(graph.node)
-        kind = chance.randrange(12)
-        if kind == 0 and node.input:
-            node.input[chance.randrange(len(node.input))] = chance.choice([*names, "", "nowhere"])
-        elif kind == 1:
-            node.op_type = chance.choice(
-                ["Relu", "Conv", "Loop", "If", "QuantizeLinear", "Nothing", "Constant", "Concat"]
-            )
-        elif kind == 2 and node.attribute:
-            attribute = chance.choice(node.attribute)
-            if attribute.ints:
-                attribute.ints[chance.randrange(len(attribute.ints))] = chance.choice(INTERESTING)
-            else:
-                attribute.i = chance.choice(INTERESTING)
-        elif kind == 3 and graph.initializer:
-            tensor = chance.choice(graph.initializer)
-            if tensor.dims and chance.random() < 0.7:
-                tensor.dims[chance.randrange(len(tensor.dims))] = chance.choice(INTERESTING)
-            else:
-                tensor.dims.append(chance.choice(INTERESTING))
-        elif kind == 4 and graph.initializer:
-            chance.choice(graph.initializer).data_type = chance.randrange(26)
-        elif kind == 5:
-            value = chance.choice([*graph.input, *graph.output])
-            sizes = value.type.tensor_type.shape.dim
-            if sizes:
-                sizes[chance.randrange(len(sizes))].dim_value = chance.choice(INTERESTING)
-        elif kind == 6:
-            value = chance.choice([*graph.input, *graph.output])
-            value.type.tensor_type.elem_type = chance.randrange(26)
-        elif kind == 7:
-            graph.node.append(chance.choice(graph.node))
-        elif kind == 8:
-            graph.node.remove(node)
-        elif kind == 9 and node.output:
-            node.output[0] = chance.choice([*names, ""])
-        elif kind == 10 and graph.initializer:
-            graph.initializer.remove(chance.choice(graph.initializer))
-        elif model.opset_import:
-            model.opset_import[0].version = chance.choice([*range(1, 30), *(n for n in INTERESTING if abs(n) < 2**62)])
-        if not graph.node:
-            break
-    return model.SerializeToString()
-
-
-def damage_values(data: bytes, chance: random.Random) -> bytes:
-    """A model that is valid but for absurd numbers in a weight, a scale or a zero point."""
-    model = onnx.ModelProto.FromString(data)
-    for _ in range(chance.choice([1, 2])):
-        tensor = chance.choice(model.graph.initializer)
-        array = onnx.numpy_helper.to_array(tensor).copy()
-        if array.dtype.kind == "f" and array.size:
-            array.reshape(-1)[chance.randrange(array.size)] = chance.choice(
-                [np.nan, np.inf, -np.inf, 0, 3e38, 1e-45, -1e30]
-            )
-        elif array.dtype.kind in "iu" and array.size:
-            information = np.iinfo(array.dtype)
-            array.reshape(-1)[chance.randrange(array.size)] = chance.choice([information.min, information.max, 0])
-        else:
-            array = np.zeros((), np.float32)
-        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-    return model.SerializeToString()
 
 
 def cases(folder: Path, seed: int, start: int, count: int) -> Iterator[tuple[int, str, str, bytes]]:
@@ -294,10 +246,7 @@ def cases(folder: Path, seed: int, start: int, count: int) -> Iterator[tuple[int
         chance = random.Random(f"{seed} {number}")
         name = chance.choice(list(USES))
         data = (folder / name).read_bytes()
-        ways: list[Callable[[bytes, random.Random], bytes]] = [damage_bytes]
-        if name.endswith(".onnx"):
-            ways += [damage_model] * 3 + [damage_values] * (name != "external.onnx")
-        yield number, name, chance.choice(USES[name]), chance.choice(ways)(data, chance)
+        yield number, name, chance.choice(USES[name]), chance.choice(damage.ways(name))(data, chance)
 
 
 def run_case(folder: Path, name: str, command: str, data: bytes) -> str:
@@ -353,7 +302,7 @@ def child(folder: Path, seed: int, start: int, count: int) -> None:
 def run(
     folder: Path, seed: int, start: int, count: int, report: Callable[[str], None], seconds: int = SECONDS
 ) -> list[str]:
-    """Run cases in children that may die; returns what went wrong."""
+    """Run cases in children that may die; returns what went wrong, and says it, and how far it is, at once."""
     wrong: list[str] = []
     number, stop = start, start + count
     while number < stop:
@@ -384,6 +333,8 @@ def run(
                 begun, command = entry["begin"], entry["command"]
                 continue
             number = entry["end"] + 1
+            if (number - start) % SAID_EVERY == 0:
+                report(f"{number - start} of {count} damaged inputs, {len(wrong)} failures")
             if entry["wrong"]:
                 wrong.append(f"case {entry['end']} ({command}): {entry['wrong']}")
                 report(wrong[-1])

@@ -261,7 +261,7 @@ def _scopes(node: ir.Node) -> list[tuple[str, str]]:
         names = ast.literal_eval(node.metadata_props["pkg.torch.onnx.name_scopes"])
         classes = ast.literal_eval(node.metadata_props["pkg.torch.onnx.class_hierarchy"])
         return [(str(name), str(kind).rsplit(".", 1)[-1]) for name, kind in zip(names, classes, strict=True)]
-    except (KeyError, ValueError, SyntaxError):
+    except (KeyError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # of literals nested too deep
         return []
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,11 @@ STEP_KEY = "step"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 READ_BYTES = 1 << 20
 # What zipfile raises at files that are none, are cut off, or hold what it cannot read: encrypted or of another version.
-DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, RuntimeError, OSError, ValueError, EOFError)
+# And numpy at headers that are none, which it takes for Python's literals.
+DAMAGED_ARCHIVE = (
+    zipfile.BadZipFile, zlib.error, RuntimeError, OSError, ValueError, EOFError,
+    SyntaxError, tokenize.TokenError, TypeError, OverflowError,
+)  # fmt: skip
 LARGEST_INPUT_BYTES = 4 << 30
 
 
@@ -146,7 +151,7 @@ def read_arrays(path: Path, *, what: str, hint: str) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (*DAMAGED_ARCHIVE, AttributeError, TypeError) as error:  # the last two: a single array is no archive
+    except (*DAMAGED_ARCHIVE, AttributeError) as error:  # the last: a single array is no archive
         reason = " ".join(str(error).split())[:120]
         raise OnnxqError(f"expected {what} at {path}, found {reason}", hint=hint) from error
 

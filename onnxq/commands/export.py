@@ -29,6 +29,7 @@ def export(
     destination = output or model.with_name(f"{model.stem}.int{bits}.onnx")
     check_destinations([model], destination)
     opened = models.read(model)
+    models.check_valid(opened, model.name)
     count = export_width(opened, bits)
     models.set_metadata(opened, bits=str(bits))
     models.save(opened, destination)

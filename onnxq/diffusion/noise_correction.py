@@ -19,6 +19,7 @@ import numpy as np
 from onnxq.calibration.data import Array
 from onnxq.diffusion.schedule import Diffusers
 from onnxq.diffusion.trajectory import Sampler
+from onnxq.errors import OnnxqError
 
 
 @dataclass
@@ -222,12 +223,19 @@ def correct_noise(sampler: Sampler, table: str) -> dict[int, float]:
         return {}
     if schedule.scheduler.config.get("prediction_type", "epsilon") != "epsilon":
         return {}
-    rows = json.loads(table)
-    times = np.asarray([row["timestep"] for row in rows])
     found = {}
-    for step, time in enumerate(schedule.timesteps):
-        row = rows[int(np.abs(times - time).argmin())]  # as the correction in the graph is looked up
-        found[step] = Correction(row["slope"], np.asarray(row["mean"]), row["deviation"], row["r_squared"])
+    try:
+        rows = json.loads(table)
+        times = np.asarray([row["timestep"] for row in rows], np.float64)
+        for step, time in enumerate(schedule.timesteps):
+            row = rows[int(np.abs(times - time).argmin())]  # as the correction in the graph is looked up
+            mean = np.broadcast_to(np.asarray(row["mean"], np.float64), (sampler.denoiser.channels,))
+            found[step] = Correction(float(row["slope"]), mean, float(row["deviation"]), float(row["r_squared"]))
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        raise OnnxqError(
+            f"expected the table of the noise's correction in the model's metadata, found {table[:60]!r}",
+            hint="quantize the model again",
+        ) from error
     plain, corrected = (
         sampler_tables(alphas, items, sampler.denoiser.channels, eta=schedule.eta).noise for items in ({}, found)
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from onnxq import model as models
 from onnxq.calibration.data import Array, Sample, Source
@@ -170,6 +170,30 @@ def _check_there(files: Sequence[Path]) -> None:
             )
 
 
+class Group(BaseModel):
+    """One entry of an index."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    file: str = Field(pattern=r"^[^\x00]+$")
+    timesteps: list[FiniteFloat] = Field(min_length=1)
+    steps: list[int] = []
+    engine: str | None = Field(default=None, pattern=r"^[^\x00]+$")
+    runtime: Literal["tensorrt", "tensorrt-rtx"] | None = None
+
+
+class Index(BaseModel):
+    """A ``.groups.json``."""
+
+    groups: list[Group] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> Index:
+        if len({(group.engine is None, group.runtime) for group in self.groups}) > 1:
+            raise ValueError("engines of one runtime for all groups or for none")
+        return self
+
+
 def read_index(path: Path) -> list[dict[str, Any]]:
     """The entries of an index: ``file``, ``steps`` and ``timesteps`` of each group.
 
@@ -177,16 +201,13 @@ def read_index(path: Path) -> list[dict[str, Any]]:
         OnnxqError: the file is no such index.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        entries: list[dict[str, Any]] = found["groups"]
-        complete = bool(entries) and all(entry["file"] and entry["timesteps"] for entry in entries)
-        engines = [entry.get("runtime") for entry in entries if "engine" in entry]
-        complete &= not engines or (len(engines) == len(entries) and set(engines) <= {"tensorrt", "tensorrt-rtx"})
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        index = Index.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # what pydantic raises is a ValueError
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        where = "" if first is None else ".".join(str(part) for part in first["loc"]) + ": "
+        reason = str(error) if first is None else first["msg"]
         raise OnnxqError(
-            f"expected an index of subgraphs at {path}, found {' '.join(str(error).split())[:120]}",
+            f"expected an index of subgraphs at {path}, found {where}{' '.join(reason.split())[:120]}",
             hint="write it with `onnxq quantize … --set lowering=subgraphs`",
         ) from error
-    if not complete:
-        raise OnnxqError(f"expected groups in {path}, found none", hint="write it again")
-    return entries
+    return [group.model_dump(exclude_none=True) for group in index.groups]

@@ -15,10 +15,11 @@ clips the predicted image (``clip_sample``) also corrects the noise by what was 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ from onnxq.errors import OnnxqError
 
 DEFAULT_STEPS = 50
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
+MOST_TIMESTEPS = 1_000_000  # of a schedule: each has a row in its tables
 OWN_KEYS = ("num_inference_steps", "use_clipped_model_output", "eta", "guidance_interval", "data_range")
 # Files of diffusers' schedulers are named after their classes; the package itself takes much longer to import.
 MODULES = {
@@ -133,8 +135,9 @@ class Diffusers:
         self.eta = float(own.get("eta", 0.0))
         self.noise_factors: dict[int, float] = {}
         self._generators: list[Any] = []
-        scheduler.set_timesteps(steps)
-        self.timesteps = [float(value) for value in scheduler.timesteps]
+        with _blaming(scheduler):
+            scheduler.set_timesteps(steps)
+            self.timesteps = [float(value) for value in scheduler.timesteps]
         low, high = own.get("guidance_interval", (-np.inf, np.inf))
         self.guidance_interval = (float(low), float(high))
         low, high = own.get("data_range", (-1.0, 1.0))
@@ -156,7 +159,8 @@ class Diffusers:
 
         if not hasattr(self.scheduler, "scale_model_input"):
             return sample
-        scaled = self.scheduler.scale_model_input(torch.from_numpy(sample), self.scheduler.timesteps[step])
+        with _blaming(self.scheduler):
+            scaled = self.scheduler.scale_model_input(torch.from_numpy(sample), self.scheduler.timesteps[step])
         result: Array = scaled.numpy()
         return result
 
@@ -168,12 +172,13 @@ class Diffusers:
             shape = (1, *sample.shape[1:])
             noise = torch.cat([torch.randn(shape, generator=generator) for generator in self._generators])
             self._options |= {"eta": self.eta, "variance_noise": noise * self.noise_factors.get(step, 1.0)}
-        moved = self.scheduler.step(
-            torch.from_numpy(np.ascontiguousarray(prediction, np.float32)),
-            self.scheduler.timesteps[step],
-            torch.from_numpy(sample),
-            **self._options,
-        ).prev_sample
+        with _blaming(self.scheduler):
+            moved = self.scheduler.step(
+                torch.from_numpy(np.ascontiguousarray(prediction, np.float32)),
+                self.scheduler.timesteps[step],
+                torch.from_numpy(sample),
+                **self._options,
+            ).prev_sample
         result: Array = moved.to(torch.float32).numpy()
         return result
 
@@ -231,7 +236,7 @@ def _read(file: Path) -> str:
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OnnxqError(
             f"expected a scheduler configuration as JSON in {where}, found {error}",
             hint="give the scheduler_config.json of the pipeline that the denoiser comes from",
@@ -251,7 +256,7 @@ def make(config: Mapping[str, Any], denoiser: Denoiser, steps: int | None) -> Sc
         OnnxqError: the class or prediction type is unknown, or the steps or timesteps do not fit the model.
     """
     name = str(config["_class_name"])
-    count = steps or int(config.get("num_inference_steps", DEFAULT_STEPS))
+    count = steps or _count(config, "num_inference_steps", DEFAULT_STEPS)
     own: dict[str, Any] = {key: _pair(config, key) for key in OWN_KEYS[3:] if key in config}
     if name == "FlowMatching":
         if denoiser.timestep.dtype.kind != "f":
@@ -297,7 +302,7 @@ def _scheduler(name: str, config: Mapping[str, Any], steps: int) -> Any:
             f"expected prediction_type of {', '.join(PREDICTIONS)}, found {prediction!r}",
             hint="correct the scheduler's file",
         )
-    train = int(config.get("num_train_timesteps", 1000))
+    train = _count(config, "num_train_timesteps", 1000)
     if not 1 <= steps <= train:
         raise OnnxqError(
             f"expected between 1 and {train} sampler steps (num_train_timesteps), found {steps}",
@@ -313,18 +318,40 @@ def _scheduler(name: str, config: Mapping[str, Any], steps: int) -> Any:
             hint="pip install 'onnxq[diffusion]' (any build of torch; the CPU one does)",
         ) from error
     entries = {key: value for key, value in config.items() if key not in OWN_KEYS}
-    try:
+    with _blaming(getattr(module, name)):
         return getattr(module, name).from_config(entries)
-    except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+
+
+@contextlib.contextmanager
+def _blaming(scheduler: Any) -> Iterator[None]:
+    """Whatever a scheduler of diffusers stumbles over stands in its configuration, which it hardly checks."""
+    name = getattr(scheduler, "__name__", type(scheduler).__name__)
+    try:
+        yield
+    except (MemoryError, OnnxqError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise OnnxqError(
-            f"expected a configuration that diffusers' {name} takes, found {' '.join(str(error).split())[:160]}",
+            f"expected a configuration that diffusers' {name} takes, found {reason}",
             hint="correct the scheduler's file",
         ) from error
 
 
+def _count(config: Mapping[str, Any], key: str, default: int) -> int:
+    value = config.get(key, default)
+    if not isinstance(value, int) or not 1 <= value <= MOST_TIMESTEPS:
+        raise OnnxqError(
+            f"expected {key} of the schedule between 1 and {MOST_TIMESTEPS}, found {value!r}",
+            hint="correct the scheduler's file",
+        )
+    return value
+
+
 def _pair(config: Mapping[str, Any], key: str) -> tuple[float, float]:
     value = config[key]
-    if not isinstance(value, list | tuple) or len(value) != 2 or not value[0] < value[1]:
+    numbers = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
+    if not numbers or not value[0] < value[1]:
         raise OnnxqError(
             f"expected [low, high] for {key} of the schedule, found {value!r}", hint="correct the scheduler's file"
         )

@@ -83,7 +83,13 @@ def check_timesteps(metadata: Mapping[str, str], timesteps: Sequence[float]) -> 
     Raises:
         OnnxqError: a timestep would get the features of another.
     """
-    rows = np.asarray(json.loads(metadata.get("temporal_timesteps", "[]")))
+    text = metadata.get("temporal_timesteps", "[]")
+    try:
+        rows = np.asarray(json.loads(text), np.float64).reshape(-1)
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:
+        raise OnnxqError(
+            f"expected timesteps in the model's metadata, found {text[:60]!r}", hint="quantize the model again"
+        ) from error
     for time in timesteps if rows.size else ():
         if np.abs(rows - time).min() > TOLERANCE * max(1.0, abs(time)):
             raise OnnxqError(

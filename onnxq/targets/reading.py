@@ -266,7 +266,9 @@ def _typed(model: ir.Model) -> ir.Model:
             if copy.functions:
                 common_passes.InlinePass()(copy)
             shapes.infer(copy)
-    except (RuntimeError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the libraries stumble over: the file is not ours
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise OnnxqError(
             f"expected a valid graph, found one that cannot be copied ({reason})",

@@ -101,9 +101,15 @@ def export_width(model: ir.Model, bits: int) -> int:
             raise OnnxqError(
                 f"expected the table {name!r} of {node.name!r}, found nothing", hint="another tool has removed it"
             )
-        table = array_of(model.graph.initializers[name])[WIDTHS.index(bits)]
-        codes, scale = node.inputs[:2]
-        assert codes is not None and scale is not None
+        codes, scale = (*node.inputs, None, None)[:2]
+        tables = array_of(model.graph.initializers[name])
+        whole = graphs.is_dequantize(node) and graphs.is_constant(codes) and graphs.is_constant(scale)
+        if not whole or codes is None or scale is None or tables.shape != (len(WIDTHS), *array_of(scale).shape):
+            raise OnnxqError(
+                f"expected codes, a scale and one scale for each width beside {node.name!r}, found others",
+                hint="another tool has changed the model; make it again with `onnxq quantize --recipe multiquant`",
+            )
+        table = tables[WIDTHS.index(bits)]
         axis = node.attributes.get_int("axis", 1) if table.ndim else None
         if bits < WIDTHS[-1]:
             old = array_of(codes).astype(np.float32)
