@@ -88,3 +88,17 @@ def test_batches_share_what_has_no_axis_and_agree_on_their_rows() -> None:
     assert [sample["x"].tolist() for sample in source] == [*x.tolist(), x[0].tolist()]
     with pytest.raises(OnnxqError, match="2 of t, 3 of x"):
         list(data.Iterables([{"t": np.zeros(2), "x": x}]))
+
+
+@pytest.mark.parametrize(("name", "size"), [("strip", (1, 60000)), ("cut", (8, 8))])
+def test_images_that_cannot_be_read_are_named(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+    """A strip whose crop would take gigabytes, and a file whose header is cut off."""
+    file = tmp_path / f"{name}.png"
+    Image.new("RGB", size).save(file)
+    if name == "cut":
+        data = bytearray(file.read_bytes())
+        data[8:12] = (3).to_bytes(4, "big")  # what the header says of its own length
+        file.write_bytes(data)
+    source = data.open_source(tmp_path, [data.InputSpec("x", np.dtype(np.float32), (None, 3, 4096, 4096))])
+    with pytest.raises(OnnxqError, match=rf"expected an image.*{file.name}"):
+        next(iter(source))

@@ -37,6 +37,7 @@ DAMAGED_ARCHIVE = (
     SyntaxError, tokenize.TokenError, TypeError, OverflowError,
 )  # fmt: skip
 LARGEST_INPUT_BYTES = 4 << 30
+MOST_PIXELS = 1 << 26  # of an image that is to be cropped: a strip would become gigabytes first
 
 
 class Source(Protocol):
@@ -380,18 +381,27 @@ class Images:
             yield sample
 
     def _read(self, file: Path) -> Array:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         try:
             with Image.open(file) as opened:
                 picture = opened.convert("RGB" if self.channel_count == 3 else "L")
-        except (UnidentifiedImageError, OSError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # each format's reader has errors of its own
             raise OnnxqError(f"expected an image, found {file} ({error})", hint="remove or replace the file") from error
         if self.preprocessing.resize == "crop":
             ratio = max(self.width / picture.width, self.height / picture.height) / 0.875
-            picture = picture.resize(
-                (max(self.width, round(picture.width * ratio)), max(self.height, round(picture.height * ratio)))
+            width, height = (
+                max(self.width, round(picture.width * ratio)),
+                max(self.height, round(picture.height * ratio)),
             )
+            if width * height > MOST_PIXELS:
+                raise OnnxqError(
+                    f"expected an image with sides that compare, found {picture.width} by {picture.height}: {file}",
+                    hint="remove the file, or set resize: squash",
+                )
+            picture = picture.resize((width, height))
             left, top = (picture.width - self.width) // 2, (picture.height - self.height) // 2
             picture = picture.crop((left, top, left + self.width, top + self.height))
         else:
