@@ -96,9 +96,9 @@ def test_images_that_cannot_be_read_are_named(tmp_path: Path, name: str, size: t
     file = tmp_path / f"{name}.png"
     Image.new("RGB", size).save(file)
     if name == "cut":
-        data = bytearray(file.read_bytes())
-        data[8:12] = (3).to_bytes(4, "big")  # what the header says of its own length
-        file.write_bytes(data)
+        content = bytearray(file.read_bytes())
+        content[8:12] = (3).to_bytes(4, "big")  # what the header says of its own length
+        file.write_bytes(content)
     source = data.open_source(tmp_path, [data.InputSpec("x", np.dtype(np.float32), (None, 3, 4096, 4096))])
     with pytest.raises(OnnxqError, match=rf"expected an image.*{file.name}"):
         next(iter(source))

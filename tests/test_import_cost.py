@@ -26,6 +26,21 @@ def test_help_loads_nothing_heavy() -> None:
     assert not loaded(code).intersection(HEAVY)
 
 
+def test_answers_come_at_once() -> None:
+    """Processor time: 0.03 s for the import and 0.2 s for the help, where 0.3 and 0.5 are the most there should be."""
+    for code, most in (
+        ("import onnxq", 0.3),
+        ("from onnxq.cli import app; app(['--help'], standalone_mode=False)", 0.5),
+    ):
+        spent = []
+        for _ in range(3):
+            before = os.times()
+            subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+            after = os.times()
+            spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        assert min(spent) < most, (code, spent)
+
+
 def test_passes_are_only_reached_through_the_package() -> None:
     modules = loaded("import onnxq.passes.insert_qdq")
     assert "onnxq.passes.insert_qdq" in modules and "passes" not in modules

@@ -65,6 +65,45 @@ def test_what_is_on_the_page(reports: dict[str, Path], tmp_path: Path) -> None:
     assert len(re.findall(r"<td>node_conv2d_\d+</td><td>Conv</td>", analyzed)) >= 10
 
 
+@pytest.fixture(scope="module")
+def further_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of samples, of made inputs, and of what an engine runs."""
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("further")
+    pages = {name: folder / f"{name}.html" for name in ("sample", "synthesize", "build")}
+    model, denoiser = str(MODELS / "fashion_resnet.onnx"), str(MODELS / "fashion_unet_guided.onnx")
+    small = ["-q", "--steps", "2", "--report"]
+    app(["sample", denoiser, "--against", denoiser, "-n", "2", *small, str(pages["sample"])], standalone_mode=False)
+    made = ["-o", str(folder / "made.npz"), "-n", "4"]
+    app(["synthesize", model, *made, *small, str(pages["synthesize"])], standalone_mode=False)
+    engine = ["-o", str(folder / "engine"), "--sm", "89", "-q", "--report"]
+    app(["build", model, *engine, str(pages["build"])], standalone_mode=False)
+    return pages
+
+
+def test_samples_made_inputs_and_engines_are_shown(further_reports: dict[str, Path], tmp_path: Path) -> None:
+    """Pictures are drawn, commands can be copied, and nothing is wider than a phone."""
+    script = """<script>
+document.body.style.width = "360px";
+const outside = [...document.querySelectorAll("body > *:not(script)")].filter(item => item.scrollWidth > 360);
+document.body.dataset.outside = outside.filter(item => getComputedStyle(item).overflowX != "auto").length;
+document.body.dataset.pictures = [...document.images].filter(image => image.naturalWidth > 50).length;
+</script></body>"""
+    wanted = {
+        "sample": (3, ["<h2>Samples</h2>", "quantized less float", "<h2>Steps of the sampler</h2>"]),
+        "synthesize": (1, ["<h2>Samples</h2>", "standard deviations", "<h2>Loss</h2>"]),
+        "build": (0, ["<h2>The same with other tools</h2>", "<pre>trtexec", "<h2>Products in engine</h2>"]),
+    }
+    for name, (pictures, texts) in wanted.items():
+        page = tmp_path / f"{name}.html"
+        page.write_text(further_reports[name].read_text().replace("</body>", script))
+        shown = browse(page, tmp_path, "--dump-dom", "--window-size=360,800")
+        assert all(text in shown for text in texts), name
+        body = re.search(r"<body[^>]*>", shown)
+        assert body is not None and 'data-outside="0"' in body[0] and f'data-pictures="{pictures}"' in body[0], name
+
+
 def test_a_click_sorts_and_a_phone_needs_no_sideways_scrolling(reports: dict[str, Path], tmp_path: Path) -> None:
     page = tmp_path / "clicked.html"
     script = """<script>

@@ -78,7 +78,7 @@ def build(
     lines = command_lines(models.read(model), model, destination, profiles or None)
     write_json(json_path, built.to_json() | {"command_lines": lines})
     if report is not None:
-        write_report(report, {"model": str(model), "next_steps": list(lines.values()), "tables": [engine_table(built)]})
+        write_report(report, {"model": str(model), "other_tools": list(lines.items()), "tables": [engine_table(built)]})
     if not quiet:
         _show(built)
         for name, line in lines.items():

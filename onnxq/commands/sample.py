@@ -80,6 +80,7 @@ def sample(
     from onnxq.diffusion.source import check_timesteps, open_sampler
     from onnxq.diffusion.trajectory import Sampler
     from onnxq.errors import OnnxqError
+    from onnxq.report.pictures import report_pictures, write_grid
     from onnxq.runtime import Session
 
     check_destinations([model, against, scheduler, conditions, features, reference], output, json_path, report)
@@ -118,16 +119,13 @@ def sample(
     with progress(quiet).stage("sample", "Sampling", samples) as advance:
         found = comparison.sample(samplers, samples, min(samples, 64), network, advance)
     if output is not None:
-        comparison.write_grid(output, found.images, sampler.schedule.data_range)
+        write_grid(output, found.images, sampler.schedule.data_range)
     numbers = {"model": str(model), "against": None if against is None else str(against), **found.numbers}
     if factors:
         numbers["noise_factors"] = factors
     write_json(json_path, numbers)
     if report is not None:
-        pictures = []
-        if comparison.is_picture(found.images):
-            png = comparison.small_grid_png(found.images, sampler.schedule.data_range, REPORTED_BYTES)
-            pictures = [{"png": png, "caption": "float left, quantized right" if against is not None else "samples"}]
+        pictures = report_pictures(found.images, sampler.schedule.data_range, REPORTED_BYTES)
         write_report(report, numbers | {"pictures": pictures})
     if quiet:
         return

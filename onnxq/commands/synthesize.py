@@ -67,9 +67,9 @@ def synthesize(
     from onnxq.calibration import side_car
     from onnxq.calibration.data import input_specs
     from onnxq.config import make_settings
-    from onnxq.diffusion.comparison import write_grid
     from onnxq.inputs import default_count
     from onnxq.pipeline import checkpoint_folder
+    from onnxq.report.pictures import write_grid
     from onnxq.synthesis.methods import get
     from onnxq.writing import atomic_folder
 
@@ -112,7 +112,7 @@ def synthesize(
     }
     write_json(json_path, numbers)
     if report is not None:
-        from onnxq.diffusion.comparison import small_grid_png
+        from onnxq.report.pictures import small_grid_png
         from onnxq.report.sections import loss_table
 
         pictures = []

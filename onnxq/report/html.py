@@ -65,6 +65,7 @@ def _view(result: Mapping[str, Any], items: int) -> dict[str, Any]:
         "settings": _pairs(result.get("settings")),
         "versions": _pairs(result.get("versions")),
         "warnings": [str(note) for note in result.get("warnings") or ()],
+        "other_tools": [(str(name), str(line)) for name, line in result.get("other_tools") or ()],
         "next_steps": [str(note) for note in result.get("next_steps") or ()],
         "steps": steps.step_plot(result),
         "scales": scales.scale_plots(result.get("scales_by_step") or {}, items),
