@@ -154,7 +154,8 @@ def _infer_in_child(data: bytes) -> onnx.ModelProto | None:
         done = subprocess.run(command, input=data, capture_output=True, timeout=CHILD_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return onnx.ModelProto.FromString(done.stdout)
+    inferred = onnx.ModelProto.FromString(done.stdout)
+    return inferred if inferred.graph.node else None
 
 
 def _take_over(graph: ir.Graph, inferred: onnx.GraphProto) -> None:

@@ -42,7 +42,12 @@ def network(body: str, size: int = 3_000_000_000, length: int = 8) -> ir.Model:
 @pytest.mark.parametrize("name", ABSURD)
 def test_absurd_sizes_are_refused_at_once(name: str, tmp_path: Path) -> None:
     path = tmp_path / "absurd.onnx"
-    ir.save(network(ABSURD[name], length=2**40 if name.startswith("a vector") else 8), path)
+    model = network(ABSURD[name], length=2**40 if name.startswith("a vector") else 8)
+    ir.save(model, path)
+    if name == "doubled":
+        shapes.infer(model)
+        if shapes.elements(next(node.outputs[0] for node in model.graph if node.op_type == "Concat")) is None:
+            pytest.skip("this version of onnx follows fewer shapes")
     before = time.monotonic()
     with pytest.raises(OnnxqError, match="to fit in memory"):
         models.load(path)
