@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from conftest import MODELS
@@ -44,10 +45,8 @@ def test_absurd_sizes_are_refused_at_once(name: str, tmp_path: Path) -> None:
     path = tmp_path / "absurd.onnx"
     model = network(ABSURD[name], length=2**40 if name.startswith("a vector") else 8)
     ir.save(model, path)
-    if name == "doubled":
-        shapes.infer(model)
-        if shapes.elements(next(node.outputs[0] for node in model.graph if node.op_type == "Concat")) is None:
-            pytest.skip("this version of onnx follows fewer shapes")
+    if name == "doubled" and onnx.__version__.startswith("1.18."):
+        pytest.skip("this version of onnx follows fewer shapes")
     before = time.monotonic()
     with pytest.raises(OnnxqError, match="to fit in memory"):
         models.load(path)
