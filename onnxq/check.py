@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.calibration.calibrate import thinned
+from onnxq.calibration.text import without_padding
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.runtime import Feed, Session, integer_kernels, optimized_session
@@ -68,7 +69,7 @@ def check(job: Job) -> Check:
         ratio = _Ratio()
         for feed, expected in job.recording.kept:
             for wanted, found in zip(expected, judged.run(feed, judged.output_names[: len(expected)]), strict=True):
-                ratio.add(wanted, found)
+                ratio.add(without_padding(feed, wanted), without_padding(feed, found))
         layers = _layer_errors(job, reference, inner)
     if not np.isfinite(ratio.noise):
         raise OnnxqError(

@@ -57,8 +57,9 @@ def calibration_inputs(
 
         return own_trajectories(model, path, settings, progress, recipe, workers), []
     if data is None and models.kind_of(model) is models.Kind.LANGUAGE:
+        from onnxq.calibration.causality import writes_text
         from onnxq.calibration.generated_text import GeneratedText
-        from onnxq.calibration.random_tokens import RandomTokens, writes_text
+        from onnxq.calibration.random_tokens import RandomTokens
 
         if not writes_text(model, specs):
             return RandomTokens(model, specs, count=settings.samples or 32, seed=settings.seed), [

@@ -18,9 +18,10 @@ from onnxq.calibration import bias_correction, calibrate
 from onnxq.calibration.data import InputSpec, Source, input_specs
 from onnxq.calibration.observers import Range, Statistics
 from onnxq.config import Settings
+from onnxq.decoders import attention_in_float
 from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.errors import OnnxqError
-from onnxq.model import initializer_bytes
+from onnxq.model import Kind, initializer_bytes, kind_of
 from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.rotate_heads import RotateHeads
@@ -98,10 +99,18 @@ class Job:
         if self.settings.first_last is not None:
             ends = scheme_of_ends(self.target, self.scheme, self.settings.first_last)
             self.exceptions |= {name: ends for name in first_and_last(self.model.graph)}
+        self._keep_attention_of_decoders()
         if self.settings.low_rank:
             from onnxq.low_rank import add_low_rank
 
             add_low_rank(self, self.settings.low_rank)
+
+    def _keep_attention_of_decoders(self) -> None:
+        """Leave the products of two activations float in a decoder (see :mod:`onnxq.decoders`)."""
+        if self.scheme.activations.enabled and kind_of(self.model) is Kind.LANGUAGE:
+            in_float = self.target.scheme("float", "float")
+            for name in attention_in_float(self.model, self.specs):
+                self.exceptions[name], self.reasons[name] = in_float, "attention of a decoder"
 
     def _rotate(self) -> None:
         """Turn residual streams and the values of attention's heads, which keeps the function too."""

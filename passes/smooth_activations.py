@@ -151,7 +151,7 @@ def is_foldable(group: Group) -> bool:
 def divided(group: Group, scale: Array) -> list[Change] | None:
     """The changes that divide the group's value by ``scale`` along its channels, ``None`` if that is not possible."""
     readers = {(layer.node, layer.activation_index) for layer in group.layers}
-    uses = set(graphs.consumers(group.value))
+    uses = {use for use in graphs.consumers(group.value) if not graphs.is_op(use[0], "Shape", "Size")}
     if uses != readers or group.value.is_graph_output():
         return None
     return fold(group.value, group.axis, 1 / scale)

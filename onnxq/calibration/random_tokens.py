@@ -68,16 +68,3 @@ def vocabulary_size(model: ir.Model, specs: Sequence[InputSpec]) -> int | None:
             rows = table.shape[0]
             return rows if isinstance(rows, int) else None
     return None
-
-
-def writes_text(model: ir.Model, specs: Sequence[InputSpec]) -> bool:
-    """Whether the model scores every token that may follow, rather than describing those that it reads.
-
-    It does not where it tells segments apart, as encoders do, or scores something else than its own vocabulary.
-    """
-    if any(role_of(spec) == "segments" for spec in specs):
-        return False
-    known = vocabulary_size(model, specs)
-    shape = model.graph.outputs[0].shape
-    scored = None if shape is None or len(shape) == 0 else shape[-1]
-    return known is None or not isinstance(scored, int) or scored == known

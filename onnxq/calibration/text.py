@@ -6,7 +6,7 @@ tokenizer puts at both ends, filled up on the right to one length, with a mask t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,20 @@ def text_feed(specs: Sequence[InputSpec], tokens: Array, mask: Array | None = No
         else:
             feed[spec.name] = values[role].astype(spec.dtype)
     return feed
+
+
+def without_padding(feed: Mapping[str, Array], output: Array) -> Array:
+    """The rows [positions, …] of an output [batch, sequence, …] where the mask says that there is text.
+
+    An output of another shape, or of a model that reads no mask, comes back as it is: what a model says of positions
+    that fill up a short text is read by nobody.
+    """
+    for name, value in feed.items():
+        is_mask = name.lower().endswith(MASKS) and value.dtype.kind in "iub" and value.ndim == 2
+        if is_mask and output.ndim == 3 and output.shape[:2] == value.shape:
+            rows: Array = output[value != 0]
+            return rows
+    return output
 
 
 def _grows(spec: InputSpec) -> bool:

@@ -17,6 +17,7 @@ from onnxq.targets import Placement
 
 Array = np.ndarray[Any, Any]
 
+JUDGED_OUTPUTS = 4096
 SMALLEST = 1e-5  # of a maximum: below it a channel is as good as always zero
 
 
@@ -77,26 +78,63 @@ def least_output_error(
         specs: How the weights of nodes are quantized; a node that is not there keeps its weight.
         activations: How the value is quantized; ``None`` keeps it float.
     """
-    matrices = [(group.matrix(layer).astype(np.float32), specs.get(layer.node)) for layer in group.layers]
+    candidates = list(candidates)
+    errors = output_errors(group, statistics, candidates, specs, activations)
+    return candidates[int(np.argmin(errors.sum(axis=1)))]
+
+
+def output_errors(
+    group: Group,
+    statistics: ChannelStatistics,
+    candidates: Iterable[Array],
+    specs: Mapping[ir.Node, Spec],
+    activations: Spec | None,
+    *,
+    tokenwise: bool = False,
+) -> Array:
+    """The squared error of the layers' outputs with each scale, [candidates, rows].
+
+    Arguments as of :func:`least_output_error`; with ``tokenwise`` each row of the value is rounded over its own range,
+    as behind :class:`NormaliseTokens`.
+    """
+    matrices = [(_judged(group, layer), specs.get(layer.node)) for layer in group.layers]
     exact = [statistics.rows @ matrix.T for matrix, _ in matrices]
-    best, least = np.ones(group.channels), np.inf
+    errors = []
     for scale in candidates:
         single = scale.astype(np.float32)
-        inputs = _round_activations(statistics, single, activations)
-        error = 0.0
+        inputs = _round_activations(statistics, single, activations, tokenwise)
+        error = np.zeros(len(inputs))
         for (matrix, spec), wanted in zip(matrices, exact, strict=True):
             scaled = matrix * single
             rounded = scaled if spec is None else round_matrix(scaled, spec)
-            error += float(np.square(inputs @ rounded.T - wanted, dtype=np.float32).sum(dtype=np.float64))
-        if error < least:
-            best, least = scale, error
-    return best
+            error += np.square(inputs @ rounded.T - wanted, dtype=np.float32).sum(axis=1, dtype=np.float64)
+        errors.append(error)
+    return np.asarray(errors)
 
 
-def _round_activations(statistics: ChannelStatistics, scale: Array, spec: Spec | None) -> Array:
+def output_power(group: Group, statistics: ChannelStatistics) -> Array:
+    """The squared outputs of the layers that read the group's value, [rows]."""
+    powers = [np.square(statistics.rows @ _judged(group, layer).T).sum(axis=1) for layer in group.layers]
+    return np.asarray(np.sum(powers, axis=0, dtype=np.float64))
+
+
+def _judged(group: Group, layer: graphs.WeightedNode) -> Array:
+    """The weight [output channels, channels]; of a layer as wide as a vocabulary, some outputs, evenly spread."""
+    matrix = group.matrix(layer)
+    judged: Array = matrix[:: -(-len(matrix) // JUDGED_OUTPUTS)].astype(np.float32)
+    return judged
+
+
+def _round_activations(
+    statistics: ChannelStatistics, scale: Array, spec: Spec | None, tokenwise: bool = False
+) -> Array:
     values: Array = statistics.rows / scale
     if spec is None or not spec.enabled:
         return values
+    if tokenwise:
+        largest = np.maximum(np.abs(values).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        step, zero_point = scale_and_zero_point(-1.0, 1.0, spec.format, symmetric=spec.symmetric)
+        return np.asarray(fake_quantize(values / largest, step, zero_point, spec.format) * largest)
     low, high = (statistics.low / scale).min(), (statistics.high / scale).max()
     step, zero_point = scale_and_zero_point(low, high, spec.format, symmetric=spec.symmetric)
     return fake_quantize(values, step, zero_point, spec.format)

@@ -11,11 +11,12 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.calibration import calibrate, observers
-from onnxq.calibration.channels import ChannelStatistics, record_channels
+from onnxq.calibration.channels import ChannelStatistics
 from onnxq.folding import array_of
 from onnxq.job import Job
-from onnxq.learning.channel_scales import least_output_error, salience, weight_specs
+from onnxq.learning.channel_scales import least_output_error, salience
 from onnxq.learning.clipping import clipped_for_outputs
+from onnxq.learning.smoothing import layer_specs, record
 from onnxq.passes.smooth_activations import Group, SmoothActivations, groups, is_foldable
 from onnxq.scheme import Spec
 from onnxq.targets import Placement
@@ -62,9 +63,9 @@ class Awq:
         """Quantize the job's model."""
         observer = observers.get(self.observer)
         job.prepare()
-        specs = weight_specs(job.target.place(job.model.graph, job.scheme, job.settings.exclude, job.exceptions))
+        specs = layer_specs(job)
         found = [group for group in groups(job.model.graph) if any(layer.node in specs for layer in group.layers)]
-        recorded = self._record(job, found)
+        recorded = record(job, found, self.samples)
         scales = self._scales(found, recorded, specs)
         smooth = SmoothActivations(scales, insert=self.insert)
         smooth(job.model)
@@ -75,14 +76,6 @@ class Awq:
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observer)
         calibrate.set_weight_scales(job.model)
         job.lower()
-
-    def _record(self, job: Job, found: Sequence[Group]) -> dict[str, ChannelStatistics]:
-        total = min(self.samples, len(job.source), job.settings.samples or self.samples)
-        axes = {group.name: group.axis for group in found}
-        with job.progress.stage("channels", "Recording channels", total) as advance:
-            return record_channels(
-                job.model, axes, job.source, job.specs, samples=total, device=job.settings.device, on_batch=advance
-            )
 
     def _scales(
         self, found: Sequence[Group], recorded: Mapping[str, ChannelStatistics], specs: Mapping[ir.Node, Spec]

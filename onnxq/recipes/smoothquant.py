@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxq.calibration.channels import record_channels
 from onnxq.job import Job
-from onnxq.learning.channel_scales import least_output_error, migration, weight_maxima, weight_specs
+from onnxq.learning.channel_scales import least_output_error, migration, weight_maxima
+from onnxq.learning.smoothing import layer_specs, record
 from onnxq.passes.smooth_activations import SmoothActivations, groups, is_foldable
 from onnxq.recipes.static import Static
 
@@ -57,21 +57,16 @@ class SmoothQuant:
         """Quantize the job's model."""
         job.prepare()
         self._smooth(job)
-        Static(self.observer, self.bias_correction, weight_ranges=self.weight_ranges).run(job)
+        Static(self.observer, self.bias_correction, weight_ranges=self.weight_ranges).quantize(job)
 
     def _smooth(self, job: Job) -> None:
-        specs = weight_specs(job.target.place(job.model.graph, job.scheme, job.settings.exclude, job.exceptions))
+        specs = layer_specs(job)
         found = [
             group
             for group in groups(job.model.graph, self.convolutions)
             if any(layer.node in specs for layer in group.layers) and (self.insert or is_foldable(group))
         ]
-        total = min(self.samples, len(job.source), job.settings.samples or self.samples)
-        with job.progress.stage("channels", "Recording channels", total) as advance:
-            axes = {group.name: group.axis for group in found}
-            recorded = record_channels(
-                job.model, axes, job.source, job.specs, samples=total, device=job.settings.device, on_batch=advance
-            )
+        recorded = record(job, found, self.samples, rare_tokens=True)
         scales = {}
         for group in found:
             statistics, weights = recorded[group.name], weight_maxima(group)

@@ -8,7 +8,10 @@ from onnxq.calibration import bias_correction, calibrate, observers, weight_rang
 from onnxq.calibration.one_sided import free_zero_points
 from onnxq.diffusion.step_floor import hold_floor
 from onnxq.job import Job
+from onnxq.learning.smoothing import smooth_text_models
 from onnxq.passes.equalize_layers import EqualizeLayers
+
+SMOOTHING_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Static:
             have to be symmetric (TensorRT): half the step for one Add and, before a padded convolution, one Pad more.
         weight_ranges: How a range follows from the weights: ``minmax``; ``mse``, the clip with the least error; or
             ``few``, the best of five clips, which takes a tenth of the time.
+        smooth: How much of what single channels of a model that reads text are larger than others goes into its weights
+            first (G. Xiao et al., ICML 2023, arXiv 2211.10438), between 0, which turns it off, and 1; integers only.
         step_floor_db: SQNR that a denoiser keeps in every sampler step: the layers that make the most error in the
             worst steps stay float until it does. 0 turns it off; data without steps has none to keep.
     """
@@ -43,6 +48,7 @@ class Static:
     equalize: bool = False
     shift: bool = False
     weight_ranges: str = "minmax"
+    smooth: float = 0.75
     step_floor_db: float = 22.0
 
     def run(self, job: Job) -> None:
@@ -50,6 +56,8 @@ class Static:
         job.prepare()
         if self.equalize:
             EqualizeLayers()(job.model)
+        if self.smooth > 0:
+            smooth_text_models(job, self.smooth, SMOOTHING_SAMPLES)
         self.quantize(job)
 
     def quantize(self, job: Job) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxq.calibration.text import without_padding
 from onnxq.errors import OnnxqError
 from onnxq.report.metrics import Accuracy, Agreement, MeanError, Perplexity, Sqnr
 
@@ -70,6 +71,7 @@ class Quality:
                     hint="compare a quantized model with the float model that it was made from",
                 )
             if is_float(reference) and is_float(quantized):
+                reference, quantized = without_padding(feed, reference), without_padding(feed, quantized)
                 self.sqnr.update(reference, quantized)
                 self.output_sqnr.setdefault(name, Sqnr()).update(reference, quantized)
                 self.mean_error.update(reference, quantized)

@@ -1,0 +1,57 @@
+"""Does a model that reads tokens see what comes after each? Encoders do, decoders do not; their graphs look alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq.calibration.data import InputSpec
+from onnxq.calibration.random_tokens import vocabulary_size
+from onnxq.calibration.text import fixed_length, role_of, text_feed
+from onnxq.runtime import Session
+
+LENGTH = 8
+TOLERANCE = 1e-3  # of the largest output; another last token moves what an encoder says far more
+
+
+def is_causal(model: ir.Model, specs: Sequence[InputSpec]) -> bool:
+    """Whether the outputs at a position depend on the tokens up to it alone, as those of a decoder do.
+
+    Found by trying: two sequences that differ in their last token. A model that tells segments apart, whose first
+    output is not one row for each token, or that reads what text does not give is none without trying.
+
+    Args:
+        model: A float model.
+        specs: Its inputs.
+    """
+    shape = model.graph.outputs[0].shape
+    if shape is None or len(shape) != 3 or any(role_of(spec) in ("segments", None) for spec in specs):
+        return False
+    known = vocabulary_size(model, specs) or 2
+    length = fixed_length(specs) or LENGTH
+    batch = next((spec.batch for spec in specs if spec.batch is not None), None) or 1
+    tokens = np.random.default_rng(0).integers(0, known, (batch, length))
+    other = tokens.copy()
+    other[:, -1] = (tokens[:, -1] + max(known // 2, 1)) % known
+    session = Session(model)
+    name = session.output_names[:1]
+    first, second = (session.run(text_feed(specs, rows), name)[0].astype(np.float64) for rows in (tokens, other))
+    if first.shape[:2] != tokens.shape or length < 2:
+        return False
+    moved = np.abs(first - second)[:, :-1].max()
+    return bool(moved <= TOLERANCE * np.abs(first).max())
+
+
+def writes_text(model: ir.Model, specs: Sequence[InputSpec]) -> bool:
+    """Whether the model scores every token that may follow, rather than describing those that it reads.
+
+    It does not where it scores something else than its own vocabulary, or has seen what follows.
+    """
+    known = vocabulary_size(model, specs)
+    shape = model.graph.outputs[0].shape
+    scored = None if shape is None or len(shape) == 0 else shape[-1]
+    if known is not None and isinstance(scored, int) and scored != known:
+        return False
+    return is_causal(model, specs)
