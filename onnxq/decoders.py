@@ -18,7 +18,7 @@ from onnxq.calibration.data import InputSpec
 
 
 def attention_in_float(model: ir.Model, specs: Sequence[InputSpec]) -> list[str]:
-    """Names of the products of two activations that stay float: all of a decoder's, none of an encoder's.
+    """Names of the products of two activations, and of Attention nodes, that stay float: a decoder's, no encoder's.
 
     Where one layer makes queries, keys and values together, they keep their codes: left in float, the compiler of
     TensorRT pulls the slices of that layer through its product and runs it in float too.
@@ -27,17 +27,23 @@ def attention_in_float(model: ir.Model, specs: Sequence[InputSpec]) -> list[str]
         model: A float model that reads tokens.
         specs: Its inputs.
     """
-    products = [item.node for item in graphs.weighted_nodes(model.graph) if item.weight_index is None]
+    products = [node for node in model.graph if is_product(node)]
     if not products or _joint_projections(products) or not is_causal(model, specs):
         return []
     return [node.name or "" for node in products]
+
+
+def is_product(node: ir.Node) -> bool:
+    """Whether the node multiplies two activations, or is an Attention, which does so twice."""
+    item = graphs.weighted(node)
+    return graphs.is_op(node, "Attention") or (item is not None and item.weight_index is None)
 
 
 def _joint_projections(products: Sequence[ir.Node]) -> bool:
     """Whether two operands of attention are cut out of the output of one layer."""
     makers: Counter[ir.Node] = Counter()
     for node in products:
-        for value in node.inputs[:2]:
+        for value in node.inputs[: 3 if node.op_type == "Attention" else 2]:
             makers.update(_layers_behind(value))
     return any(count > 1 for count in makers.values())
 
@@ -51,7 +57,7 @@ def _layers_behind(value: ir.Value | None) -> set[ir.Node]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if graphs.weighted(node) is not None:
+        if graphs.weighted(node) is not None or is_product(node):
             found.add(node)
         else:
             open_ += node.inputs

@@ -21,8 +21,9 @@ from onnxq.config import Settings
 from onnxq.decoders import attention_in_float
 from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.errors import OnnxqError
-from onnxq.model import Kind, initializer_bytes, kind_of
+from onnxq.model import Kind, infer_types, initializer_bytes, kind_of
 from onnxq.parallel import SharedModel, Workers
+from onnxq.passes.decompose_attention import DecomposeAttention
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.rotate_heads import RotateHeads
 from onnxq.passes.rotate_streams import RotateStreams
@@ -99,18 +100,24 @@ class Job:
         if self.settings.first_last is not None:
             ends = scheme_of_ends(self.target, self.scheme, self.settings.first_last)
             self.exceptions |= {name: ends for name in first_and_last(self.model.graph)}
-        self._keep_attention_of_decoders()
+        self._open_attention()
         if self.settings.low_rank:
             from onnxq.low_rank import add_low_rank
 
             add_low_rank(self, self.settings.low_rank)
 
-    def _keep_attention_of_decoders(self) -> None:
-        """Leave the products of two activations float in a decoder (see :mod:`onnxq.decoders`)."""
-        if self.scheme.activations.enabled and kind_of(self.model) is Kind.LANGUAGE:
+    def _open_attention(self) -> None:
+        """Leave a decoder's attention in float, and take that of others apart where its products get codes."""
+        if not self.scheme.activations.enabled:
+            return
+        kept: list[str] = []
+        if kind_of(self.model) is Kind.LANGUAGE:
+            kept = attention_in_float(self.model, self.specs)
             in_float = self.target.scheme("float", "float")
-            for name in attention_in_float(self.model, self.specs):
-                self.exceptions[name], self.reasons[name] = in_float, "attention of a decoder"
+            self.exceptions |= dict.fromkeys(kept, in_float)
+            self.reasons |= dict.fromkeys(kept, "attention of a decoder")
+        if self.target.quantizes_attention and DecomposeAttention(kept)(self.model).modified:
+            infer_types(self.model)
 
     def _rotate(self) -> None:
         """Turn residual streams and the values of attention's heads, which keeps the function too."""

@@ -331,7 +331,8 @@ def kind_of(model: ir.Model) -> Kind:
     """Tell model kinds apart from inputs, outputs and ops alone.
 
     A denoiser takes a sample and a timestep and returns something of the sample's shape. A language model takes
-    integer tokens, looks them up and returns a float for each. A transformer multiplies a Softmax with something.
+    integer tokens, looks them up and returns a float for each. A transformer has an Attention, or multiplies a Softmax
+    with something.
     """
     inputs = [value for value in model.graph.inputs if not value.is_initializer()]
     outputs = list(model.graph.outputs)
@@ -341,7 +342,9 @@ def kind_of(model: ir.Model) -> Kind:
     takes_tokens = bool(inputs) and inputs[0].dtype in integers and any(graphs.rank(value) == 2 for value in inputs)
     if takes_tokens and any(graphs.is_float(value) and graphs.rank(value) in (2, 3) for value in outputs):
         return Kind.LANGUAGE
-    return Kind.CNN if next(graphs.attention_products(model.graph), None) is None else Kind.TRANSFORMER
+    attends = any(graphs.is_op(node, "Attention") for node in model.graph)
+    attends = attends or next(graphs.attention_products(model.graph), None) is not None
+    return Kind.TRANSFORMER if attends else Kind.CNN
 
 
 def _takes_a_timestep(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> bool:

@@ -49,6 +49,7 @@ class Cpu:
 
     name = "cpu"
     packs_codes = True
+    quantizes_attention = False
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:
         """uint8 activations (asymmetric) and int8 weights per channel by default.

@@ -30,6 +30,7 @@ class TensorRT:
 
     name = "tensorrt"
     packs_codes = False
+    quantizes_attention = True
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:
         """INT8 by default; FP8 activations ask for FP8 weights and the other way round.
