@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.calibration.channels import ChannelStatistics
+from onnxq.calibration.channels import KEPT_ROWS, ChannelStatistics
 from onnxq.formats import fake_quantize, scale_and_zero_point
 from onnxq.passes.smooth_activations import Group
 from onnxq.scheme import Spec
@@ -79,43 +79,44 @@ def least_output_error(
         activations: How the value is quantized; ``None`` keeps it float.
     """
     candidates = list(candidates)
-    errors = output_errors(group, statistics, candidates, specs, activations)
+    errors, _ = output_errors(group, statistics, [(scale, False) for scale in candidates], specs, activations)
     return candidates[int(np.argmin(errors.sum(axis=1)))]
 
 
 def output_errors(
     group: Group,
     statistics: ChannelStatistics,
-    candidates: Iterable[Array],
+    treatments: Sequence[tuple[Array, bool]],
     specs: Mapping[ir.Node, Spec],
     activations: Spec | None,
-    *,
-    tokenwise: bool = False,
-) -> Array:
-    """The squared error of the layers' outputs with each scale, [candidates, rows].
+    rows: int = KEPT_ROWS,
+) -> tuple[Array, Array]:
+    """The squared errors of the layers' outputs, [treatments, rows], and their squared outputs, [rows].
 
-    Arguments as of :func:`least_output_error`; with ``tokenwise`` each row of the value is rounded over its own range,
-    as behind :class:`NormaliseTokens`.
+    Args:
+        group: Matrix products that read one value.
+        statistics: Of that value; its rows are the test.
+        treatments: The scale of each channel, and whether each row is rounded over its own range, as behind
+            :class:`NormaliseTokens`.
+        specs: How the weights of nodes are quantized; a node that is not there keeps its weight.
+        activations: How the value is quantized; ``None`` keeps it float.
+        rows: How many rows to judge on, at most.
     """
-    matrices = [(_judged(group, layer), specs.get(layer.node)) for layer in group.layers]
-    exact = [statistics.rows @ matrix.T for matrix, _ in matrices]
-    errors = []
-    for scale in candidates:
-        single = scale.astype(np.float32)
-        inputs = _round_activations(statistics, single, activations, tokenwise)
-        error = np.zeros(len(inputs))
-        for (matrix, spec), wanted in zip(matrices, exact, strict=True):
-            scaled = matrix * single
+    given = statistics.rows[:: max(1, -(-len(statistics.rows) // rows))]
+    errors, power = np.zeros((len(treatments), len(given))), np.zeros(len(given))
+    inputs = [
+        _round_activations(statistics, given, scale.astype(np.float32), activations, tokenwise)
+        for scale, tokenwise in treatments
+    ]
+    for layer in group.layers:
+        matrix, spec = _judged(group, layer), specs.get(layer.node)
+        exact = given @ matrix.T
+        power += np.square(exact).sum(axis=1, dtype=np.float64)
+        for index, (scale, _) in enumerate(treatments):
+            scaled = matrix * scale.astype(np.float32)
             rounded = scaled if spec is None else round_matrix(scaled, spec)
-            error += np.square(inputs @ rounded.T - wanted, dtype=np.float32).sum(axis=1, dtype=np.float64)
-        errors.append(error)
-    return np.asarray(errors)
-
-
-def output_power(group: Group, statistics: ChannelStatistics) -> Array:
-    """The squared outputs of the layers that read the group's value, [rows]."""
-    powers = [np.square(statistics.rows @ _judged(group, layer).T).sum(axis=1) for layer in group.layers]
-    return np.asarray(np.sum(powers, axis=0, dtype=np.float64))
+            errors[index] += np.square(inputs[index] @ rounded.T - exact).sum(axis=1, dtype=np.float64)
+    return errors, power
 
 
 def _judged(group: Group, layer: graphs.WeightedNode) -> Array:
@@ -126,9 +127,9 @@ def _judged(group: Group, layer: graphs.WeightedNode) -> Array:
 
 
 def _round_activations(
-    statistics: ChannelStatistics, scale: Array, spec: Spec | None, tokenwise: bool = False
+    statistics: ChannelStatistics, rows: Array, scale: Array, spec: Spec | None, tokenwise: bool
 ) -> Array:
-    values: Array = statistics.rows / scale
+    values: Array = rows / scale
     if spec is None or not spec.enabled:
         return values
     if tokenwise:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,13 +13,16 @@ from onnxq.calibration.channels import ChannelStatistics, record_channels
 from onnxq.calibration.random_tokens import RandomTokens, vocabulary_size
 from onnxq.calibration.text import role_of
 from onnxq.job import Job
-from onnxq.learning.channel_scales import migration, output_errors, output_power, weight_maxima, weight_specs
+from onnxq.learning.channel_scales import migration, output_errors, weight_maxima, weight_specs
 from onnxq.passes.normalise_tokens import NormaliseTokens, is_tokenwise
 from onnxq.passes.smooth_activations import Group, SmoothActivations, groups, is_foldable
 from onnxq.passes.split_gemm_bias import SplitGemmBias
 from onnxq.scheme import Spec
 
+Array = np.ndarray[Any, Any]
+
 RARE_TOKENS = 2048
+JUDGED_ROWS = 256
 SMALLEST_POWER = 1e-9  # of the largest; a row of zeros has none
 WORTH_A_MUL = 2.0  # times less error of the layers that read it
 WORTH_A_SCALE = 4.0  # for each token: a division before the layers, a multiplication behind them
@@ -45,22 +49,34 @@ def smooth_text_models(job: Job, alpha: float, samples: int) -> None:
     recorded = record(job, found, samples, rare_tokens=True)
     scales, tokenwise = {}, set[str]()
     for group in found:
-        statistics, unchanged = recorded[group.name], np.ones(group.channels)
-        scale = migration(statistics.maxima, weight_maxima(group), alpha)
-        power = output_power(group, statistics)
-        power = np.maximum(power, SMALLEST_POWER * power.max() + np.finfo(np.float32).tiny)
-        before, after = output_errors(group, statistics, [unchanged, scale], specs, activations) @ (1 / power)
-        if is_foldable(group) or after * WORTH_A_MUL < before:
-            scales[group.name] = scale
-        else:
-            scale, after = unchanged, before
-        (alone,) = output_errors(group, statistics, [scale], specs, activations, tokenwise=True) @ (1 / power)
-        if alone * WORTH_A_SCALE < after:
+        scale, alone = _treatment(group, recorded[group.name], alpha, specs, activations)
+        scales[group.name] = scale
+        if alone:
             tokenwise |= {layer.node.name or "" for layer in group.layers if is_tokenwise(layer)}
     SmoothActivations(scales, insert=True)(job.model)
     if tokenwise:
         SplitGemmBias()(job.model)
         NormaliseTokens(tokenwise)(job.model)
+
+
+def _treatment(
+    group: Group, statistics: ChannelStatistics, alpha: float, specs: Mapping[ir.Node, Spec], activations: Spec
+) -> tuple[Array, bool]:
+    """The scale of each channel, and whether tokens get scales: the least that no step further improves enough."""
+    unchanged = np.ones(group.channels)
+    smooth = migration(statistics.maxima, weight_maxima(group), alpha)
+    treatments = [(smooth, False), (smooth, True)]
+    if not is_foldable(group):
+        treatments = [(unchanged, False), (smooth, False), (unchanged, True), (smooth, True)]
+    errors, power = output_errors(group, statistics, treatments, specs, activations, JUDGED_ROWS)
+    # Each token counts the same: the squared error of one that is a thousand times larger would hide all others.
+    shares = (errors / np.maximum(power, SMALLEST_POWER * power.max() + np.finfo(np.float32).tiny)).mean(axis=1)
+    best = 0
+    for index in range(1, len(treatments)):
+        needed = WORTH_A_SCALE if treatments[index][1] and not treatments[best][1] else WORTH_A_MUL
+        if shares[index] * needed < shares[best]:
+            best = index
+    return treatments[best]
 
 
 def layer_specs(job: Job) -> dict[ir.Node, Spec]:
