@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import pytest
 from conftest import add_weights
 
+import onnxq
 from onnxq.calibration.channels import KEPT_ROWS, ChannelStatistics, record_channels
 from onnxq.calibration.data import Iterables, input_specs
 from onnxq.config import make_settings
@@ -288,3 +291,15 @@ def test_weight_maxima_are_over_all_layers_of_a_group() -> None:
     (group,) = groups(model.graph)
     both = np.concatenate([model.graph.initializers[name].const_value.numpy() for name in ("w1", "w2")], axis=1)
     np.testing.assert_array_equal(weight_maxima(group), np.abs(both).max(axis=1))
+
+
+def test_a_recipe_that_finds_nothing_to_smooth_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "residual.onnx"
+    ir.save(build(RESIDUAL, {"g": (16,), "w": (16, 16)}), path)
+    data = [{"x": np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)}]
+    said = {
+        insert: onnxq.quantize(path, data, recipe="smoothquant", knobs={"insert": insert}).numbers["warnings"]
+        for insert in (False, True)
+    }
+    assert any("nothing was smoothed" in line and "insert=true" in line for line in said[False])
+    assert not any("nothing was smoothed" in line for line in said[True])

@@ -66,6 +66,12 @@ class SmoothQuant:
             for group in groups(job.model.graph, self.convolutions)
             if any(layer.node in specs for layer in group.layers) and (self.insert or is_foldable(group))
         ]
+        if not found:
+            job.warnings.append(
+                "nothing was smoothed: no value that layers read can be scaled without a node, as behind norms that a "
+                "shortcut reads too; --set insert=true gives each a Mul"
+            )
+            return
         recorded = record(job, found, self.samples, rare_tokens=True)
         scales = {}
         for group in found:
