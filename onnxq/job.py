@@ -21,6 +21,7 @@ from onnxq.config import Settings
 from onnxq.decoders import attention_in_float
 from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.errors import OnnxqError
+from onnxq.half import to_float16
 from onnxq.model import Kind, infer_types, initializer_bytes, kind_of
 from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.decompose_attention import DecomposeAttention
@@ -209,9 +210,20 @@ class Job:
         self._float_session = self._shared = None
         return recording
 
+    def _to_float16(self) -> None:
+        assert self.recording is not None
+        if not self.target.computes_in_float16:
+            raise OnnxqError(
+                f"expected --base float32 for {self.target.name}, found float16: its integer kernels read float32",
+                hint="leave --base out, or use --target tensorrt",
+            )
+        to_float16(self.model, [feed for feed, _ in self.recording.kept], self.settings.device)
+
     def lower(self) -> None:
         """Bring the graph to the form that the target runs, and prove that it breaks no rule of the target."""
         with self.progress.stage("lower", "Writing integers"):
+            if self.settings.base == "float16":
+                self._to_float16()
             self.target.lower(self.model)
             findings = [item for item in self.target.lint(self.model) if item.severity == "error"]
         if findings:

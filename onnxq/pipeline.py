@@ -79,8 +79,8 @@ def quantize(
             inputs, which is said in the result's warnings.
         output: Where to write the result; ``None`` writes nothing.
         settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
-            ``activations``, ``first_last``, ``rotate``, ``low_rank``, ``samples``, ``exclude``, ``seed``, ``device``,
-            ``workers``, ``ray``, ``synthesis``, ``statistics``, ``budget``, ``knobs``, ``preprocess``;
+            ``activations``, ``first_last``, ``base``, ``rotate``, ``low_rank``, ``samples``, ``exclude``, ``seed``,
+            ``device``, ``workers``, ``ray``, ``synthesis``, ``statistics``, ``budget``, ``knobs``, ``preprocess``;
             for a denoiser without data ``scheduler``, ``steps``, ``guidance``, ``conditions``.
         progress: Where to say what is being done; by default nowhere.
         **options: The fields of :class:`Settings`.

@@ -12,6 +12,7 @@ from onnxq import graph as graphs
 from onnxq.folding import new_initializer
 
 SMALLEST = 1e-12  # a token of zeros is divided by it
+NORMALISED = "onnxq.normalised"  # on the division: no range rule may cut what it makes
 
 
 class NormaliseTokens(InPlacePass):
@@ -74,6 +75,7 @@ def _divide(graph: ir.Graph, value: ir.Value) -> tuple[ir.Value, ir.Value]:
     for node, ending in zip(tape.nodes, ("abs", "max", "scale", "normalised"), strict=True):
         node.name = node.outputs[0].name = f"{value.name}_token_{ending}"
         node.outputs[0].type = ir.TensorType(dtype)
+    tape.nodes[-1].metadata_props[NORMALISED] = "1"
     shape = None if value.shape is None else ir.Shape([*list(value.shape)[:-1], 1])
     normalised.shape, largest.shape = value.shape, shape
     producer = value.producer()

@@ -14,11 +14,12 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.calibration.data import STEP_KEY, InputSpec, Source, batches, inputs_of
-from onnxq.calibration.observers import Observer, Range, Statistics
+from onnxq.calibration.observers import Observer, Range, Statistics, minmax
 from onnxq.errors import OnnxqError
 from onnxq.formats import NumberFormat, one_sided, parse_format, scale_and_zero_point
 from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.insert_qdq import CLIP, FORMAT, STATISTICS, SYMMETRIC
+from onnxq.passes.normalise_tokens import NORMALISED
 from onnxq.runtime import Session
 
 Array = np.ndarray[Any, Any]
@@ -302,7 +303,8 @@ def set_activation_scales(model: ir.Model, statistics: dict[str, Statistics], ob
         number_format = _format_for(node, statistics[name], symmetric)
         key = (name, number_format.name)
         if key not in chosen_ranges:
-            chosen_ranges[key] = observer(statistics[name], number_format, symmetric)
+            rule = minmax if _is_normalised(node) else observer
+            chosen_ranges[key] = rule(statistics[name], number_format, symmetric)
         chosen = chosen_ranges[key]
         ranges.setdefault(name, chosen)
         if symmetric and not number_format.signed:
@@ -312,6 +314,14 @@ def set_activation_scales(model: ir.Model, statistics: dict[str, Statistics], ob
         write_scales(node, scale, zero_point)
         write_clip(node, scale, zero_point, number_format)
     return ranges
+
+
+def _is_normalised(quantizer: ir.Node) -> bool:
+    """Whether tokens were divided by their largest magnitude: cut, each would lose its largest number."""
+    producer = None if quantizer.inputs[0] is None else quantizer.inputs[0].producer()
+    if producer is not None and CLIP in producer.metadata_props and producer.inputs[0] is not None:
+        producer = producer.inputs[0].producer()
+    return producer is not None and NORMALISED in producer.metadata_props
 
 
 def _format_for(node: ir.Node, statistics: Statistics, symmetric: bool) -> NumberFormat:

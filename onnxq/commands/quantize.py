@@ -77,6 +77,15 @@ def quantize(
             "before any recipe. Adds no node; a stream that cannot be turned is refused with the node.",
         ),
     ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="What a float32 model computes in between its codes: float32, or float16 (--target tensorrt; inputs "
+            "and outputs stay float32).",
+            show_default="float32",
+        ),
+    ] = None,
     low_rank: Annotated[
         int | None,
         typer.Option(
@@ -173,6 +182,7 @@ def quantize(
         "weights": weights,
         "activations": activations,
         "first_last": first_last,
+        "base": base,
         "rotate": rotate or None,
         "low_rank": low_rank,
         "samples": samples,

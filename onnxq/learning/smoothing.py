@@ -24,15 +24,17 @@ Array = np.ndarray[Any, Any]
 RARE_TOKENS = 2048
 JUDGED_ROWS = 256
 SMALLEST_POWER = 1e-9  # of the largest; a row of zeros has none
-WORTH_A_MUL = 2.0  # times less error of the layers that read it
-WORTH_A_SCALE = 4.0  # for each token: a division before the layers, a multiplication behind them
+GOOD_SHARE = 2e-4  # of the outputs' power: what eight bits leave where nothing sticks out, 37 dB
+WORTH_A_NODE = 2.0  # times less error of the layers that read the value
+TINY = float(np.finfo(np.float32).tiny)
 
 
 def smooth_text_models(job: Job, alpha: float, samples: int) -> None:
     """Smooth a model that reads text; others, and those whose activations do not become integers, stay as they are.
 
-    What can be scaled without a node is; a value that would need a Mul, as those behind the norms of an encoder whose
-    shortcut reads them too, gets one where it halves the error of the layers that read it.
+    What can be scaled without a node is, where that helps. A value that would need a Mul, as those behind the norms of
+    an encoder whose shortcut reads them too, gets one where it halves the error of the layers that read it; and each
+    token a scale of its own (see :class:`NormaliseTokens`) where that halves what is left.
 
     Args:
         job: The job, its graph prepared and without Q/DQ.
@@ -65,18 +67,23 @@ def _treatment(
     """The scale of each channel, and whether tokens get scales: the least that no step further improves enough."""
     unchanged = np.ones(group.channels)
     smooth = migration(statistics.maxima, weight_maxima(group), alpha)
-    treatments = [(smooth, False), (smooth, True)]
-    if not is_foldable(group):
-        treatments = [(unchanged, False), (smooth, False), (unchanged, True), (smooth, True)]
+    # In the order of what they cost at run time; what is in one row costs the same.
+    if is_foldable(group):
+        ladder = [[(unchanged, False), (smooth, False)], [(unchanged, True), (smooth, True)]]
+    else:
+        ladder = [[(unchanged, False)], [(smooth, False)], [(unchanged, True)], [(smooth, True)]]
+    treatments = [treatment for step in ladder for treatment in step]
     errors, power = output_errors(group, statistics, treatments, specs, activations, JUDGED_ROWS)
     # Each token counts the same: the squared error of one that is a thousand times larger would hide all others.
-    shares = (errors / np.maximum(power, SMALLEST_POWER * power.max() + np.finfo(np.float32).tiny)).mean(axis=1)
-    best = 0
-    for index in range(1, len(treatments)):
-        needed = WORTH_A_SCALE if treatments[index][1] and not treatments[best][1] else WORTH_A_MUL
-        if shares[index] * needed < shares[best]:
-            best = index
-    return treatments[best]
+    shares = iter((errors / np.maximum(power, SMALLEST_POWER * power.max() + TINY)).mean(axis=1))
+    chosen, least = treatments[0], np.inf
+    for step in ladder:
+        if least < GOOD_SHARE:
+            break
+        error, _, treatment = min((next(shares), place, treatment) for place, treatment in enumerate(step))
+        if error * WORTH_A_NODE < least:
+            chosen, least = treatment, error
+    return chosen
 
 
 def layer_specs(job: Job) -> dict[ir.Node, Spec]:

@@ -50,6 +50,7 @@ class Cpu:
     name = "cpu"
     packs_codes = True
     quantizes_attention = False
+    computes_in_float16 = False
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:
         """uint8 activations (asymmetric) and int8 weights per channel by default.
@@ -77,12 +78,14 @@ class Cpu:
         return Scheme(weight_spec, activation_spec)
 
     def prepare(self, model: ir.Model) -> None:
-        """Fold BatchNormalization and Pad, and free Gemm of its bias, so that integer kernels match."""
+        """Leave float16, fold BatchNormalization and Pad, and free Gemm of its bias, so that integer kernels match."""
+        from onnxq.passes.change_precision import ChangePrecision
         from onnxq.passes.fold_affine import FoldAffine
         from onnxq.passes.fold_batchnorm import FoldBatchNorm
         from onnxq.passes.fuse_activations import FuseActivations
         from onnxq.passes.split_gemm_bias import SplitGemmBias
 
+        ChangePrecision(ir.DataType.FLOAT16, ir.DataType.FLOAT)(model)  # integer kernels read float32 alone
         FoldAffine()(model)
         FoldBatchNorm()(model)
         FoldAffine()(model)  # what stood behind a BatchNormalization

@@ -31,6 +31,7 @@ class TensorRT:
     name = "tensorrt"
     packs_codes = False
     quantizes_attention = True
+    computes_in_float16 = True
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:
         """INT8 by default; FP8 activations ask for FP8 weights and the other way round.

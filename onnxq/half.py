@@ -1,0 +1,90 @@
+"""A result that computes in float16 between its codes: what has to stay float32 for it, and the change.
+
+TensorRT runs layers without codes twice as fast in float16, and fuses FP8 attention between float16 values alone
+(rule P7).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+from onnxq.errors import OnnxqError
+from onnxq.passes.change_precision import ChangePrecision
+from onnxq.runtime import Feed, Session
+
+LARGEST = 2.0**14  # a quarter of what float16 holds: other inputs reach further than those that were seen
+ANGLES = ("Sin", "Cos")
+TAPPED_VALUES = 2 << 20
+
+
+def to_float16(model: ir.Model, feeds: Sequence[Feed], device: str = "cpu") -> None:
+    """Change a Q/DQ model with float weights to float16, in place; its inputs and outputs keep their types.
+
+    In float32 stay nodes that read or make numbers beyond a quarter of what float16 holds, such as the squares in norms
+    that an exporter took apart, and those that make angles: the sine of a position or timestep needs more digits.
+
+    Args:
+        model: The model, before its weights become codes.
+        feeds: Inputs to see how large values get.
+        device: Where to run it.
+
+    Raises:
+        OnnxqError: the model has If, Loop or Scan.
+    """
+    keep = _overflowing(model, feeds, device) | _behind_angles(model.graph)
+    if not ChangePrecision(ir.DataType.FLOAT, ir.DataType.FLOAT16, keep)(model).modified:
+        raise OnnxqError(
+            "expected a float32 model without If, Loop and Scan for --base float16, found another one",
+            hint="leave --base out: a model that is float16 already stays so",
+        )
+
+
+def _overflowing(model: ir.Model, feeds: Sequence[Feed], device: str) -> set[str]:
+    values = [
+        value for node in model.graph for value in node.outputs if value.dtype == ir.DataType.FLOAT and value.name
+    ]
+    session = Session(model, taps=[value.name or "" for value in values], optimize=False, device=device, arena=False)
+    large: set[ir.Value] = set()
+    for group in _groups(values):
+        for feed in feeds:
+            for value, found in zip(group, session.run(feed, [value.name or "" for value in group]), strict=True):
+                if found.size and not np.abs(found[np.isfinite(found)]).max(initial=0.0) < LARGEST:
+                    large.add(value)
+    return {
+        node.name or ""
+        for node in model.graph
+        if any(value in large for value in (*node.inputs, *node.outputs) if value is not None)
+    }
+
+
+def _groups(values: Sequence[ir.Value]) -> Iterator[list[ir.Value]]:
+    """Values in groups of a few MiB: running again is cheaper than holding all at once."""
+    group: list[ir.Value] = []
+    size = 0
+    for value in values:
+        elements = math.prod(length if isinstance(length, int) else 1 for length in value.shape or ())
+        if group and size + elements > TAPPED_VALUES:
+            yield group
+            group, size = [], 0
+        group.append(value)
+        size += elements
+    if group:
+        yield group
+
+
+def _behind_angles(graph: ir.Graph) -> set[str]:
+    """Sines, cosines and what makes their angles, back to the nearest layers."""
+    found: set[str] = set()
+    open_ = [node for node in graph if graphs.is_op(node, *ANGLES)]
+    while open_:
+        node = open_.pop()
+        if node.name in found or graphs.weighted(node) is not None:
+            continue
+        found.add(node.name or "")
+        open_ += [maker for value in node.inputs if value is not None and (maker := value.producer()) is not None]
+    return found
