@@ -72,7 +72,8 @@ class ChangePrecision(InPlacePass):
                 for value in node.outputs:
                     if value.dtype == self.target:
                         value.dtype = self.source
-                        self._cast_readers(graph, value, graphs.consumers(value), self.target, after=node)
+                        others = [use for use in graphs.consumers(value) if use[0].name not in self.keep]
+                        self._cast_readers(graph, value, others, self.target, after=node)
         for index, value in enumerate(list(graph.outputs)):
             if value.dtype == self.target and value in inner:
                 self._cast_output(graph, index, value)
@@ -123,8 +124,7 @@ class ChangePrecision(InPlacePass):
     def _convert(self, graph: ir.Graph, value: ir.Value) -> None:
         """Write a constant in the other type; readers that want the first keep it."""
         uses = graphs.consumers(value)
-        is_float32 = [index in FLOAT32_INPUTS.get(node.op_type, ()) for node, index in uses]
-        if uses and self.source == ir.DataType.FLOAT and all(is_float32):
+        if uses and all(self._reads_source(node, index) for node, index in uses):
             return
         array = array_of(value)
         if any(index == 1 and (graphs.is_quantize(node) or graphs.is_dequantize(node)) for node, index in uses):
