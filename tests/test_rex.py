@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import DATA, add_weights
+from conftest import DATA, MODELS, add_weights
 
 import onnxq
 from onnxq import graph as graphs
@@ -175,3 +175,28 @@ def test_orders_bring_real_networks_back_without_data(shared_data: Path) -> None
 
     assert sqnr_db("mobilenet_v1_025_224", 1) < 5 and sqnr_db("mobilenet_v1_025_224", 3) > 30
     assert sqnr_db("resnet20_cifar10", 1) < 20 and sqnr_db("resnet20_cifar10", 2) > 30
+
+
+def test_a_budget_spent_on_the_outputs_beats_one_spent_on_weights(tmp_path: Path) -> None:
+    """Half of the second order's weights, without data, judged on real images: 27.5 dB against 25.5."""
+    codes, sqnr_db = {}, {}
+    for allocation in ("network", "outputs"):
+        path = tmp_path / f"{allocation}.onnx"
+        knobs = {"density": 0.5, "allocation": allocation, "depthwise_orders": 0}
+        result = onnxq.quantize(
+            MODELS / "fashion_resnet.onnx",
+            recipe="rex",
+            activations="float",
+            synthesis="noise",
+            samples=16,
+            knobs=knobs,
+            output=path,
+        )
+        stored = [value.const_value for value in result.model.graph.initializers.values() if value.const_value]
+        codes[allocation] = sum(
+            tensor.size for tensor in stored if tensor.dtype in (ir.DataType.INT8, ir.DataType.INT4)
+        )
+        compared = onnxq.compare(MODELS / "fashion_resnet.onnx", path, MODELS / "fashion_test.npz", latency=False)
+        sqnr_db[allocation] = compared.sqnr_db
+    assert abs(codes["outputs"] / codes["network"] - 1) < 0.01
+    assert sqnr_db["outputs"] > sqnr_db["network"] + 1
