@@ -252,7 +252,7 @@ def serialize(model: ir.Model, taps: Sequence[str] = (), *, by_path: bool = True
             if tensor.nbytes < LARGE_TENSOR_BYTES:
                 inner: ir.TensorProtocol = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
             else:
-                large[name] = tensor.numpy()
+                large[name] = np.ascontiguousarray(tensor.numpy())  # a folded Transpose is a view: refused as it is
                 shape = ir.Shape(large[name].shape)
                 inner = ir.ExternalTensor(
                     "in-memory", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=""

@@ -107,3 +107,21 @@ def test_gigabytes_are_quantized_and_compared_in_less_than_its_weights(tmp_path:
         assert resident_mib < weights_mib
     weights = [node for node in models.read(quantized).graph if node.op_type == "DequantizeLinear"]
     assert len(weights) == 2 * blocks
+
+
+def test_a_weight_that_is_another_s_transpose_runs_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As folding the tied embedding of a language model leaves it: a view that onnxruntime takes for its own copy."""
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 21]>'
+        "tied (float[2,512] x, float[512,1024] w) => (float[2,1024] y) { y = MatMul (x, w) }"
+    )
+    weight = model.graph.inputs[1]
+    model.graph.inputs.remove(weight)
+    array = np.random.default_rng(0).standard_normal((1024, 512)).astype(np.float32).T
+    weight.const_value = ir.Tensor(array, name="w")
+    model.graph.register_initializer(weight)
+    monkeypatch.setattr("onnxq.runtime.IN_MEMORY_LIMIT_BYTES", 1 << 20)
+    session = Session(model)
+    assert session.in_parts
+    x = np.random.default_rng(1).standard_normal((2, 512)).astype(np.float32)
+    np.testing.assert_allclose(session.run({"x": x})[0], x @ array, rtol=1e-4, atol=1e-4)
