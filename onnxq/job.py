@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import shapes
 from onnxq.calibration import bias_correction, calibrate
 from onnxq.calibration.data import InputSpec, Source, input_specs
 from onnxq.calibration.observers import Range, Statistics
@@ -22,7 +23,7 @@ from onnxq.decoders import attention_in_float
 from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.errors import OnnxqError
 from onnxq.half import to_float16
-from onnxq.model import Kind, infer_types, initializer_bytes, kind_of
+from onnxq.model import Kind, initializer_bytes, kind_of
 from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.decompose_attention import DecomposeAttention
 from onnxq.passes.insert_qdq import InsertQDQ
@@ -118,7 +119,7 @@ class Job:
             self.exceptions |= dict.fromkeys(kept, in_float)
             self.reasons |= dict.fromkeys(kept, "attention of a decoder")
         if self.target.quantizes_attention and DecomposeAttention(kept)(self.model).modified:
-            infer_types(self.model)
+            shapes.infer(self.model)
 
     def _rotate(self) -> None:
         """Turn residual streams and the values of attention's heads, which keeps the function too."""
