@@ -53,6 +53,9 @@ class QDiffusion:
             into one range by powers of two; ``none``.
         split_gain_db: By how much the error of a layer's output has to fall for that; -100 splits all.
         correct_biases: Whether biases take back the mean error that a block is left with.
+        start: ``nearest``: every weight chooses between the two codes around it; ``gptq``: between the code that GPTQ
+            gives it and that code's neighbour.
+        bias_rate: Adam's rate for biases; 0 keeps them.
         samples: How many inputs to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
@@ -68,6 +71,8 @@ class QDiffusion:
     split: str = choice(*FORMS)
     split_gain_db: float = 2.0
     correct_biases: bool = True
+    start: str = choice("nearest", "gptq")
+    bias_rate: float = 0.0
     samples: int = 1024
     cache_mib: int = 1024
 
@@ -88,6 +93,8 @@ class QDiffusion:
             rounding_rate(iterations),
             regularisation=self.regularisation,
             correct_biases=self.correct_biases,
+            start=self.start,
+            bias_rate=self.bias_rate,
         )
         reconstruct(job, blocks, rounding, samples=samples, cache_mib=self.cache_mib, checkpoint="rounding")
         if job.scheme.activations.enabled:

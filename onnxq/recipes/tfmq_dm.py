@@ -62,6 +62,9 @@ class TfmqDm:
         observer: How the first range follows from the statistics of an activation.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
         correct_biases: Whether biases take back the mean error that a block is left with.
+        start: ``nearest``: every weight chooses between the two codes around it; ``gptq``: between the code that GPTQ
+            gives it and that code's neighbour.
+        bias_rate: Adam's rate for biases; 0 keeps them.
         samples: How many samples to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
@@ -77,6 +80,8 @@ class TfmqDm:
     observer: str = "mse"
     weight_ranges: str = "mse"
     correct_biases: bool = True
+    start: str = choice("nearest", "gptq")
+    bias_rate: float = 0.0
     samples: int = 1024
     cache_mib: int = 1024
 
@@ -112,6 +117,8 @@ class TfmqDm:
             quantize_activations=True,
             regularisation=self.regularisation,
             correct_biases=self.correct_biases,
+            start=self.start,
+            bias_rate=self.bias_rate,
         )
         more = 0 if self.maintenance == "frozen" else self.temporal_iterations or 3 * iterations
         temporal = dataclasses.replace(rounding, iterations=more, rounding_rate=rounding_rate(max(more, 1)))
