@@ -18,7 +18,8 @@ SMOOTHING_SAMPLES = 32
 class Static:
     """Ranges from one pass over the data, nearest rounding, integer weights.
 
-    1. Rewrite the graph so that the target's kernels match (BatchNormalization and Pad folded).
+    1. Rewrite the graph so that the target's kernels match (BatchNormalization and Pad folded). In a model that reads
+       text, take outliers of channels into the weights, and give tokens scales where that pays.
     2. Insert Q/DQ where the target wants them; for a denoiser, find the layers that have to stay float first.
     3. Run the float graph once over the data; statistics become activation scales.
     4. Weight scales come from the weights, per output channel.
