@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -34,6 +35,7 @@ EXTERNAL_DATA_LIMIT_BYTES = (
 FOLDED_ELEMENTS = 1 << 26
 SMALL_TENSOR_BYTES = 1 << 12
 METADATA_PREFIX = "onnxq."
+DATA_FIELDS = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -304,6 +306,8 @@ def _check_tensors(model: ir.Model, file: Path) -> None:
         if tensor is None or isinstance(tensor, ir.ExternalTensor):
             continue
         try:
+            if isinstance(tensor, ir.TensorProtoTensor) and tensor.size and not _has_data(tensor.raw):
+                raise ValueError("none at all")  # the library reads zeros
             if tensor.dtype.bitwidth < 8:
                 tensor.tobytes()  # as an array it would be unpacked
             else:
@@ -316,6 +320,11 @@ def _check_tensors(model: ir.Model, file: Path) -> None:
                 f"({_one_line(error)})",
                 hint="the file is damaged; copy or export it again",
             ) from error
+
+
+def _has_data(tensor: Any) -> bool:
+    """Whether a tensor in onnx's own form holds any number."""
+    return any(len(getattr(tensor, field)) for field in DATA_FIELDS)
 
 
 class Kind(enum.Enum):

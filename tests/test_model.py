@@ -176,3 +176,13 @@ def test_tensor_whose_bytes_are_not_what_its_shape_says(network: Path) -> None:
     network.write_bytes(model.SerializeToString())
     with pytest.raises(OnnxqError, match="as many bytes in tensor"):
         models.load(network)
+
+
+def test_weights_that_are_not_there_are_no_zeros(network: Path) -> None:
+    model = onnx.load(network)
+    weight = next(item for item in model.graph.initializer if item.name == "w2")
+    for field in models.DATA_FIELDS:
+        weight.ClearField(field)
+    network.write_bytes(model.SerializeToString())
+    with pytest.raises(OnnxqError, match=r"tensor 'w2'.*none at all"):
+        models.load(network)

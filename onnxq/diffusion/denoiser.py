@@ -112,7 +112,7 @@ def find(model: ir.Model) -> Denoiser:
         shapes = ", ".join(f"{spec.name} {spec.dtype}{_shown(spec.shape)}" for spec in specs)
         raise OnnxqError(
             f"expected a denoiser (a float sample and an output of its shape), found inputs {shapes}",
-            hint="trajectories are for denoisers; give other models --data",
+            hint="sampling is for denoisers; other models take --data, and `onnxq compare` judges them",
         )
     sample, output = found
     others = [spec for spec in specs if spec is not sample]
