@@ -24,8 +24,9 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Two files of tests at a time: most of a test runs on one core.
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 coverage: $(READY)
 	$(VENV)/bin/python -m coverage run -m pytest

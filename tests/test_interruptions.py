@@ -21,7 +21,7 @@ COMMANDS = {
     "lsq": [*QUANTIZE, "--data", "{data}", "--recipe", "lsq", "--set", "distil=blocks", "--set", "steps=150"],
     "int8": [*QUANTIZE, "--data", "{data}"],
     "made inputs": [*QUANTIZE, "--synthesis", "zeroq", "-n", "32"],
-    "synthesize": ["synthesize", "{network}", "-o", "{output}.npz", "-n", "12", "--steps", "60", "--method", "zeroq"],
+    "synthesize": ["synthesize", "{network}", "-o", "{output}.npz", "-n", "12", "--steps", "60", "--method", "dsg"],
 }
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for each other make times what a kill cannot hit
 

@@ -79,7 +79,8 @@ def test_joint_reconstruction_keeps_features(denoiser: Path, monkeypatch: pytest
     joint, nearest = quantize(denoiser), quantize(denoiser, maintenance="frozen")
     whole = [Block("last", ("t", "x", "y"), "eps", ())]
     monkeypatch.setattr("onnxq.learning.reconstruct.cut", lambda *_, **__: whole)
-    through = onnxq.quantize(denoiser, recipe="brecq", knobs={"iterations": 300}, **OPTIONS)
+    knobs = {"iterations": 300, "start": "nearest", "bias_rate": 0.0}  # as tfmq-dm starts
+    through = onnxq.quantize(denoiser, recipe="brecq", knobs=knobs, **OPTIONS)
     errors = [feature_error(denoiser, result).sqnr_db for result in (joint, nearest, through)]
     assert errors[0] > errors[1] + 3 and errors[0] > errors[2] + 3
     assert joint.numbers["temporal_features"]["sqnr_db"] == pytest.approx(errors[0])
