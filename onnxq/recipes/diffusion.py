@@ -72,8 +72,8 @@ class Diffusion:
         regularisation: Weight of the penalty on undecided roundings.
         observer: How the first range follows from the statistics of an activation.
         correct_biases: Whether biases take back the mean error that a block is left with.
-        start: ``nearest``: every weight chooses between the two codes around it; ``gptq``: between the code that GPTQ
-            gives it and that code's neighbour.
+        start: ``gptq``: every weight chooses between the code that GPTQ gives it and that code's neighbour;
+            ``nearest``: between the two codes around it.
         bias_rate: Adam's rate for biases; 0 keeps them.
         samples: How many inputs to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
@@ -97,7 +97,7 @@ class Diffusion:
     regularisation: float = 0.01
     observer: str = "mse"
     correct_biases: bool = True
-    start: str = choice("nearest", "gptq")
+    start: str = choice("gptq", "nearest")
     bias_rate: float = 0.0
     samples: int = 1024
     cache_mib: int = 1024
