@@ -234,6 +234,11 @@ def _range(storage: ir.DataType, scale: float, zero_point: float) -> tuple[float
     if storage in (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2):
         largest = 448.0 if storage == ir.DataType.FLOAT8E4M3FN else 57344.0
         return -largest * scale, largest * scale
+    if storage.bitwidth >= 8 and np.dtype(storage.numpy()).kind not in "iu":
+        raise OnnxqError(
+            f"expected codes that are integers or FP8, found a zero point of type {storage.name}",
+            hint="check the model with `python -m onnx.checker`",
+        )
     limits = np.iinfo(storage.numpy()) if storage.bitwidth >= 8 else None
     bits = storage.bitwidth
     low, high = (limits.min, limits.max) if limits is not None else (-(1 << bits - 1), (1 << bits - 1) - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from conftest import DATA
 from typer.testing import CliRunner
@@ -79,6 +80,17 @@ def test_every_width_comes_out_of_one_file(network: Path, calibration: Path, tmp
     assert narrow == sorted(narrow)
     assert min(sqnr[bits] for bits in (6, 7, 8)) > narrow[-1]  # from here on activations make most of the error
     assert sqnr[8] == pytest.approx(plain.numbers["sqnr_db"], abs=1)
+
+
+def test_a_damaged_master_is_refused_and_nothing_is_written(network: Path, calibration: Path, tmp_path: Path) -> None:
+    model = onnxq.quantize(network, calibration, recipe="multiquant", knobs=UNTRAINED).model
+    scales = next(value for name, value in model.graph.initializers.items() if name.endswith("_scales"))
+    reader = next(node for node in model.graph if graphs.is_quantize(node))
+    reader.replace_input_with(1, scales)  # which the export of one width takes out
+    ir.save(model, tmp_path / "master.onnx")
+    output = tmp_path / "out.onnx"
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "master.onnx"), "--bits", "4", "-o", str(output)])
+    assert done.exit_code != 0 and isinstance(done.exception, OnnxqError) and not output.exists()
 
 
 def test_what_is_no_master_is_refused(network: Path, calibration: Path) -> None:

@@ -16,6 +16,7 @@ from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq.cli import app
 from onnxq.comparison import compare
+from onnxq.passes.strip_qdq import StripQDQ
 from onnxq.runtime import Session
 
 FLOAT, CALIBRATION, TEST = (
@@ -145,3 +146,13 @@ def test_what_has_no_pairs_is_refused(tmp_path: Path) -> None:
     ir.save(model, tmp_path / "integer.onnx")
     with pytest.raises(OnnxqError, match="found MatMulInteger"):
         retarget.strip(tmp_path / "integer.onnx")
+
+
+def test_a_zero_point_that_is_no_code_is_refused() -> None:
+    model = ir.from_onnx_text("""
+    <ir_version: 10, opset_import: ["" : 21]>
+    damaged (float[1,4] x) => (float[1,4] y) <float scale = {0.1}, float zero = {0.0}>
+    { q = QuantizeLinear (x, scale, zero)
+      y = DequantizeLinear (q, scale, zero) }""")
+    with pytest.raises(OnnxqError, match="zero point of type FLOAT"):
+        StripQDQ()(model)

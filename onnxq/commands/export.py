@@ -31,6 +31,7 @@ def export(
     opened = models.read(model)
     models.check_valid(opened, model.name)
     count = export_width(opened, bits)
+    models.check_valid(opened, f"{model.name} at {bits} bits")  # a damaged master may name scales that it lacks
     models.set_metadata(opened, bits=str(bits))
     models.save(opened, destination)
     if not quiet:
