@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.calibration.calibrate import thinned
 from onnxq.calibration.text import without_padding
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
-from onnxq.runtime import Feed, Session, integer_kernels, optimized_session
+from onnxq.runtime import Feed, Session, integer_kernels, optimized_session, tapped_together
 
 Array = np.ndarray[Any, Any]
 LATENCY_RUNS = 5
-TAPPED_VALUES = 2 << 20
 
 
 @dataclass
@@ -108,8 +104,9 @@ def _layer_errors(job: Job, session: Session, names: list[str]) -> list[dict[str
     values = graphs.values(job.model.graph)
     expected = job.recording.first_taps
     layers = []
-    for group in _groups(names, values):
-        for name, found in zip(group, session.run(job.recording.first_feed, group), strict=True):
+    for group in tapped_together(values[name] for name in names):
+        tapped = [value.name or "" for value in group]
+        for name, found in zip(tapped, session.run(job.recording.first_feed, tapped), strict=True):
             ratio = _Ratio()
             ratio.add(expected[name], thinned(found))
             producer = values[name].producer()
@@ -122,22 +119,6 @@ def _layer_errors(job: Job, session: Session, names: list[str]) -> list[dict[str
                 }
             )
     return sorted(layers, key=lambda layer: (layer["sqnr_db"], layer["name"]))
-
-
-def _groups(names: list[str], values: Mapping[str, ir.Value]) -> Iterator[list[str]]:
-    """Names in groups whose values fit into a few MiB: running again is cheaper than holding all at once."""
-    group: list[str] = []
-    size = 0
-    for name in names:
-        sizes = [length if isinstance(length, int) else 1 for length in values[name].shape or ()]
-        elements = math.prod(sizes)
-        if group and size + elements > TAPPED_VALUES:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += elements
-    if group:
-        yield group
 
 
 def bare_float_run(job: Job, path: Path, checked: Check) -> dict[str, float]:

@@ -6,8 +6,7 @@ TensorRT runs layers without codes twice as fast in float16, and fuses FP8 atten
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -15,11 +14,10 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.passes.change_precision import ChangePrecision
-from onnxq.runtime import Feed, Session
+from onnxq.runtime import Feed, Session, tapped_together
 
 LARGEST = 2.0**14  # a quarter of what float16 holds: other inputs reach further than those that were seen
 ANGLES = ("Sin", "Cos")
-TAPPED_VALUES = 2 << 20
 
 
 def to_float16(model: ir.Model, feeds: Sequence[Feed], device: str = "cpu") -> None:
@@ -50,7 +48,7 @@ def _overflowing(model: ir.Model, feeds: Sequence[Feed], device: str) -> set[str
     ]
     session = Session(model, taps=[value.name or "" for value in values], optimize=False, device=device, arena=False)
     large: set[ir.Value] = set()
-    for group in _groups(values):
+    for group in tapped_together(values):
         for feed in feeds:
             for value, found in zip(group, session.run(feed, [value.name or "" for value in group]), strict=True):
                 if found.size and not np.abs(found[np.isfinite(found)]).max(initial=0.0) < LARGEST:
@@ -60,21 +58,6 @@ def _overflowing(model: ir.Model, feeds: Sequence[Feed], device: str) -> set[str
         for node in model.graph
         if any(value in large for value in (*node.inputs, *node.outputs) if value is not None)
     }
-
-
-def _groups(values: Sequence[ir.Value]) -> Iterator[list[ir.Value]]:
-    """Values in groups of a few MiB: running again is cheaper than holding all at once."""
-    group: list[ir.Value] = []
-    size = 0
-    for value in values:
-        elements = math.prod(length if isinstance(length, int) else 1 for length in value.shape or ())
-        if group and size + elements > TAPPED_VALUES:
-            yield group
-            group, size = [], 0
-        group.append(value)
-        size += elements
-    if group:
-        yield group
 
 
 def _behind_angles(graph: ir.Graph) -> set[str]:

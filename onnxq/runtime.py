@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ PROVIDERS: dict[str, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": [(cuda.PROVIDER, cuda.OPTIONS), "CPUExecutionProvider"],
 }
+TAPPED_VALUES = 2 << 20  # numbers of inner values that are returned at once
 LARGE_TENSOR_BYTES = 1 << 20  # kept out of the serialised model, which protobuf limits to 2 GiB
 IN_MEMORY_LIMIT_BYTES = 1 << 29
 SPINNING = "session.intra_op.allow_spinning"
@@ -308,6 +310,21 @@ def latency_ms(
             session.run(feed)
             times[name].append(time.perf_counter() - before)
     return {name: float(np.median(series) * 1000) for name, series in times.items()}
+
+
+def tapped_together(values: Iterable[ir.Value]) -> Iterator[list[ir.Value]]:
+    """Values in groups of a few MiB: running again is cheaper than holding all at once."""
+    group: list[ir.Value] = []
+    size = 0
+    for value in values:
+        elements = math.prod(length if isinstance(length, int) else 1 for length in value.shape or ())
+        if group and size + elements > TAPPED_VALUES:
+            yield group
+            group, size = [], 0
+        group.append(value)
+        size += elements
+    if group:
+        yield group
 
 
 def run_all(session: Session, feeds: Iterable[Feed]) -> list[Array]:
