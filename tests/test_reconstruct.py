@@ -103,8 +103,8 @@ def test_a_cache_on_disk_gives_the_same_bytes(fashion: tuple[Path, Path], tmp_pa
 
 def test_cache_moves_to_files_and_back(tmp_path: Path) -> None:
     with ActivationCache(1000, str(tmp_path)) as cache:
-        cache.allocate("small", (10, 10), np.dtype(np.float32))
-        cache.allocate("large", (100, 100), np.dtype(np.float32))
+        cache.allocate("small", (10, 10), torch.float32)
+        cache.allocate("large", (100, 100), torch.float32)
         cache.write("large", slice(0, 100), torch.ones(100, 100))
         cache.alias("again", "large")
         assert cache.used_bytes == 400
@@ -118,7 +118,7 @@ def test_cache_moves_to_files_and_back(tmp_path: Path) -> None:
 
 def test_cache_says_when_the_disk_is_full(tmp_path: Path) -> None:
     with ActivationCache(0, str(tmp_path)) as cache, pytest.raises(OnnxqError, match="for activations"):
-        cache.allocate("absurd", (1 << 52,), np.dtype(np.float32))
+        cache.allocate("absurd", (1 << 52,), torch.float32)
 
 
 def test_checkpoint_forgets_what_another_run_left(tmp_path: Path) -> None:

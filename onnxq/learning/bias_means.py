@@ -111,8 +111,7 @@ class BiasMeans:
         with torch.no_grad():
             for start in range(0, walk.samples if layers else 0, walk.chunk):
                 index = slice(start, min(start + walk.chunk, walk.samples))
-                given = {name: value.to(graph.device) for name, value in walk.inputs(block, index, kind).items()}
-                values = graph.run(given, outputs, replaced=replaced)
+                values = graph.run(walk.inputs(block, index, kind), outputs, replaced=replaced)
                 rows = index.stop - index.start
                 for layer in layers:
                     value = values[layer.output]

@@ -21,6 +21,8 @@ Array = np.ndarray[Any, Any]
 class _Stored:
     """An array in a file. It is not mapped: pages of a mapped file count as memory of the process."""
 
+    device = torch.device("cpu")  # where its rows come from and go to
+
     def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.path, self.shape, self.dtype = path, shape, dtype
         self.row_bytes = math.prod(shape[1:]) * dtype.itemsize
@@ -32,9 +34,9 @@ class _Stored:
             return self._read(start, stop - start)
         return np.concatenate([self._read(int(row), 1) for row in index])
 
-    def __setitem__(self, index: slice, rows: Array) -> None:
+    def __setitem__(self, index: slice, rows: Tensor) -> None:
         start, _, _ = index.indices(self.shape[0])
-        data = np.ascontiguousarray(rows, self.dtype).reshape(-1).view(np.uint8).data
+        data = np.ascontiguousarray(rows.numpy(), self.dtype).reshape(-1).view(np.uint8).data
         offset = start * self.row_bytes
         while data:
             written = os.pwrite(self.file, data, offset)
@@ -75,7 +77,7 @@ class ActivationCache:
         self.device = torch.device(device)
         self._parent = folder
         self._folder: str | None = None
-        self._arrays: dict[str, Array | _Stored | Tensor] = {}
+        self._arrays: dict[str, Tensor | _Stored] = {}
         self._counter = 0
 
     def __enter__(self) -> ActivationCache:
@@ -92,7 +94,7 @@ class ActivationCache:
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
 
-    def allocate(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Make room for an array, which :meth:`write` fills.
 
         Raises:
@@ -100,11 +102,9 @@ class ActivationCache:
         """
         size = max(1, math.prod(shape)) * dtype.itemsize
         if self._fits_on_gpu(size, dtype):
-            self._arrays[name] = torch.empty(
-                shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=self.device
-            )
+            self._arrays[name] = torch.empty(shape, dtype=dtype, device=self.device)
         elif self.used_bytes + size <= self.memory_bytes:
-            self._arrays[name] = np.empty(shape, dtype)
+            self._arrays[name] = torch.empty(shape, dtype=dtype)
             self.used_bytes += size
         else:
             self._arrays[name] = self._in_file(shape, dtype, size)
@@ -116,17 +116,14 @@ class ActivationCache:
     def write(self, name: str, index: slice, rows: Tensor) -> None:
         """Fill some samples of an array."""
         array = self._arrays[name]
-        if isinstance(array, Tensor):
-            array[index] = rows.to(array.device)
-        else:
-            array[index] = rows.cpu().numpy()
+        array[index] = rows.to(array.device)
 
     def rows(self, name: str, index: Array | slice) -> Tensor:
         """Some samples of an array, as a tensor of its own, where the array is."""
         array = self._arrays[name]
-        if isinstance(array, Tensor):
-            return array[index].clone() if isinstance(index, slice) else array[torch.from_numpy(index).to(array.device)]
-        return torch.from_numpy(np.array(array[index]))
+        if isinstance(array, _Stored):
+            return torch.from_numpy(array[index])
+        return array[index].clone() if isinstance(index, slice) else array[torch.from_numpy(index).to(array.device)]
 
     def free(self, name: str) -> None:
         """Drop an array; its memory or file goes with the last name it has."""
@@ -135,16 +132,16 @@ class ActivationCache:
             return
         if isinstance(array, _Stored):
             array.close()
-        elif not isinstance(array, Tensor):
-            self.used_bytes -= max(1, array.size) * array.itemsize
+        elif array.device.type == "cpu":
+            self.used_bytes -= max(1, array.numel()) * array.itemsize
 
-    def _fits_on_gpu(self, size: int, dtype: np.dtype[Any]) -> bool:
-        if self.device.type != "cuda" or dtype.kind != "f":
+    def _fits_on_gpu(self, size: int, dtype: torch.dtype) -> bool:
+        if self.device.type != "cuda" or not dtype.is_floating_point:
             return False
         free, _ = torch.cuda.mem_get_info(self.device)
         return size <= free // 2
 
-    def _in_file(self, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> _Stored:
+    def _in_file(self, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> _Stored:
         if self._folder is None:
             self._folder = tempfile.mkdtemp(prefix="onnxq-activations-", dir=self._parent)
         self._counter += 1
@@ -157,4 +154,4 @@ class ActivationCache:
                 f"expected {size / 1e6:.0f} MB for activations in {self._folder}, found: {error.strerror}",
                 hint="free some space, point TMPDIR elsewhere, or use fewer --samples",
             ) from error
-        return _Stored(path, shape, dtype)
+        return _Stored(path, shape, torch.empty(0, dtype=dtype).numpy().dtype)

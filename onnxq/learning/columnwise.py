@@ -294,17 +294,11 @@ class Network:
         wanted = list(dict.fromkeys(layer.activation for layer in layers.values()))
         for start in range(0, self.walk.samples if layers else 0, self.walk.chunk):
             index = slice(start, min(start + self.walk.chunk, self.walk.samples))
-            values = self._values(inputs(index), wanted, replaced)
-            exact = {} if exact_inputs is None else self._values(exact_inputs(index), wanted, self._float)
+            values = self.graph.run(inputs(index), wanted, replaced=replaced)
+            exact = {} if exact_inputs is None else self.graph.run(exact_inputs(index), wanted, replaced=self._float)
             for geometry, layer in layers.items():
                 found[geometry].update(layer, values[layer.activation], exact.get(layer.activation))
         return found
-
-    def _values(
-        self, inputs: Mapping[str, Tensor], wanted: Sequence[str], replaced: Mapping[str, Replacement]
-    ) -> dict[str, Tensor]:
-        given = {name: value.to(self.graph.device) for name, value in inputs.items()}
-        return self.graph.run(given, wanted, replaced=replaced)
 
     def _feeds(self, index: slice) -> dict[str, Tensor]:
         return {name: self.walk.cache.rows(QUANTIZED + name, index).flatten(0, 1) for name in self.graph.input_names}

@@ -257,14 +257,14 @@ class _Block:
         descend(error, self.roundings, self.steps, options, list(self.biases.values()))
 
     def _inputs(self, index: np.ndarray) -> dict[str, Tensor]:
-        device = self.graph.device
-        given = {name: value.to(device) for name, value in self.walk.inputs(self.block, index, QUANTIZED).items()}
+        given = self.walk.inputs(self.block, index, QUANTIZED)
         if self.options.mix <= 0:
             return given
+        device = self.graph.device
         for name, exact in self.walk.inputs(self.block, index, FLOAT).items():
             if exact.is_floating_point():
                 from_float = random_mask(exact.shape, self.options.mix, self.generator)
-                given[name] = torch.where(from_float, exact.to(device), given[name])
+                given[name] = torch.where(from_float, exact.to(device), given[name].to(device))
         return given
 
 

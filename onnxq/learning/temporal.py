@@ -80,8 +80,7 @@ def features(
     """Values of the region for each group of rows that runs at once."""
     found = []
     for group in inputs.groups(rows):
-        given = {name: value.to(graph.device) for name, value in inputs.feed(group).items()}
-        found.append(graph.run(given, names, replaced=replaced))
+        found.append(graph.run(inputs.feed(group), names, replaced=replaced))
     return found
 
 

@@ -58,11 +58,12 @@ class Walk:
             feed = inputs_of(batch, specs)
             rows = len(next(iter(feed.values())))
             for name, array in feed.items():
+                values = torch.from_numpy(array[:, None])
                 if start == 0:
-                    self.cache.allocate(FLOAT + name, (samples, 1, *array.shape[1:]), array.dtype)
+                    self.cache.allocate(FLOAT + name, (samples, *values.shape[1:]), values.dtype)
                     self.cache.alias(QUANTIZED + name, FLOAT + name)
                     self._axes[name] = 0
-                self.cache.write(FLOAT + name, slice(start, start + rows), torch.from_numpy(array[:, None]))
+                self.cache.write(FLOAT + name, slice(start, start + rows), values)
             start += rows
         self.samples = start  # an incomplete last batch of an export with a fixed batch is left out
         fixed = next((spec.batch for spec in specs if spec.batch is not None), None) or 1
@@ -100,11 +101,10 @@ class Walk:
                 if start == 0:
                     self._axes[name] = self._batch_axis(block, value, rows, kind, replaced)
                 moved = value.movedim(self._axes[name], 0)
-                array = moved.reshape(rows, -1, *moved.shape[1:])
+                kept = moved.reshape(rows, -1, *moved.shape[1:])
                 if start == 0:
-                    kept = array[:0].cpu().numpy().dtype
-                    self.cache.allocate(kind + name, (self.samples, *array.shape[1:]), kept)
-                self.cache.write(kind + name, index, array)
+                    self.cache.allocate(kind + name, (self.samples, *kept.shape[1:]), kept.dtype)
+                self.cache.write(kind + name, index, kept)
 
     def _batch_axis(
         self, block: Block, value: Tensor, rows: int, kind: str, replaced: Mapping[str, Replacement]
