@@ -20,7 +20,7 @@ from torch import Tensor
 
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
-from onnxq.learning.own_initializers import own_biases, readers_of
+from onnxq.learning.hessian import Layer
 from onnxq.learning.quantizers import Quantizer, as_float, read, store
 from onnxq.learning.walk import FLOAT, QUANTIZED, Walk
 
@@ -46,11 +46,17 @@ class BiasMeans:
     Args:
         graph: The Q/DQ graph, before it is brought to torch.
         quantizers: All of its quantizers.
+        readers: The layers that read each weight (:func:`readers_of`).
+        biases: The biases that they alone have (:func:`own_biases`).
     """
 
-    def __init__(self, graph: ir.Graph, quantizers: Sequence[Quantizer]) -> None:
-        readers = readers_of(graph, quantizers)
-        biases = own_biases(graph, readers)
+    def __init__(
+        self,
+        graph: ir.Graph,
+        quantizers: Sequence[Quantizer],
+        readers: Mapping[str, Sequence[Layer]],
+        biases: Mapping[str, str],
+    ) -> None:
         position = {node: index for index, node in enumerate(graph)}
         layers = sorted((readers[name][0] for name in biases), key=lambda layer: position[layer.item.node])
         self._layers = [

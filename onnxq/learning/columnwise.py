@@ -29,8 +29,6 @@ from onnxq.learning.quantizers import Grid, Quantizer, as_float, read
 from onnxq.learning.walk import FLOAT, QUANTIZED, Walk, inside
 from onnxq.passes.insert_qdq import FORMAT, SYMMETRIC
 
-# Multiples of the step with the least error of weights that are tried for the least error of outputs.
-STEPS = (0.7, 0.8, 0.9, 1.1, 1.2, 1.3)
 Array = np.ndarray[Any, Any]
 Search = Callable[[Array, NumberFormat, bool], tuple[Array, Array]]
 
@@ -46,7 +44,8 @@ class Columnwise:
             as they are when the block's turn comes. ``act_order`` asks for static ones.
         correct_biases: Whether a layer's bias takes back the mean error, so that only the rest has to be small.
         asymmetry: Part of what the layers before have lost that a weight makes up for (:func:`towards_float`).
-        steps: Multiples of a channel's step that are tried beside itself; the one that loses least stays.
+        steps: Multiples of a channel's step, which has the least error of weights, that are tried beside it; the one
+            with the least error of outputs stays.
     """
 
     damping: float = 0.01
@@ -55,6 +54,10 @@ class Columnwise:
     correct_biases: bool = True
     asymmetry: float = 0.0
     steps: tuple[float, ...] = ()
+
+
+# What measures best, where nothing else is asked for.
+BEST = Columnwise(act_order=True, asymmetry=0.75, steps=(0.7, 0.8, 0.9, 1.1, 1.2, 1.3))
 
 
 def round_layers(
@@ -131,7 +134,7 @@ class Network:
         readers: Mapping[str, Sequence[Layer]],
         biases: Mapping[str, str],
         options: Columnwise,
-        search: Search,
+        search: Search = extremes,
     ) -> None:
         self.graph, self.walk, self.readers, self.biases = graph, walk, readers, biases
         self.options, self.search = options, search
@@ -202,7 +205,6 @@ class Network:
         rescale = None
         if item.block_size is not None and not self.options.static_groups and not self.options.act_order:
             rescale = self._rescale(item)
-        by_row = item.block_size is None and item.axis is not None and item.symmetric
         rounded, new_scale, new_zero_point = round_columns(
             columns,
             products,
@@ -212,7 +214,7 @@ class Network:
             block_size=item.block_size,
         )
         learned = {}
-        if by_row and self.options.steps:
+        if self.options.steps and item.block_size is None and item.axis is not None and item.symmetric:
             rounded, factors = with_best_steps(
                 columns,
                 products,

@@ -69,17 +69,29 @@ def round_columns(
     Returns:
         The rounded weight, the scales and the zero points, all [groups, rows, columns].
     """
-    groups, rows, count = columns.weight.shape
+    return _eliminated(columns, *_order_and_factor(hessian, damping, act_order), rescale, block_size)
+
+
+def _order_and_factor(hessian: Tensor, damping: float, act_order: bool) -> tuple[Tensor, Tensor]:
+    """The order of the columns, [groups, columns], and U in that order."""
+    groups, count = hessian.shape[:2]
     order = torch.arange(count, device=hessian.device).expand(groups, count)
     if act_order:
         order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    sorted_rows = hessian.gather(1, order[:, :, None].expand(-1, -1, count))
+    return order, _inverse_factor(sorted_rows.gather(2, order[:, None, :].expand(-1, count, -1)), damping)
+
+
+def _eliminated(
+    columns: Columns, order: Tensor, factor: Tensor, rescale: Rescale | None, block_size: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups, rows, count = columns.weight.shape
+    factor = factor.to(columns.weight.dtype)
     index = order[:, None, :].expand(groups, rows, count)
     weight, scale, zero_point = (
         tensor.expand(groups, rows, count).gather(2, index).clone()
         for tensor in (columns.weight, columns.scale, columns.zero_point)
     )
-    sorted_rows = hessian.gather(1, order[:, :, None].expand(-1, -1, count))
-    factor = _inverse_factor(sorted_rows.gather(2, order[:, None, :].expand(-1, count, -1)), damping).to(weight.dtype)
     rounded = torch.empty_like(weight)
     for start in range(0, count, COLUMNS):
         stop = min(start + COLUMNS, count)
@@ -130,9 +142,10 @@ def with_best_steps(
     """
     least = weighted_error(columns.weight - rounded, hessian)
     chosen = torch.ones_like(least)
+    shared = _order_and_factor(hessian, damping, act_order)
     for factor in factors:
         other = replace(columns, scale=columns.scale * factor)
-        found, _, _ = round_columns(other, hessian, damping=damping, act_order=act_order)
+        found, _, _ = _eliminated(other, *shared, None, None)
         error = weighted_error(columns.weight - found, hessian)
         better = error < least
         least, chosen = torch.where(better, error, least), torch.where(better, factor, chosen)

@@ -20,14 +20,14 @@ from torch import Tensor
 from onnxq.autograd.blocks import Block, cut
 from onnxq.autograd.interpreter import Replacement, TorchGraph
 from onnxq.calibration import calibrate, observers, weight_ranges
-from onnxq.calibration.weight_ranges import extremes
 from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
 from onnxq.learning.activations import LearnedStep, random_mask
 from onnxq.learning.bias_means import BiasMeans
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
-from onnxq.learning.columnwise import STEPS, Columnwise, Network
+from onnxq.learning.columnwise import BEST, Network
+from onnxq.learning.hessian import Layer
 from onnxq.learning.own_initializers import own_biases, readers_of, separate_weights
 from onnxq.learning.quantizers import Grid, Quantizer, as_float
 from onnxq.learning.rounding import LearnedRounding
@@ -74,6 +74,11 @@ class Reconstruction:
     correct_biases: bool = False
     start: str = "nearest"
     bias_rate: float = 0.0
+
+    @property
+    def changes_biases(self) -> bool:
+        """Whether biases are learned, corrected, or go with the codes of GPTQ."""
+        return self.start == "gptq" or self.bias_rate > 0 or self.correct_biases
 
 
 # Steps for each block. The papers' need a GPU or a night; a tenth of them comes close.
@@ -139,9 +144,12 @@ def reconstruct(
     if options.start == "gptq":
         separate_weights(job.model.graph)
     quantizers = found_quantizers.find(job.model.graph)
-    readers = readers_of(job.model.graph, quantizers)
-    own = own_biases(job.model.graph, readers) if options.start == "gptq" or options.bias_rate > 0 else {}
-    biases = BiasMeans(job.model.graph, quantizers) if options.correct_biases else None
+    readers: dict[str, list[Layer]] = {}
+    biases: dict[str, str] = {}
+    if options.changes_biases:
+        readers = readers_of(job.model.graph, quantizers)
+        biases = own_biases(job.model.graph, readers)
+    means = BiasMeans(job.model.graph, quantizers, readers, biases) if options.correct_biases else None
     graph = TorchGraph(job.model, job.settings.device)
     done = Checkpoint(job.checkpoint, fingerprint(job.model, checkpoint, options, samples, job.settings.seed))
     settled = set(settled)  # a weight or scale that two blocks share is learned in the first
@@ -151,9 +159,7 @@ def reconstruct(
     ):
         walk = Walk(graph, quantizers, blocks, cache)
         walk.fill(job.source, job.specs, samples)
-        columns = Network(
-            graph, walk, quantizers, readers, own, Columnwise(act_order=True, asymmetry=0.75, steps=STEPS), extremes
-        )
+        start = Network(graph, walk, quantizers, readers, biases, BEST) if options.start == "gptq" else None
         for position, block in enumerate(blocks):
             names = inside(graph, block)
             inner = [item for item in quantizers if item.output in names]
@@ -161,22 +167,16 @@ def reconstruct(
             walk.prepare(block)
             finished = done.load(block.name)
             if finished is None:
-                learns = bool(weights) or not options.learn_weights
-                expected = biases.expected(graph, walk, block, names) if biases is not None and learns else {}
-                rounded: dict[str, Tensor] = {}
-                if learns and options.start == "gptq":
-                    with torch.no_grad():
-                        rounded, before = columns.round_block(block, weights)
-                    sources = {item.source for item in weights}
-                    found_quantizers.store(graph, {name: before[name] for name in sources & before.keys()})
-                learned = {name: tensor for name, tensor in rounded.items() if name in own.values()}
-                trained = [own[item.output] for item in weights if item.output in own] if options.bias_rate > 0 else []
-                if learns:
-                    state = _Block(job, graph, walk, block, inner, weights, settled, options, rounded, trained)
-                    learned |= state.learn()
-                found_quantizers.store(graph, learned)
-                if biases is not None:
-                    learned |= biases.correct(graph, walk, block, expected)
+                learned: dict[str, Tensor] = {}
+                if weights or not options.learn_weights:
+                    expected = means.expected(graph, walk, block, names) if means is not None else {}
+                    rounded = _rounded(start, graph, block, weights) if start is not None else {}
+                    own = [biases[item.output] for item in weights if item.output in biases]
+                    state = _Block(job, graph, walk, block, inner, weights, settled, options, rounded, own)
+                    learned = state.learn()
+                    found_quantizers.store(graph, learned)
+                    if means is not None:
+                        learned |= means.correct(graph, walk, block, expected)
                 finished = {name: tensor.cpu().numpy() for name, tensor in learned.items()}
                 done.save(block.name, finished)
             found_quantizers.store(graph, finished)
@@ -184,6 +184,14 @@ def reconstruct(
             settled.update(item.scale for item in inner)
             walk.advance(block)
             advance(position + 1)
+
+
+def _rounded(start: Network, graph: TorchGraph, block: Block, weights: Sequence[Quantizer]) -> dict[str, Tensor]:
+    """What GPTQ makes of a block; ``graph`` keeps the float weights, and gets the biases and scales that go with it."""
+    with torch.no_grad():
+        rounded, before = start.round_block(block, weights)
+    found_quantizers.store(graph, {item.source: before[item.source] for item in weights if item.source in before})
+    return rounded
 
 
 class _Block:
@@ -211,7 +219,9 @@ class _Block:
             LearnedRounding(Grid(graph, item), options.weight_step_rate > 0, rounded.get(item.source))
             for item in integers
         ]
-        self.biases = {name: found_quantizers.read(graph, name).clone().requires_grad_() for name in biases}
+        self.biases = {
+            name: found_quantizers.read(graph, name).clone().requires_grad_(options.bias_rate > 0) for name in biases
+        }
         weight_sources = {item.grid.quantizer.output: Replacement((), item.weight) for item in self.roundings}
         others = [item for item in own if item.is_weight and item.output not in weight_sources]
         activations = [item for item in own if not item.is_weight]
@@ -234,7 +244,7 @@ class _Block:
 
     def learn(self) -> dict[str, Tensor]:
         """The block's new initializers by name."""
-        if self.roundings or self.steps or self.biases:
+        if self.roundings or self.steps or self._trained_biases():
             self._optimise()
         learned: dict[str, Tensor] = {}
         for rounding in self.roundings:
@@ -254,7 +264,10 @@ class _Block:
             found = self.graph.run(given, [output], replaced=self.replaced)[output]
             return output_error(found, self.walk.target(self.block, index).to(found.device), options.power)
 
-        descend(error, self.roundings, self.steps, options, list(self.biases.values()))
+        descend(error, self.roundings, self.steps, options, self._trained_biases())
+
+    def _trained_biases(self) -> list[Tensor]:
+        return [bias for bias in self.biases.values() if bias.requires_grad]
 
     def _inputs(self, index: np.ndarray) -> dict[str, Tensor]:
         given = self.walk.inputs(self.block, index, QUANTIZED)

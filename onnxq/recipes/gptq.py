@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from onnxq.autograd import blocks
 from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.job import Job
-from onnxq.learning.columnwise import STEPS, Columnwise, round_layers
+from onnxq.learning.columnwise import BEST, Columnwise, round_layers
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Gptq:
     """
 
     damping: float = 0.01
-    act_order: bool = True
+    act_order: bool = BEST.act_order
     static_groups: bool = True
     correct_biases: bool = True
-    asymmetry: float = 0.75
+    asymmetry: float = BEST.asymmetry
     search_steps: bool = True
     weight_ranges: str = "mse"
     observer: str = "robust"
@@ -80,7 +80,7 @@ class Gptq:
                 self.static_groups,
                 self.correct_biases,
                 self.asymmetry,
-                STEPS if self.search_steps else (),
+                BEST.steps if self.search_steps else (),
             ),
             samples=min(self.samples, len(job.source), job.settings.samples or self.samples),
             cache_mib=self.cache_mib,
