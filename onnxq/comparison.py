@@ -121,10 +121,13 @@ def compare(
         OnnxqError: the models' inputs or outputs differ, or the data does not fit them.
     """
     router = Router(os.fspath(quantized_model), device) if is_index(quantized_model) else None  # type: ignore[arg-type]
-    original, first = opened(float_model), quantized_model if router is None else router.files[0]
-    specs = common_inputs(original, opened(first))
+    original, first = opened(float_model), opened(quantized_model if router is None else router.files[0])
+    specs = common_inputs(original, first)
     source = inputs.open_source(data, specs, preprocessing)
-    parts = [Part(first, source, samples)] if router is None else parts_of(router, source, samples)
+    if router is None:
+        parts = [Part(quantized_model, source, samples, read=first)]
+    else:
+        parts = parts_of(router, first, source, samples)
     for part in parts:
         common_inputs(original, part.graph)
         check_outputs(original, part.graph)

@@ -40,12 +40,14 @@ class Part:
         source: Its samples.
         limit: How many of them to use; all if ``None``.
         steps: How many sampler steps it serves.
+        read: The graph, where it has been read already.
     """
 
     model: Model
     source: Source
     limit: int | None = None
     steps: int = 1
+    read: ir.Model | None = None
 
     @functools.cached_property
     def samples(self) -> int:
@@ -56,11 +58,17 @@ class Part:
     @functools.cached_property
     def graph(self) -> ir.Model:
         """The graph, read once."""
-        return opened(self.model)
+        return opened(self.model) if self.read is None else self.read
 
 
-def parts_of(router: Router, source: Source, samples: int | None) -> list[Part]:
+def parts_of(router: Router, first: ir.Model, source: Source, samples: int | None) -> list[Part]:
     """The graphs that serve any of the samples.
+
+    Args:
+        router: The index.
+        first: Its first graph, read.
+        source: The samples.
+        samples: How many of them to use; all if ``None``.
 
     Raises:
         OnnxqError: the router is one of engines.
@@ -72,7 +80,12 @@ def parts_of(router: Router, source: Source, samples: int | None) -> list[Part]:
         )
     chosen = source if samples is None else Spread(source, samples)
     parts = [
-        Part(file, Served(chosen, router, number), steps=int(np.sum(router.groups == number)))
+        Part(
+            file,
+            Served(chosen, router, number),
+            steps=int(np.sum(router.groups == number)),
+            read=None if number else first,
+        )
         for number, file in enumerate(router.files)
     ]
     parts = [part for part in parts if part.samples]
