@@ -28,7 +28,6 @@ Sample = dict[str, Array]
 
 LABEL_KEYS = ("labels", "label")
 STEP_KEY = "step"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 READ_BYTES = 1 << 20
 # What zipfile raises at files that are none, are cut off, or hold what it cannot read: encrypted or of another version.
 # And numpy at headers that are none, which it takes for Python's literals.
@@ -37,7 +36,6 @@ DAMAGED_ARCHIVE = (
     SyntaxError, tokenize.TokenError, TypeError, OverflowError,
 )  # fmt: skip
 LARGEST_INPUT_BYTES = 4 << 30
-MOST_PIXELS = 1 << 26  # of an image that is to be cropped: a strip would become gigabytes first
 
 
 class Source(Protocol):
@@ -126,6 +124,8 @@ def _open_text(path: Path, specs: Sequence[InputSpec], preprocessing: Preprocess
 
 
 def _open_folder(path: Path, specs: Sequence[InputSpec], preprocessing: Preprocessing | None) -> Source:
+    from onnxq.calibration.images import IMAGE_SUFFIXES, Images
+
     archives = sorted(path.glob("*.npz"))
     if archives:
         return Chained([Npz(archive, specs) for archive in archives])
@@ -338,81 +338,6 @@ class Preprocessing:
     resize: str = "crop"
     tokenizer: str | None = None
     sequence_length: int = 256
-
-
-class Images:
-    """A folder of image files; with one subfolder per class, their sorted order gives the labels."""
-
-    def __init__(
-        self, folder: Path, files: Sequence[Path], specs: Sequence[InputSpec], preprocessing: Preprocessing
-    ) -> None:
-        images = [spec for spec in specs if len(spec.shape) == 4 and spec.dtype == np.float32]
-        if len(specs) != 1 or not images:
-            raise OnnxqError(
-                f"expected a model with one float image input for the image folder {folder}, "
-                f"found inputs {', '.join(spec.name for spec in specs)}",
-                hint="write an .npz keyed by the model's input names instead",
-            )
-        self.spec = images[0]
-        _, *size = self.spec.shape
-        if size[0] in (1, 3):
-            self.planar, self.channel_count, height, width = True, size[0], size[1], size[2]
-        elif size[2] in (1, 3):
-            self.planar, self.channel_count, height, width = False, size[2], size[0], size[1]
-        else:
-            raise OnnxqError(
-                f"expected an image input of 1 or 3 channels, found {self.spec.name} {list(self.spec.shape)}",
-                hint="write an .npz keyed by the model's input names instead",
-            )
-        self.height, self.width = height or 224, width or 224
-        self.files = list(files)
-        self.preprocessing = preprocessing
-        classes = sorted({file.parent.name for file in files if file.parent != folder})
-        self.labels = {name: index for index, name in enumerate(classes)} if len(classes) > 1 else {}
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __iter__(self) -> Iterator[Sample]:
-        for file in self.files:
-            sample = {self.spec.name: self._read(file)}
-            if self.labels:
-                sample["labels"] = np.asarray(self.labels[file.parent.name])
-            yield sample
-
-    def _read(self, file: Path) -> Array:
-        from PIL import Image
-
-        try:
-            with Image.open(file) as opened:
-                picture = opened.convert("RGB" if self.channel_count == 3 else "L")
-        except MemoryError:
-            raise
-        except Exception as error:  # each format's reader has errors of its own
-            raise OnnxqError(f"expected an image, found {file} ({error})", hint="remove or replace the file") from error
-        if self.preprocessing.resize == "crop":
-            ratio = max(self.width / picture.width, self.height / picture.height) / 0.875
-            width, height = (
-                max(self.width, round(picture.width * ratio)),
-                max(self.height, round(picture.height * ratio)),
-            )
-            if width * height > MOST_PIXELS:
-                raise OnnxqError(
-                    f"expected an image with sides that compare, found {picture.width} by {picture.height}: {file}",
-                    hint="remove the file, or set resize: squash",
-                )
-            picture = picture.resize((width, height))
-            left, top = (picture.width - self.width) // 2, (picture.height - self.height) // 2
-            picture = picture.crop((left, top, left + self.width, top + self.height))
-        else:
-            picture = picture.resize((self.width, self.height))
-        pixels = np.asarray(picture, np.float32).reshape(self.height, self.width, self.channel_count)
-        if self.preprocessing.channels == "bgr":
-            pixels = pixels[..., ::-1]
-        mean = np.asarray(self.preprocessing.mean[: self.channel_count], np.float32)
-        std = np.asarray(self.preprocessing.std[: self.channel_count], np.float32)
-        pixels = (pixels / np.float32(self.preprocessing.scale) - mean) / std
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1) if self.planar else pixels, np.float32)
 
 
 def batches(
