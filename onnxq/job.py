@@ -30,12 +30,15 @@ from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.rotate_heads import RotateHeads
 from onnxq.passes.rotate_streams import RotateStreams
 from onnxq.progress import Progress
-from onnxq.runtime import IN_MEMORY_LIMIT_BYTES, Session, serialize
+from onnxq.runtime import IN_MEMORY_LIMIT_BYTES, Session, elements_of, serialize
 from onnxq.scheme import Scheme
 from onnxq.targets import Placement, Target, scheme_of_ends
 from onnxq.targets.placement import first_and_last
 
 Array = np.ndarray[Any, Any]
+
+RUNS_AT_ONCE = 2
+TAPPED_AT_ONCE = 1 << 24  # numbers in the taps of one sample; where there are more, memory matters more than time
 
 
 @dataclass
@@ -156,8 +159,13 @@ class Job:
 
     def _open_float_session(self, taps: Sequence[str]) -> Session:
         inputs = {spec.name for spec in self.specs}
-        serialized = serialize(self.model, [name for name in taps if name not in inputs], by_path=self.workers is None)
-        self._float_session = Session(serialized, device=self.settings.device)
+        tapped = [name for name in taps if name not in inputs]
+        serialized = serialize(self.model, tapped, by_path=self.workers is None)
+        values = graphs.values(self.model.graph)
+        elements = sum(elements_of(values[name]) for name in tapped)
+        pays = elements <= TAPPED_AT_ONCE and len(self.source) > RUNS_AT_ONCE
+        at_once = RUNS_AT_ONCE if pays else 1
+        self._float_session = Session(serialized, device=self.settings.device, at_once=at_once)
         if self.workers is not None:
             self._shared = self.workers.share(serialized, self.settings.device)
         return self._float_session

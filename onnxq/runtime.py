@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from onnxq import cuda
+from onnxq import cuda, machine
 from onnxq.errors import OnnxqError
 from onnxq.parts import Parts
 
 Array = np.ndarray[Any, Any]
 Feed = Mapping[str, Array]
+Batch = dict[str, Array]
+Run = tuple[Batch, list[Array]]  # and its outputs
 
 PROVIDERS: dict[str, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
@@ -79,6 +82,8 @@ class Session:
         optimize: ``False`` runs every node literally (the reference for Q/DQ), ``True`` runs what is deployed.
         device: ``cpu`` or ``cuda``.
         threads: Threads inside an op; 0 lets onnxruntime choose.
+        at_once: Runs that :meth:`run_each` keeps going, which share the threads. An op seldom keeps all cores busy, so
+            that two runs take less than twice the time of one. 1 on a GPU, and for a model that runs in parts.
         optimized_path: Where to write the optimised graph, for looking at its nodes.
         arena: Whether freed memory is kept for the next run; ``False`` is slower and leaner.
         spin: Whether idle threads spin until the next run, as they do by default in deployment: for what is timed or
@@ -97,6 +102,7 @@ class Session:
         optimize: bool = True,
         device: str = "cpu",
         threads: int = 0,
+        at_once: int = 1,
         optimized_path: str | None = None,
         arena: bool = True,
         spin: bool = False,
@@ -106,7 +112,10 @@ class Session:
         if profile_prefix is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile_prefix
         options.log_severity_level = 4  # errors come back as exceptions
-        options.intra_op_num_threads = threads
+        in_parts = isinstance(model, Serialized) and model.is_large
+        self._at_once = 1 if in_parts or device != "cpu" else at_once
+        # A run's own thread works too, so that this many threads for all runs together fill the cores.
+        options.intra_op_num_threads = max(1, machine.cores() - self._at_once + 1) if self._at_once > 1 else threads
         options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
         if optimized_path is not None:
             options.optimized_model_filepath = optimized_path
@@ -193,6 +202,33 @@ class Session:
                 hint="check that the data has the shapes that the model was exported for",
             ) from error
         return result
+
+    def run_each(self, batches: Iterable[Batch], outputs: Sequence[str] | None = None) -> Iterator[Run]:
+        """Every batch with the named outputs for it, in order, while the next ones are run.
+
+        What of a batch is no input of the model is left alone. Besides what the caller holds, as many batches are in
+        memory as runs go on at once.
+        """
+
+        def run(batch: Batch) -> list[Array]:
+            return self.run({name: batch[name] for name in self.input_names}, outputs)
+
+        if self._at_once == 1:
+            for batch in batches:
+                yield batch, run(batch)
+            return
+
+        def finished(batch: Batch, future: Future[list[Array]]) -> Run:
+            return batch, future.result()  # a variable of the generator would hold on to it
+
+        waiting: collections.deque[tuple[Batch, Future[list[Array]]]] = collections.deque()
+        with ThreadPoolExecutor(self._at_once) as pool:
+            for batch in batches:
+                waiting.append((batch, pool.submit(run, batch)))
+                if len(waiting) > self._at_once:
+                    yield finished(*waiting.popleft())
+            while waiting:
+                yield finished(*waiting.popleft())
 
     def profile(self) -> list[dict[str, Any]]:
         """What onnxruntime timed since the session was opened, in order; nothing is timed afterwards."""
@@ -317,7 +353,7 @@ def tapped_together(values: Iterable[ir.Value]) -> Iterator[list[ir.Value]]:
     group: list[ir.Value] = []
     size = 0
     for value in values:
-        elements = math.prod(length if isinstance(length, int) else 1 for length in value.shape or ())
+        elements = elements_of(value)
         if group and size + elements > TAPPED_VALUES:
             yield group
             group, size = [], 0
@@ -325,6 +361,11 @@ def tapped_together(values: Iterable[ir.Value]) -> Iterator[list[ir.Value]]:
         size += elements
     if group:
         yield group
+
+
+def elements_of(value: ir.Value) -> int:
+    """How many elements one sample of a value has, as far as its shape is known."""
+    return math.prod(length if isinstance(length, int) else 1 for length in value.shape or ())
 
 
 def run_all(session: Session, feeds: Iterable[Feed]) -> list[Array]:

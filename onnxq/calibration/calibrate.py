@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -48,7 +47,6 @@ class Recording:
         channel_means: E[x] per channel, by the name of the tapped value.
         mean_samples: How many samples those are the means of.
         samples: How many samples were run.
-        inference_seconds: Time inside the float session.
     """
 
     statistics: dict[str, Statistics]
@@ -58,7 +56,6 @@ class Recording:
     channel_means: dict[str, Array] = field(default_factory=dict)
     mean_samples: int = 0
     samples: int = 0
-    inference_seconds: float = 0.0
 
     def add(self, other: Recording) -> None:
         """Add what another pass over the same data gave of other values."""
@@ -67,7 +64,6 @@ class Recording:
         self.channel_means |= other.channel_means
         self.kept, self.first_feed = other.kept, other.first_feed
         self.mean_samples, self.samples = other.mean_samples, other.samples
-        self.inference_seconds += other.inference_seconds
 
     def of(self, taps: Sequence[str], outputs: Sequence[str]) -> Recording:
         """What was seen of some values, and of the model's outputs."""
@@ -194,12 +190,9 @@ def _observe_shard(
 ) -> Recording:
     """Statistics of the samples from number ``start`` on."""
     part = Recording({name: Statistics() for name in plan.taps})
-    for batch in shard:
+    for batch, outputs in session.run_each(shard, plan.wanted):
         feed = inputs_of(batch, plan.specs)
         rows = len(next(iter(feed.values())))
-        before = time.perf_counter()
-        outputs = session.run(feed, plan.wanted)
-        part.inference_seconds += time.perf_counter() - before
         tapped = dict(zip(plan.wanted, outputs, strict=True)) | feed
         observed = [(part.statistics[name], tapped[name], plan.per_sample * rows) for name in plan.taps]
         list(pool.map(_observe, [observed[index::THREADS] for index in range(THREADS)]))
@@ -218,7 +211,7 @@ def _observe_shard(
         if chosen:
             part.kept.append(_rows_of(feed, outputs[: plan.own], chosen, rows))
         part.samples += rows
-        del outputs, tapped, observed  # before the next run allocates its own
+        del outputs, tapped, observed  # before another run allocates its own
         if on_batch is not None:
             on_batch(start + part.samples)
     return part
@@ -234,7 +227,6 @@ def _merge(recording: Recording, part: Recording) -> None:
         recording.channel_means[name] = total / (recording.mean_samples + part.mean_samples)
     recording.mean_samples += part.mean_samples
     recording.samples += part.samples
-    recording.inference_seconds += part.inference_seconds
 
 
 def _rows_of(

@@ -1,0 +1,63 @@
+"""Sessions: several batches at once, in order, and no more of them in memory than that."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxq.errors import OnnxqError
+from onnxq.runtime import Session
+
+TEXT = """<ir_version: 10, opset_import: ["": 21]>
+g (float[n, 8] x) => (float[n, 8] y) { h = Exp(x)  y = Relu(h) }
+"""
+
+
+def batches(count: int) -> list[dict[str, np.ndarray]]:
+    random = np.random.default_rng(0)
+    return [
+        {"x": random.standard_normal((2, 8), np.float32), "label": np.full(2, index, np.int64)}
+        for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_runs_at_once_come_back_in_order(at_once: int, count: int) -> None:
+    given = batches(count)
+    session = Session(ir.from_onnx_text(TEXT), taps=["h"], at_once=at_once)
+    found = list(session.run_each(given, ["y", "h"]))
+    assert [batch["label"][0] for batch, _ in found] == list(range(count))
+    for batch, (y, h) in found:
+        wanted = session.run({"x": batch["x"]}, ["y", "h"])
+        np.testing.assert_array_equal(y, wanted[0])
+        np.testing.assert_array_equal(h, wanted[1])
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_few_batches_are_read_ahead_and_none_is_kept(at_once: int) -> None:
+    read: list[weakref.ref[np.ndarray]] = []
+
+    def drawn():
+        for index in range(12):
+            batch = {"x": np.full((2, 8), index, np.float32)}
+            read.append(weakref.ref(batch["x"]))
+            yield batch
+            del batch
+
+    for position, (batch, outputs) in enumerate(Session(ir.from_onnx_text(TEXT), at_once=at_once).run_each(drawn())):
+        del batch, outputs
+        gc.collect()
+        assert len(read) <= position + 1 + at_once
+        assert sum(reference() is not None for reference in read) <= at_once + 1
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_an_error_of_one_run_is_the_callers(at_once: int) -> None:
+    given = [*batches(3), {"x": np.zeros((2, 9), np.float32)}]
+    with pytest.raises(OnnxqError, match=r"float32\[2, 9\]"):
+        list(Session(ir.from_onnx_text(TEXT), at_once=at_once).run_each(given))
