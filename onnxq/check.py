@@ -140,16 +140,16 @@ def bare_float_run(job: Job, path: Path, checked: Check) -> dict[str, float]:
     numbers = {"float_inference_seconds": seconds}
     if checked.session is not None:
         one = job.recording.first_feed
-        numbers["latency_ms_float"] = _median_ms(session, one)
-        numbers["latency_ms_quantized"] = _median_ms(checked.session, one)
+        numbers["latency_ms_float"] = _fastest_ms(session, one)
+        numbers["latency_ms_quantized"] = _fastest_ms(checked.session, one)
     return numbers
 
 
-def _median_ms(session: Session, feed: Feed) -> float:
+def _fastest_ms(session: Session, feed: Feed) -> float:
     session.run(feed)
     times = []
     for _ in range(LATENCY_RUNS):
         start = time.perf_counter()
         session.run(feed)
         times.append(time.perf_counter() - start)
-    return float(np.median(times) * 1000)
+    return min(times) * 1000  # other work on the machine only ever adds to it
