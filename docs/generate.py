@@ -22,9 +22,9 @@ from typer.cli import get_docs_for_click
 import onnxq
 from onnxq import recipes
 from onnxq.cli import app
+from onnxq.docstrings import entries, knob_meanings, sections
 from onnxq.knobs import choices_of
 
-SECTIONS = ("Source", "Departures", "Attributes", "Args", "Returns", "Raises")
 NOTE = "<!-- Written by docs/generate.py from the docstrings. -->\n\n"
 
 
@@ -56,12 +56,13 @@ def recipe_page(name: str, entry: recipes.Entry) -> str:
     """What a recipe does, whose idea it is, where it departs from it, and its knobs."""
     recipe: Any = entry.load()
     parts = sections(inspect.getdoc(recipe) or "")
-    meanings = attributes(parts.pop("Attributes", ""))
+    parts.pop("Attributes", None)
+    meanings = knob_meanings(recipe)
     rows = []
     for item in dataclasses.fields(recipe):
         default = entry.knobs.get(item.name, item.default)
         words = "".join(f", `{word}`" for word in choices_of(item) if word != default)
-        rows.append(f"| `{item.name}` | `{default}`{words} | {meanings.get(item.name, '')} |")
+        rows.append(f"| `{item.name}` | `{default}`{words} | {one_line(meanings.get(item.name, ''))} |")
     formats = f"Weights: {entry.weights or 'the default of the target'}. Activations: "
     lines = [
         f"# {name}", "", f"{entry.line[0].upper()}{entry.line[1:]}.", "",
@@ -124,32 +125,9 @@ def api_page() -> str:
         lines += [markdown(parts.pop("")), ""]
         for title, text in parts.items():
             lines += [f"**{title}**", ""]
-            lines += [f"- `{key}`: {meaning}" for key, meaning in attributes(text).items()] or [markdown(text)]
+            lines += [f"- `{key}`: {one_line(meaning)}" for key, meaning in entries(text).items()] or [markdown(text)]
             lines += [""]
     return "\n".join(lines)
-
-
-def sections(doc: str) -> dict[str, str]:
-    """A docstring's text (under ``""``) and its sections by title."""
-    found: dict[str, list[str]] = {"": []}
-    title = ""
-    for line in doc.splitlines():
-        head = re.match(rf"({'|'.join(SECTIONS)}):(.*)", line)
-        if head:
-            title = head[1]
-            found[title] = [head[2].strip()]
-            continue
-        if title not in ("", "Source") and line and not line.startswith(" "):
-            title = ""  # the section has ended
-        found[title].append(line)
-    return {key: inspect.cleandoc("\n".join(lines)).strip() for key, lines in found.items()}
-
-
-def attributes(text: str) -> dict[str, str]:
-    """``name: meaning`` entries, which may go on in indented lines."""
-    entries = re.split(r"\n(?=\S)", text)
-    pairs = (entry.partition(":") for entry in entries if re.match(r"[\w*]+:", entry))
-    return {key: one_line(meaning) for key, _, meaning in pairs}
 
 
 def markdown(text: str) -> str:
