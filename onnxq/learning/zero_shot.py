@@ -17,6 +17,7 @@ from onnxq.calibration.data import batches as batches_of
 from onnxq.calibration.data import input_specs, inputs_of
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
+from onnxq.knobs import choice
 from onnxq.learning import quantizers as found_quantizers
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
@@ -41,27 +42,29 @@ LOOKS = 10  # at the student on its way
 JUDGED = 64  # samples
 
 
-@dataclass(frozen=True)
-class Start:
-    """How a student starts and learns; the knobs that all recipes of fine-tuning without data share.
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotKnobs:
+    """How a student starts and learns: the knobs that all recipes of fine-tuning without data share.
 
     Attributes:
         steps: Steps of the optimiser; 0: what ``--budget`` says.
         batch: Images in a step.
-        optimizer: ``adam`` or ``sgd``.
+        optimizer: Of the student: ``adam`` or ``sgd``.
         weight_rate: Rate of weights and biases.
         step_rate: Rate of steps; 0 keeps the calibrated ones.
         observer: How the first range follows from the statistics of an activation.
-        weight_ranges: ``mse`` or ``minmax``.
+        weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
+        images: How many inputs are made for the first ranges; 0: the usual number.
     """
 
-    steps: int
-    batch: int
-    optimizer: str
-    weight_rate: float
-    step_rate: float
-    observer: str
-    weight_ranges: str
+    steps: int = 0
+    batch: int = 32
+    optimizer: str = choice("adam", "sgd")
+    weight_rate: float = 1e-5
+    step_rate: float = 1e-4
+    observer: str = "mse"
+    weight_ranges: str = "mse"
+    images: int = 0
 
 
 class ZeroShot:
@@ -72,7 +75,7 @@ class ZeroShot:
 
     Args:
         job: Its model is still float.
-        start: How the student starts and learns.
+        knobs: How the student starts and learns: the recipe, which a run shares with the one that it resumes.
         classes: Whether the recipe needs a classifier.
         statistics: Whether it needs BatchNormalization.
         made: The method and the number of images that the student learns from, where they are made before. Ranges
@@ -92,11 +95,11 @@ class ZeroShot:
     """
 
     def __init__(
-        self, job: Job, start: Start, *, classes: bool, statistics: bool, made: tuple[str, int] | None = None
+        self, job: Job, knobs: ZeroShotKnobs, *, classes: bool, statistics: bool, made: tuple[str, int] | None = None
     ) -> None:
-        self.job, self.start = job, start
+        self.job, self.knobs = job, knobs
         _check_input(job)
-        observe, search = observers.get(start.observer), weight_ranges.get(start.weight_ranges)
+        observe, search = observers.get(knobs.observer), weight_ranges.get(knobs.weight_ranges)
         self.network = Network(job.model.clone(), job.settings.seed, job.settings.device)
         if statistics and not self.network.layers:
             raise OnnxqError(
@@ -122,11 +125,11 @@ class ZeroShot:
         self.student = Student(
             self.graph,
             found_quantizers.find(job.model.graph),
-            learn_weights=start.weight_rate > 0,
-            learn_steps=start.step_rate > 0,
-            scaled=start.optimizer == "sgd",
+            learn_weights=knobs.weight_rate > 0,
+            learn_steps=knobs.step_rate > 0,
+            scaled=knobs.optimizer == "sgd",
         )
-        self.steps = start.steps or STEPS[job.settings.budget]
+        self.steps = knobs.steps or STEPS[job.settings.budget]
 
     def player(self, rate: float, *, conditional: bool) -> Player:
         """A generator of the network's inputs."""
@@ -173,7 +176,7 @@ class ZeroShot:
             teacher,
             student if reads_student else None,
             terms,
-            batch=self.start.batch,
+            batch=self.knobs.batch,
             warm_up=WARM_UP[self.job.settings.budget],
             student_steps=student_steps,
         )
@@ -191,7 +194,7 @@ class ZeroShot:
             whole = [Block(name, inputs, name, ()) for name in self.outputs]
             walk = Walk(self.graph, self.student.quantizers, whole, cache)
             walk.fill(self.made, self.job.specs, len(self.made))
-            yield sampled(walk, whole[:1], FLOAT, self.start.batch, self.job.settings.seed, targets=False)
+            yield sampled(walk, whole[:1], FLOAT, self.knobs.batch, self.job.settings.seed, targets=False)
 
     def _make(self, method: str, count: int) -> Synthesised:
         job = self.job
@@ -241,7 +244,6 @@ class ZeroShot:
         features: Sequence[str] = (),
         terms: Sequence[Term] = (),
         companions: Sequence[Companion] = (),
-        knobs: object = None,
     ) -> None:
         """Train the student and write the job's model as it was when calibration inputs were predicted best.
 
@@ -251,11 +253,10 @@ class ZeroShot:
             features: Values beside the outputs that the loss reads.
             terms: Further terms.
             companions: What learns beside it.
-            knobs: The recipe, which a run has to share with the one that it resumes.
         """
-        job, start = self.job, self.start
+        job, knobs = self.job, self.knobs
         options = FineTuning(
-            self.steps, start.batch, start.optimizer, start.weight_rate, start.step_rate, save_every=SAVE_EVERY
+            self.steps, knobs.batch, knobs.optimizer, knobs.weight_rate, knobs.step_rate, save_every=SAVE_EVERY
         )
         key = fingerprint(job.model, "zero-shot", options, knobs, job.settings.seed)
         best = KeepBest(self.student, self._judge(), self.steps // LOOKS)

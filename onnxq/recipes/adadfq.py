@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from onnxq.job import Job
-from onnxq.knobs import choice
-from onnxq.learning.zero_shot import Start, ZeroShot
+from onnxq.learning.zero_shot import ZeroShot, ZeroShotKnobs
 from onnxq.synthesis.disagreement import Balance, Band, disagreement
 
 
-@dataclass(frozen=True)
-class AdaDfq:
+@dataclass(frozen=True, kw_only=True)
+class AdaDfq(ZeroShotKnobs):
     """A game of a generator and the quantized network over how far the latter disagrees; no data is needed.
 
     1. Quantize with ranges from inputs that were made before.
@@ -33,8 +32,6 @@ class AdaDfq:
         - The least agreement of a batch is its zero (the authors' code).
 
     Attributes:
-        steps: Steps of the optimiser; 0: what ``--budget`` says.
-        batch: Images in a step.
         lower: The least agreement that costs nothing.
         upper: The largest.
         disagreeing: Weight of the class in what the networks disagree about.
@@ -42,16 +39,8 @@ class AdaDfq:
         statistics: Weight of the distance to remembered statistics in the generator's loss.
         temperature: Of the logits.
         generator_rate: Adam's rate of the generator.
-        optimizer: Of the student: ``adam`` or ``sgd``.
-        weight_rate: Rate of weights and biases.
-        step_rate: Rate of steps; 0 keeps the calibrated ones.
-        observer: How the first range follows from the statistics of an activation.
-        weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        images: How many inputs are made for the first ranges; 0: the usual number.
     """
 
-    steps: int = 0
-    batch: int = 32
     lower: float = 0.1
     upper: float = 0.8
     disagreeing: float = 0.2
@@ -59,25 +48,10 @@ class AdaDfq:
     statistics: float = 1.0
     temperature: float = 20.0
     generator_rate: float = 1e-3
-    optimizer: str = choice("adam", "sgd")
-    weight_rate: float = 1e-5
-    step_rate: float = 1e-4
-    observer: str = "mse"
-    weight_ranges: str = "mse"
-    images: int = 0
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        start = Start(
-            self.steps,
-            self.batch,
-            self.optimizer,
-            self.weight_rate,
-            self.step_rate,
-            self.observer,
-            self.weight_ranges,
-        )
-        zero_shot = ZeroShot(job, start, classes=True, statistics=True)
+        zero_shot = ZeroShot(job, self, classes=True, statistics=True)
         logits = zero_shot.logits
         player = zero_shot.player(self.generator_rate, conditional=True)
         game = zero_shot.game(
@@ -94,4 +68,4 @@ class AdaDfq:
         def loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
             return disagreement(student[logits], teacher[logits], self.temperature)
 
-        zero_shot.finetune(game, loss, companions=[game], knobs=self)
+        zero_shot.finetune(game, loss, companions=[game])

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxq.job import Job
-from onnxq.knobs import choice
 from onnxq.learning.losses import distillation
-from onnxq.learning.zero_shot import Start, ZeroShot, labelled
+from onnxq.learning.zero_shot import ZeroShot, ZeroShotKnobs, labelled
 
 
-@dataclass(frozen=True)
-class Gdfq:
+@dataclass(frozen=True, kw_only=True)
+class Gdfq(ZeroShotKnobs):
     """Fine-tuning on images from a generator that is trained beside; no data is needed.
 
     1. Quantize with ranges from inputs that were made before.
@@ -36,47 +35,22 @@ class Gdfq:
           first and last layers have the width of the others unless ``--first-last int8`` says so (the paper's).
 
     Attributes:
-        steps: Steps of the optimiser; 0: what ``--budget`` says.
-        batch: Images in a step.
         statistics: Weight of the distance to remembered statistics in the generator's loss.
         labels: Weight of the cross-entropy with drawn classes in the student's loss.
         temperature: Of the logits.
         generator_rate: Adam's rate of the generator.
-        optimizer: Of the student: ``adam`` or ``sgd``.
-        weight_rate: Rate of weights and biases.
-        step_rate: Rate of steps; 0 keeps the calibrated ones.
-        observer: How the first range follows from the statistics of an activation.
-        weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        images: How many inputs are made for the first ranges; 0: the usual number.
     """
 
-    steps: int = 0
-    batch: int = 32
     statistics: float = 0.1
     labels: float = 1.0
     temperature: float = 1.0
     generator_rate: float = 1e-3
-    optimizer: str = choice("adam", "sgd")
-    weight_rate: float = 1e-5
-    step_rate: float = 1e-4
-    observer: str = "mse"
-    weight_ranges: str = "mse"
-    images: int = 0
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        start = Start(
-            self.steps,
-            self.batch,
-            self.optimizer,
-            self.weight_rate,
-            self.step_rate,
-            self.observer,
-            self.weight_ranges,
-        )
-        zero_shot = ZeroShot(job, start, classes=True, statistics=True)
+        zero_shot = ZeroShot(job, self, classes=True, statistics=True)
         player = zero_shot.player(self.generator_rate, conditional=True)
         terms = [(1.0, zero_shot.classes()), (self.statistics, zero_shot.statistics())]
         game = zero_shot.game(player, terms, reads_student=False)
         loss = labelled(distillation(zero_shot.outputs, self.temperature), game, zero_shot.logits, self.labels)
-        zero_shot.finetune(game, loss, companions=[game], knobs=self)
+        zero_shot.finetune(game, loss, companions=[game])

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from onnxq.job import Job
-from onnxq.knobs import choice
 from onnxq.learning.attention_transfer import attention_gap
 from onnxq.learning.augmentation import cropped, perturbed
 from onnxq.learning.losses import distillation
-from onnxq.learning.zero_shot import Start, ZeroShot
+from onnxq.learning.zero_shot import ZeroShot, ZeroShotKnobs
 
 
-@dataclass(frozen=True)
-class Hast:
+@dataclass(frozen=True, kw_only=True)
+class Hast(ZeroShotKnobs):
     """Fine-tuning on hard images; no data is needed.
 
     1. Quantize with ranges from inputs that were made before.
@@ -40,48 +39,24 @@ class Hast:
 
     Attributes:
         hard_images: How many images are made to learn from.
-        steps: Steps of the optimiser; 0: what ``--budget`` says.
         batch: Images in a step, each of which comes twice.
         attention: Weight of the distance between channel attentions.
         perturbation: How far images are moved, in standard deviations; 0: they are not.
         crop: The smallest part of an image in a crop; 1: images stay whole.
         temperature: Of the logits.
-        optimizer: ``adam`` or ``sgd``.
-        weight_rate: Rate of weights and biases.
-        step_rate: Rate of steps; 0 keeps the calibrated ones.
-        observer: How the first range follows from the statistics of an activation.
-        weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        images: How many inputs are made for the first ranges; 0: the usual number.
         cache_mib: Memory for the images; what is more goes to a file.
     """
 
     hard_images: int = 256
-    steps: int = 0
-    batch: int = 32
     attention: float = 100.0
     perturbation: float = 0.01
     crop: float = 0.5
     temperature: float = 20.0
-    optimizer: str = choice("adam", "sgd")
-    weight_rate: float = 1e-5
-    step_rate: float = 1e-4
-    observer: str = "mse"
-    weight_ranges: str = "mse"
-    images: int = 0
     cache_mib: int = 1024
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        start = Start(
-            self.steps,
-            self.batch,
-            self.optimizer,
-            self.weight_rate,
-            self.step_rate,
-            self.observer,
-            self.weight_ranges,
-        )
-        zero_shot = ZeroShot(job, start, classes=True, statistics=True, made=("hast", self.hard_images))
+        zero_shot = ZeroShot(job, self, classes=True, statistics=True, made=("hast", self.hard_images))
         features = zero_shot.branches
         prediction = distillation(zero_shot.outputs, self.temperature)
 
@@ -94,4 +69,4 @@ class Hast:
             if self.perturbation:
                 wanted = [*zero_shot.outputs, *features]
                 batches = perturbed(batches, zero_shot.student, wanted, loss, self.perturbation)
-            zero_shot.finetune(batches, loss, features=features, knobs=self)
+            zero_shot.finetune(batches, loss, features=features)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxq.job import Job
-from onnxq.knobs import choice
 from onnxq.learning.augmentation import mixed
 from onnxq.learning.losses import distillation
-from onnxq.learning.zero_shot import Start, ZeroShot
+from onnxq.learning.zero_shot import ZeroShot, ZeroShotKnobs
 from onnxq.synthesis.centers import MatchCenters
 from onnxq.synthesis.game import GameTerm
 from onnxq.synthesis.terms import deep_from
 
 
-@dataclass(frozen=True)
-class TexQ:
+@dataclass(frozen=True, kw_only=True)
+class TexQ(ZeroShotKnobs):
     """Fine-tuning on images of a generator that is led by calibration images of every class; no data is needed.
 
     1. Quantize with ranges from inputs that were made before.
@@ -40,48 +39,24 @@ class TexQ:
 
     Attributes:
         class_images: How many calibration images are made, of all classes in turn.
-        steps: Steps of the optimiser; 0: what ``--budget`` says.
         batch: Images of the generator in a step.
         statistics: Weight of the distance to remembered statistics in the generator's loss.
         centers: Weight of the distance to the classes' centers.
         mix: Whether the student sees mixtures of pairs too.
         temperature: Of the logits.
         generator_rate: Adam's rate of the generator.
-        optimizer: Of the student: ``adam`` or ``sgd``.
-        weight_rate: Rate of weights and biases.
-        step_rate: Rate of steps; 0 keeps the calibrated ones.
-        observer: How the first range follows from the statistics of an activation.
-        weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        images: How many inputs are made for the first ranges; 0: the usual number.
     """
 
     class_images: int = 128
-    steps: int = 0
-    batch: int = 32
     statistics: float = 0.4
     centers: float = 0.04
     mix: bool = True
     temperature: float = 20.0
     generator_rate: float = 1e-3
-    optimizer: str = choice("adam", "sgd")
-    weight_rate: float = 1e-5
-    step_rate: float = 1e-4
-    observer: str = "mse"
-    weight_ranges: str = "mse"
-    images: int = 0
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        start = Start(
-            self.steps,
-            self.batch,
-            self.optimizer,
-            self.weight_rate,
-            self.step_rate,
-            self.observer,
-            self.weight_ranges,
-        )
-        zero_shot = ZeroShot(job, start, classes=True, statistics=True, made=("texq", self.class_images))
+        zero_shot = ZeroShot(job, self, classes=True, statistics=True, made=("texq", self.class_images))
         centers = zero_shot.centers()
         terms: list[tuple[float, GameTerm]] = [
             (1.0, zero_shot.classes()),
@@ -93,5 +68,4 @@ class TexQ:
             mixed(game, job.settings.seed) if self.mix else game,
             distillation(zero_shot.outputs, self.temperature),
             companions=[game],
-            knobs=self,
         )

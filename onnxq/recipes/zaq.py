@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from onnxq.job import Job
-from onnxq.knobs import choice
-from onnxq.learning.zero_shot import Start, ZeroShot
+from onnxq.learning.zero_shot import ZeroShot, ZeroShotKnobs
 from onnxq.synthesis.game import Move
 from onnxq.synthesis.relations import output_gap, relation_gap
 
 
-@dataclass(frozen=True)
-class Zaq:
+@dataclass(frozen=True, kw_only=True)
+class Zaq(ZeroShotKnobs):
     """An adversarial game that needs no data, no classes and no BatchNormalization.
 
     1. Quantize with ranges from inputs that were made before.
@@ -37,45 +36,20 @@ class Zaq:
         - Outputs are compared as they are; where a classifier ends in a Softmax, its logits.
 
     Attributes:
-        steps: Steps of the optimiser; 0: what ``--budget`` says.
-        batch: Images in a step.
         student_steps: Steps of the student for each move of the generator.
         relations: Weight of the difference of channel relations, in both losses.
         activations: What strong activations are worth to the generator.
         generator_rate: Adam's rate of the generator.
-        optimizer: Of the student: ``adam`` or ``sgd``.
-        weight_rate: Rate of weights and biases.
-        step_rate: Rate of steps; 0 keeps the calibrated ones.
-        observer: How the first range follows from the statistics of an activation.
-        weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        images: How many inputs are made for the first ranges; 0: the usual number.
     """
 
-    steps: int = 0
-    batch: int = 32
     student_steps: int = 5
     relations: float = 1.0
     activations: float = 0.1
     generator_rate: float = 1e-3
-    optimizer: str = choice("adam", "sgd")
-    weight_rate: float = 1e-5
-    step_rate: float = 1e-4
-    observer: str = "mse"
-    weight_ranges: str = "mse"
-    images: int = 0
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        start = Start(
-            self.steps,
-            self.batch,
-            self.optimizer,
-            self.weight_rate,
-            self.step_rate,
-            self.observer,
-            self.weight_ranges,
-        )
-        zero_shot = ZeroShot(job, start, classes=False, statistics=False)
+        zero_shot = ZeroShot(job, self, classes=False, statistics=False)
         stages, outputs = zero_shot.stages, list(zero_shot.outputs)
 
         def gap(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
@@ -91,4 +65,4 @@ class Zaq:
             features=stages,
             student_steps=self.student_steps,
         )
-        zero_shot.finetune(game, gap, features=stages, companions=[game], knobs=self)
+        zero_shot.finetune(game, gap, features=stages, companions=[game])
