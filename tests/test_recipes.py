@@ -17,6 +17,7 @@ from onnxq import graph as graphs
 from onnxq.calibration import weight_ranges
 from onnxq.config import build_knobs, parse_assignments
 from onnxq.formats import FORMATS, fake_quantize, scale_and_zero_point
+from onnxq.docstrings import knob_meanings
 from onnxq.knobs import choices_of
 
 FASHION = (MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibration.npz")
@@ -28,7 +29,7 @@ def test_every_recipe_loads_and_cites_its_source(name: str) -> None:
     text = recipe.__doc__ or ""
     # Where there is no preprint, the pages or the identifier of the proceedings say which paper it is.
     assert "Source:" in text and any(mark in text for mark in ("arXiv", "doi ", "pp. "))
-    assert "Attributes:" in text
+    assert set(knob_meanings(recipe)) == {field.name for field in dataclasses.fields(recipe)}
     recipe(**recipes.get(name).knobs)
 
 

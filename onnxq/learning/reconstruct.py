@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onnxq.autograd.blocks import Block, cut
+from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
-from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
 from onnxq.learning.activations import LearnedStep, random_mask
@@ -79,45 +78,6 @@ class Reconstruction:
     def changes_biases(self) -> bool:
         """Whether biases are learned, corrected, or go with the codes of GPTQ."""
         return self.start == "gptq" or self.bias_rate > 0 or self.correct_biases
-
-
-# Steps for each block. The papers' need a GPU or a night; a tenth of them comes close.
-ITERATIONS = {"quick": 200, "default": 1000, "paper": 20000}
-
-
-def iterations_of(job: Job, knob: int) -> int:
-    """The recipe's knob, or what the job's budget says where the knob is 0."""
-    return knob or ITERATIONS[job.settings.budget]
-
-
-def rounding_rate(iterations: int) -> float:
-    """Adam's rate for rounding variables: 1e-3 at the papers' 20,000 steps, more where there are fewer."""
-    return 1e-3 * math.sqrt(ITERATIONS["paper"] / iterations)
-
-
-def quantize_by_blocks(
-    job: Job, options: Reconstruction, granularity: str, observer: str, ranges: str, samples: int, cache_mib: int
-) -> None:
-    """What AdaRound, BRECQ and QDrop have in common: from the float graph to the lowered one.
-
-    Args:
-        job: The job.
-        options: How blocks are reconstructed.
-        granularity: ``layer`` or ``block``.
-        observer: The rule for ranges of activations.
-        ranges: The rule for ranges of weights.
-        samples: How many calibration samples to learn from, at most.
-        cache_mib: Memory for activations; beyond it they go to files.
-    """
-    observe, search = observers.get(observer), weight_ranges.get(ranges)
-    job.prepare()
-    blocks = cut(job.model.graph, granularity)
-    job.insert()
-    job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
-    calibrate.set_weight_scales(job.model, search)
-    available = min(len(job.source), job.settings.samples or len(job.source))
-    reconstruct(job, blocks, options, samples=min(samples, available), cache_mib=cache_mib)
-    job.lower()
 
 
 def reconstruct(

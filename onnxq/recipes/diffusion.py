@@ -18,15 +18,16 @@ from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.knobs import choice
-from onnxq.learning.reconstruct import Reconstruction, iterations_of, reconstruct, rounding_rate
+from onnxq.learning.reconstruct import reconstruct
+from onnxq.learning.reconstruction_knobs import BlockKnobs
 from onnxq.passes.cache_temporal_features import CacheTemporalFeatures
 from onnxq.recipes.ptqd import Ptqd
 from onnxq.runtime import Session
 from onnxq.scheme import Scheme
 
 
-@dataclass(frozen=True)
-class Diffusion:
+@dataclass(frozen=True, kw_only=True)
+class Diffusion(BlockKnobs):
     """The parts of the papers that can pay, in one order, each left out where it would not.
 
     1. What depends on the timestep alone becomes tables of the sampler's steps, where they are smaller than its
@@ -66,17 +67,6 @@ class Diffusion:
         selection: Which steps are kept where no data is given.
         trajectories: How many samples the sampler makes.
         kept_steps: Steps kept of each.
-        iterations: Steps of Adam for each block; 0: what ``--budget`` says.
-        batch: Samples in a step.
-        activation_step_rate: Adam's rate for the logarithm of activation steps.
-        regularisation: Weight of the penalty on undecided roundings.
-        observer: How the first range follows from the statistics of an activation.
-        correct_biases: Whether biases take back the mean error that a block is left with.
-        start: ``gptq``: every weight chooses between the code that GPTQ gives it and that code's neighbour;
-            ``nearest``: between the two codes around it.
-        bias_rate: Adam's rate for biases; 0 keeps them.
-        samples: How many inputs to learn from, at most.
-        cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
 
     cache: bool = True
@@ -91,20 +81,13 @@ class Diffusion:
     selection: str = choice(*POLICIES)
     trajectories: int = 16
     kept_steps: int = 16
-    iterations: int = 0
-    batch: int = 32
-    activation_step_rate: float = 1e-3
-    regularisation: float = 0.01
-    observer: str = "mse"
     correct_biases: bool = True
     start: str = choice("gptq", "nearest")
     bias_rate: float = 0.0
-    samples: int = 1024
-    cache_mib: int = 1024
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        observe, search = observers.get(self.observer), weight_ranges.get("mse")
+        observe, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         sampler = sampler_of(job)
         times = sampler.schedule.timesteps
         if not 0 <= self.float_steps < len(times):
@@ -127,21 +110,13 @@ class Diffusion:
         shifted = free_zero_points(job, statistics, observe) if self.shift else []
         job.ranges = calibrate.set_activation_scales(job.model, statistics, observe)
         calibrate.set_weight_scales(job.model, search)
-        iterations = iterations_of(job, self.iterations)
         activations = job.scheme.activations.enabled
-        rounding = Reconstruction(
-            iterations,
-            self.batch,
-            rounding_rate(iterations),
+        rounding = self.rounding(
+            job,
             activation_step_rate=self.activation_step_rate if activations else 0.0,
             quantize_activations=activations,
-            regularisation=self.regularisation,
-            correct_biases=self.correct_biases,
-            start=self.start,
-            bias_rate=self.bias_rate,
         )
-        samples = min(self.samples, job.settings.samples or len(job.source), len(job.source))
-        reconstruct(job, blocks, rounding, samples=samples, cache_mib=self.cache_mib)
+        reconstruct(job, blocks, rounding, samples=self.samples_in(job), cache_mib=self.cache_mib)
         moving = {name: item for name, item in by_step.items() if name not in shifted}  # a shift is for one scale
         scales = time_scales.scales_by_step(job, moving, sampler, observe, groups=self.groups) if moving else None
         chosen = time_scales.moving_scales(job, scales, self.least_gain_db) if scales is not None else None

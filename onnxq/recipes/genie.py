@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from onnxq.job import Job
-from onnxq.knobs import choice
 from onnxq.recipes.qdrop import QDrop
 
 
-@dataclass(frozen=True)
-class Genie:
+@dataclass(frozen=True, kw_only=True)
+class Genie(QDrop):
     """Zero-shot quantization by reconstruction; no data is needed.
 
     1. GENIE-D: for each batch a generator and its latent codes are learned together, so that the batch's statistics
@@ -37,53 +35,10 @@ class Genie:
 
     Attributes:
         images: How many images are made.
-        iterations: Steps of Adam for each block; 0: what ``--budget`` says.
-        batch: Samples in a step.
         weight_step_rate: Adam's rate for the logarithm of weight steps; 0 keeps them, which is QDrop.
-        activation_step_rate: Adam's rate for the logarithm of activation steps; 0 keeps them.
-        drop: Probability that an activation stays float in a step.
-        mix: Probability that an element of a block's input comes from the float network.
-        regularisation: Weight of the penalty on undecided roundings.
-        observer: How the first range follows from the statistics of an activation.
-        weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        start: ``gptq``: every weight chooses between the code that GPTQ gives it and that code's neighbour;
-            ``nearest``: between the two codes around it.
-        bias_rate: Adam's rate for biases; 0 keeps them.
-        samples: How many samples to learn from, at most.
-        cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
 
     synthesis: ClassVar[str] = "genie"
 
     images: int = 256
-    iterations: int = 0
-    batch: int = 32
     weight_step_rate: float = 1e-4
-    activation_step_rate: float = 1e-3
-    drop: float = 0.5
-    mix: float = 0.5
-    regularisation: float = 0.01
-    observer: str = "mse"
-    weight_ranges: str = "mse"
-    start: str = choice("gptq", "nearest")
-    bias_rate: float = 1e-3
-    samples: int = 1024
-    cache_mib: int = 1024
-
-    def run(self, job: Job) -> None:
-        """Quantize the job's model on images that were made before."""
-        QDrop(
-            iterations=self.iterations,
-            batch=self.batch,
-            drop=self.drop,
-            mix=self.mix,
-            activation_step_rate=self.activation_step_rate,
-            weight_step_rate=self.weight_step_rate,
-            regularisation=self.regularisation,
-            observer=self.observer,
-            weight_ranges=self.weight_ranges,
-            start=self.start,
-            bias_rate=self.bias_rate,
-            samples=self.samples,
-            cache_mib=self.cache_mib,
-        ).run(job)

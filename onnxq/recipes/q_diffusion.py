@@ -10,11 +10,12 @@ from onnxq.calibration.shortcuts import FORMS, split_shortcuts
 from onnxq.diffusion.selection import POLICIES
 from onnxq.job import Job
 from onnxq.knobs import choice
-from onnxq.learning.reconstruct import Reconstruction, iterations_of, reconstruct, rounding_rate
+from onnxq.learning.reconstruct import Reconstruction, reconstruct
+from onnxq.learning.reconstruction_knobs import BlockKnobs
 
 
-@dataclass(frozen=True)
-class QDiffusion:
+@dataclass(frozen=True, kw_only=True)
+class QDiffusion(BlockKnobs):
     """Block reconstruction of a denoiser on inputs from evenly spaced steps.
 
     1. Run the sampler; keep evenly spaced steps of each trajectory (with guidance, both inputs).
@@ -45,61 +46,34 @@ class QDiffusion:
         trajectories: How many samples the sampler makes.
         kept_steps: Steps kept of each.
         iterations: Steps of Adam for each block's rounding; 0: what ``--budget`` says. A quarter of it for activations.
-        batch: Samples in a step.
-        activation_step_rate: Adam's rate for the logarithm of activation steps.
-        regularisation: Weight of the penalty on undecided roundings.
-        observer: How the first range follows from the statistics of an activation.
         split: ``two_op``: a layer for each part of a shortcut; ``equalize``: one layer, whose parts are multiplied
             into one range by powers of two; ``none``.
         split_gain_db: By how much the error of a layer's output has to fall for that; -100 splits all.
-        correct_biases: Whether biases take back the mean error that a block is left with.
-        start: ``nearest``: every weight chooses between the two codes around it; ``gptq``: between the code that GPTQ
-            gives it and that code's neighbour.
-        bias_rate: Adam's rate for biases; 0 keeps them.
-        samples: How many inputs to learn from, at most.
-        cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
 
     selection: str = choice(*POLICIES)
     trajectories: int = 16
     kept_steps: int = 16
-    iterations: int = 0
-    batch: int = 32
-    activation_step_rate: float = 1e-3
-    regularisation: float = 0.01
-    observer: str = "mse"
     split: str = choice(*FORMS)
     split_gain_db: float = 2.0
     correct_biases: bool = True
     start: str = choice("nearest", "gptq")
     bias_rate: float = 0.0
-    samples: int = 1024
-    cache_mib: int = 1024
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        observe, search = observers.get(self.observer), weight_ranges.get("mse")
+        observe, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.prepare()
         split_shortcuts(job, self.split, self.split_gain_db)
         blocks = cut(job.model.graph)
         job.insert()
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
         calibrate.set_weight_scales(job.model, search)
-        iterations = iterations_of(job, self.iterations)
-        samples = min(self.samples, job.settings.samples or len(job.source), len(job.source))
-        rounding = Reconstruction(
-            iterations,
-            self.batch,
-            rounding_rate(iterations),
-            regularisation=self.regularisation,
-            correct_biases=self.correct_biases,
-            start=self.start,
-            bias_rate=self.bias_rate,
-        )
-        reconstruct(job, blocks, rounding, samples=samples, cache_mib=self.cache_mib, checkpoint="rounding")
+        samples = self.samples_in(job)
+        reconstruct(job, blocks, self.rounding(job), samples=samples, cache_mib=self.cache_mib, checkpoint="rounding")
         if job.scheme.activations.enabled:
             steps = Reconstruction(
-                max(1, iterations // 4),
+                max(1, self.iterations_in(job) // 4),
                 self.batch,
                 activation_step_rate=self.activation_step_rate,
                 quantize_activations=True,

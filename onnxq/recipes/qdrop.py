@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxq.job import Job
-from onnxq.knobs import choice
-from onnxq.learning.reconstruct import Reconstruction, iterations_of, quantize_by_blocks, rounding_rate
+from onnxq.learning.reconstruction_knobs import BlockKnobs
 
 
-@dataclass(frozen=True)
-class QDrop:
+@dataclass(frozen=True, kw_only=True)
+class QDrop(BlockKnobs):
     """BRECQ, with every activation element left float with probability one half while a block learns.
 
     1. Rewrite the graph, insert Q/DQ, calibrate activations; weight steps by the least error.
@@ -26,54 +25,23 @@ class QDrop:
     Departures: those of the recipe ``brecq``.
 
     Attributes:
-        iterations: Steps of Adam for each block; 0: what ``--budget`` says.
-        batch: Samples in a step.
         drop: Probability that an activation stays float in a step.
         mix: Probability that an element of a block's input comes from the float network.
-        activation_step_rate: Adam's rate for the logarithm of activation steps; 0 keeps them.
         weight_step_rate: Adam's rate for the logarithm of weight steps; 0 keeps them.
-        regularisation: Weight of the penalty on undecided roundings.
-        observer: How the first range follows from the statistics of an activation.
-        weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        correct_biases: Whether biases take back the mean error that a block is left with: for networks that run many
-            times over, as denoisers do; a classifier gains nothing.
-        start: ``gptq``: every weight chooses between the code that GPTQ gives it and that code's neighbour;
-            ``nearest``: between the two codes around it.
-        bias_rate: Adam's rate for biases; 0 keeps them.
-        samples: How many samples to learn from, at most.
-        cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
 
-    iterations: int = 0
-    batch: int = 32
     drop: float = 0.5
     mix: float = 0.5
-    activation_step_rate: float = 1e-3
     weight_step_rate: float = 0.0
-    regularisation: float = 0.01
-    observer: str = "mse"
-    weight_ranges: str = "mse"
-    correct_biases: bool = False
-    start: str = choice("gptq", "nearest")
-    bias_rate: float = 1e-3
-    samples: int = 1024
-    cache_mib: int = 1024
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        steps = iterations_of(job, self.iterations)
-        options = Reconstruction(
-            steps,
-            self.batch,
-            rounding_rate(steps),
+        options = self.rounding(
+            job,
             weight_step_rate=self.weight_step_rate,
             activation_step_rate=self.activation_step_rate,
             quantize_activations=True,
             drop=self.drop,
             mix=self.mix,
-            regularisation=self.regularisation,
-            correct_biases=self.correct_biases,
-            start=self.start,
-            bias_rate=self.bias_rate,
         )
-        quantize_by_blocks(job, options, "block", self.observer, self.weight_ranges, self.samples, self.cache_mib)
+        self.quantize(job, options, "block")

@@ -13,14 +13,15 @@ from onnxq.diffusion.temporal_region import find_region
 from onnxq.diffusion.temporal_tables import tabulate
 from onnxq.job import Job
 from onnxq.knobs import choice
-from onnxq.learning.reconstruct import Reconstruction, iterations_of, reconstruct, rounding_rate
+from onnxq.learning.reconstruct import reconstruct
+from onnxq.learning.reconstruction_knobs import BlockKnobs, rounding_rate
 from onnxq.learning.temporal import TemporalInputs, finite_set_scales, reconstruct_temporal
 from onnxq.passes.cache_temporal_features import CacheTemporalFeatures
 from onnxq.passes.time_conditioned_scales import TimeConditionedScales
 
 
-@dataclass(frozen=True)
-class TfmqDm:
+@dataclass(frozen=True, kw_only=True)
+class TfmqDm(BlockKnobs):
     """Temporal features kept as they are.
 
     1. Find the temporal region: what the timestep (with class labels) reaches and the sample does not.
@@ -54,36 +55,16 @@ class TfmqDm:
             they save, the rest reconstructed; ``frozen``: the region is rounded to nearest and left alone.
         labels: Whether features may depend on class labels too.
         finite_set: Whether activations of the region have a scale for each step of the sampler.
-        iterations: Steps of Adam for each block; 0: what ``--budget`` says.
         temporal_iterations: Steps for the region, which cost little; 0: three times as many as for a block.
-        batch: Samples, or timesteps, in a step.
-        activation_step_rate: Adam's rate for the logarithm of activation steps; 0 keeps them.
-        regularisation: Weight of the penalty on undecided roundings.
-        observer: How the first range follows from the statistics of an activation.
-        weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
-        correct_biases: Whether biases take back the mean error that a block is left with.
-        start: ``nearest``: every weight chooses between the two codes around it; ``gptq``: between the code that GPTQ
-            gives it and that code's neighbour.
-        bias_rate: Adam's rate for biases; 0 keeps them.
-        samples: How many samples to learn from, at most.
-        cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
 
     maintenance: str = choice("reconstruct", "cache", "smaller", "frozen")
     labels: bool = True
     finite_set: bool = True
-    iterations: int = 0
     temporal_iterations: int = 0
-    batch: int = 32
-    activation_step_rate: float = 1e-3
-    regularisation: float = 0.01
-    observer: str = "mse"
-    weight_ranges: str = "mse"
     correct_biases: bool = True
     start: str = choice("nearest", "gptq")
     bias_rate: float = 0.0
-    samples: int = 1024
-    cache_mib: int = 1024
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
@@ -108,24 +89,12 @@ class TfmqDm:
         job.insert()
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
         calibrate.set_weight_scales(job.model, search)
-        iterations = iterations_of(job, self.iterations)
-        rounding = Reconstruction(
-            iterations,
-            self.batch,
-            rounding_rate(iterations),
-            activation_step_rate=self.activation_step_rate,
-            quantize_activations=True,
-            regularisation=self.regularisation,
-            correct_biases=self.correct_biases,
-            start=self.start,
-            bias_rate=self.bias_rate,
-        )
-        more = 0 if self.maintenance == "frozen" else self.temporal_iterations or 3 * iterations
+        rounding = self.rounding(job, activation_step_rate=self.activation_step_rate, quantize_activations=True)
+        more = 0 if self.maintenance == "frozen" else self.temporal_iterations or 3 * rounding.iterations
         temporal = dataclasses.replace(rounding, iterations=more, rounding_rate=rounding_rate(max(more, 1)))
         temporal_inputs = TemporalInputs(denoiser, region, timesteps)
         settled = reconstruct_temporal(job, region, temporal_inputs, temporal)
-        samples = min(self.samples, job.settings.samples or len(job.source), len(job.source))
-        reconstruct(job, blocks, rounding, samples=samples, cache_mib=self.cache_mib, settled=settled)
+        reconstruct(job, blocks, rounding, samples=self.samples_in(job), cache_mib=self.cache_mib, settled=settled)
         if self.finite_set:
             scales = finite_set_scales(job, region, temporal_inputs)
             TimeConditionedScales(denoiser.timestep.name, timesteps, scales, "rescale")(job.model)

@@ -1,0 +1,96 @@
+"""What recipes that learn roundings have in common: the knobs, and the way from the float graph to the lowered one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from onnxq.autograd.blocks import cut
+from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.job import Job
+from onnxq.knobs import choice
+from onnxq.learning.reconstruct import Reconstruction, reconstruct
+
+# Steps for each block. The papers' need a GPU or a night; a tenth of them comes close.
+ITERATIONS = {"quick": 200, "default": 1000, "paper": 20000}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingKnobs:
+    """What every recipe that learns roundings can be told.
+
+    Attributes:
+        iterations: Steps of Adam for each block; 0: what ``--budget`` says.
+        batch: Samples in a step.
+        regularisation: Weight of the penalty on undecided roundings.
+        observer: How the first range follows from the statistics of an activation.
+        weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
+        correct_biases: Whether biases take back the mean error that a block is left with: for networks that run many
+            times over, as denoisers do; a classifier gains nothing.
+        start: ``gptq``: every weight chooses between the code that GPTQ gives it and that code's neighbour;
+            ``nearest``: between the two codes around it.
+        bias_rate: Adam's rate for biases; 0 keeps them.
+        samples: How many samples to learn from, at most.
+        cache_mib: Memory for activations between two blocks; what is more goes to files.
+    """
+
+    iterations: int = 0
+    batch: int = 32
+    regularisation: float = 0.01
+    observer: str = "mse"
+    weight_ranges: str = "mse"
+    correct_biases: bool = False
+    start: str = choice("gptq", "nearest")
+    bias_rate: float = 1e-3
+    samples: int = 1024
+    cache_mib: int = 1024
+
+    def iterations_in(self, job: Job) -> int:
+        """Steps for each block: the knob, or what the job's budget says where it is 0."""
+        return self.iterations or ITERATIONS[job.settings.budget]
+
+    def samples_in(self, job: Job) -> int:
+        """How many of the job's samples are learned from."""
+        return min(self.samples, job.settings.samples or len(job.source), len(job.source))
+
+    def rounding(self, job: Job, **more: Any) -> Reconstruction:
+        """How the roundings of a block are learned; ``more`` are fields of :class:`Reconstruction`."""
+        iterations = self.iterations_in(job)
+        return Reconstruction(
+            iterations,
+            self.batch,
+            rounding_rate(iterations),
+            regularisation=self.regularisation,
+            correct_biases=self.correct_biases,
+            start=self.start,
+            bias_rate=self.bias_rate,
+            **more,
+        )
+
+    def quantize(self, job: Job, options: Reconstruction, granularity: str) -> None:
+        """From the float graph to the lowered one, with every ``layer`` or ``block`` reconstructed in turn."""
+        observe, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
+        job.prepare()
+        blocks = cut(job.model.graph, granularity)
+        job.insert()
+        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
+        calibrate.set_weight_scales(job.model, search)
+        reconstruct(job, blocks, options, samples=self.samples_in(job), cache_mib=self.cache_mib)
+        job.lower()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockKnobs(RoundingKnobs):
+    """What those that learn the steps of activations too can be told besides.
+
+    Attributes:
+        activation_step_rate: Adam's rate for the logarithm of activation steps; 0 keeps them.
+    """
+
+    activation_step_rate: float = 1e-3
+
+
+def rounding_rate(iterations: int) -> float:
+    """Adam's rate for rounding variables: 1e-3 at the papers' 20,000 steps, more where there are fewer."""
+    return 1e-3 * math.sqrt(ITERATIONS["paper"] / iterations)
