@@ -16,8 +16,8 @@ from onnxq import OnnxqError, recipes
 from onnxq import graph as graphs
 from onnxq.calibration import weight_ranges
 from onnxq.config import build_knobs, parse_assignments
-from onnxq.formats import FORMATS, fake_quantize, scale_and_zero_point
 from onnxq.docstrings import knob_meanings
+from onnxq.formats import FORMATS, fake_quantize, scale_and_zero_point
 from onnxq.knobs import choices_of
 
 FASHION = (MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibration.npz")
