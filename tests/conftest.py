@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -15,6 +16,7 @@ settings.load_profile("shared machine")
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 MODELS = Path(__file__).resolve().parent.parent / "models"
+ONNXRUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 
 NETWORK = """
 <ir_version: 10, opset_import: ["" : 17]>

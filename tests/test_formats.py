@@ -13,6 +13,7 @@ import numpy as np
 import onnx.parser
 import onnxruntime
 import pytest
+from conftest import ONNXRUNTIME
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,6 +190,8 @@ def saturates(name: str, real: str, layout: str) -> bool:
 @pytest.mark.parametrize("name", ONNX_NAMES)
 def test_quantize_and_dequantize_equal_onnxruntime(name: str, real: str, layout: str) -> None:
     axis, block_size = LAYOUTS[layout]
+    if real == "float16" and not FORMATS[name].is_float and block_size is None and ONNXRUNTIME < (1, 30):
+        pytest.skip("onnxruntime before 1.30 rounds the quotient of float16 to float16 before it makes a code of it")
 
     @deterministic
     @given(cases(name, real, layout))

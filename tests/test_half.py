@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import pytest
-from conftest import add_weights
+from conftest import ONNXRUNTIME, add_weights
 
 import onnxq
 from onnxq.errors import OnnxqError
@@ -92,6 +92,8 @@ def test_what_overflows_and_what_makes_angles_stays_float32() -> None:
 
 @pytest.mark.parametrize("recipe", ["int8", "fp8"])
 def test_a_base_of_float16_costs_next_to_nothing(recipe: str, network: Path, calibration: Path, tmp_path: Path) -> None:
+    if recipe == "int8" and ONNXRUNTIME < (1, 30):
+        pytest.skip("onnxruntime before 1.30 rounds the quotient of float16 to float16 before it makes a code of it")
     results = {
         base: onnxq.quantize(network, calibration, recipe=recipe, base=base, output=tmp_path / f"{base}.onnx")
         for base in ("float32", "float16")

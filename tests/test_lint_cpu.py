@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from conftest import ONNXRUNTIME
 from lint_graphs import ARRAYS, IMAGE, MATRIX, build, pair, small_network
 
 from onnxq import model as models
@@ -131,6 +132,8 @@ def test_rule_that_costs_speed(name):
     assert {finding.severity for finding in findings} == {"warning"}
     assert all(finding.message.startswith("expected ") and ", found " in finding.message for finding in findings)
     assert rules(neighbour) == set()
+    if ONNXRUNTIME < (1, 30) and name in ("C6 zero point", "C9 computed scale"):
+        pytest.skip("onnxruntime before 1.30 fuses neither of the two graphs")
     # onnxruntime agrees: the broken graph lacks a kernel that its neighbour has
     assert kernels(model) < kernels(neighbour)
 
