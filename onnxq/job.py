@@ -91,6 +91,7 @@ class Job:
     is_large: bool = field(init=False)
     _float_session: Session | None = None
     _taps: list[str] = field(default_factory=list)
+    _has_ranges: bool = True  # whether any activation gets codes
     _shared: SharedModel | None = None
 
     def __post_init__(self) -> None:
@@ -145,13 +146,21 @@ class Job:
         reasons = {name: self.reasons.get(name, reason) for name, reason in placement.left_float.items()}
         return Placement(placement.sites, reasons)
 
-    def insert(self) -> None:
-        """Insert Q/DQ where the target wants them; a float session that taps the same values is made first."""
+    def insert(self, means: bool = False) -> None:
+        """Insert Q/DQ where the target wants them; a float session that taps the same values is made first.
+
+        Args:
+            means: Whether :meth:`record` is asked for means per channel: layers whose weights alone get codes read
+                values that nothing would tap.
+        """
         self.placement = self.place(self.model.graph)
         if not self.placement.sites:
             reasons = "; ".join(sorted(set(self.placement.left_float.values()))) or "it has no Conv, Gemm or MatMul"
             raise OnnxqError(f"expected something to quantize, found nothing ({reasons})", hint="see `onnxq lint`")
         roots = {(site.like or site.value) for site in self.placement.sites if not site.value.is_initializer()}
+        self._has_ranges = bool(roots)
+        if means:
+            roots |= bias_correction.read_in_float(self.model.graph, self.placement.sites)
         self._taps = sorted(root.name or "" for root in roots)
         if not self._taps or not set(self._taps) <= self.observed.statistics.keys():
             self._open_float_session(self._taps)
@@ -204,6 +213,8 @@ class Job:
         total = min(len(self.source), self.settings.samples or len(self.source))
         if not taps:
             total = min(total, calibrate.KEPT_SAMPLES)  # weights only: a few samples to check the result on
+        elif not self._has_ranges:
+            total = min(total, calibrate.MEAN_SAMPLES)
         with self.progress.stage("calibrate", "Calibrating", total) as advance:
             recording = calibrate.record(
                 session,

@@ -10,7 +10,7 @@ Source: M. Nagel et al., Data-free quantization through weight equalization and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.formats import fake_quantize, parse_format
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS
+from onnxq.targets.placement import Site
 
 Array = np.ndarray[Any, Any]
 
@@ -31,6 +32,28 @@ def channel_axes(graph: ir.Graph) -> dict[str, int]:
         if source is not None and item.weight is not None:
             axes[source] = 1 if item.node.op_type in ("Conv", "ConvTranspose") else -1
     return axes
+
+
+def read_in_float(graph: ir.Graph, sites: Sequence[Site]) -> set[ir.Value]:
+    """What layers with a bias read in float, of a float graph, though their weights are to get codes."""
+    coded = {site.value for site in sites}
+    return {
+        item.activation
+        for item in graphs.weighted_nodes(graph)
+        if item.weight in coded and item.activation not in coded and _has_bias(item)
+    }
+
+
+def _has_bias(item: graphs.WeightedNode) -> bool:
+    """Whether there is a bias to correct, or a place for one."""
+    if item.node.op_type == "Conv":
+        return True
+    if item.node.op_type == "Gemm":
+        return len(item.node.inputs) > 2
+    readers = graphs.consumers(item.node.outputs[0])
+    if len(readers) != 1 or not graphs.is_op(readers[0][0], "Add"):
+        return False
+    return any(graphs.is_constant(value) for value in readers[0][0].inputs)
 
 
 def correct_biases(model: ir.Model, means: Mapping[str, Array]) -> int:
@@ -72,7 +95,7 @@ def _weight_quantizer(item: graphs.WeightedNode) -> ir.Node | None:
 
 
 def _shift(item: graphs.WeightedNode, quantize: ir.Node, means: Array) -> Array | None:
-    """(W' − W)·E[x] per output channel."""
+    """(W' − W)·E[x] per output channel, with W' as the quantizer makes it."""
     weight_value, scale, zero_point = quantize.inputs[:3]
     assert weight_value is not None and scale is not None and zero_point is not None
     assert weight_value.const_value and scale.const_value and zero_point.const_value
@@ -88,7 +111,20 @@ def _shift(item: graphs.WeightedNode, quantize: ir.Node, means: Array) -> Array 
         axis=None if per_tensor else quantize.attributes.get_int("axis", 1),
         block_size=quantize.attributes.get_int("block_size", 0) or None,
     )
-    error = rounded.astype(np.float64) - weight
+    return mean_shift(item, rounded.astype(np.float64) - weight, means)
+
+
+def mean_shift(item: graphs.WeightedNode, error: Array, means: Array) -> Array | None:
+    """The mean of what an error in a layer's weight adds to each output channel.
+
+    Args:
+        item: The layer.
+        error: In the shape of its weight.
+        means: E[x] per input channel.
+
+    Returns:
+        The shift, or ``None`` where the layer is of a kind that has none.
+    """
     if item.node.op_type == "Conv":
         groups = item.node.attributes.get_int("group", 1)
         kernels = error.reshape(*error.shape[:2], -1).sum(axis=2)  # [out, in / groups]

@@ -65,7 +65,7 @@ class Static:
         """Steps 2 to 6, on a graph that is prepared already."""
         observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         hold_floor(job, observer, search, self.step_floor_db)
-        job.insert()
+        job.insert(means=self.bias_correction)
         axes = bias_correction.channel_axes(job.model.graph) if self.bias_correction else {}
         statistics = job.record(axes)
         if self.shift:

@@ -1,10 +1,12 @@
-"""Which grid for weights of 3 and 4 bits? Residuals, power grids and clips on real classifiers, weights only.
+"""Which grid for weights of 3 and 4 bits? Residuals, power grids and clips on real classifiers.
 
     python tests/benchmarks/weight_grids.py --data ../shared/data --prepared inputs \
         --models resnet20_cifar10,squeezenet_v1_1 --formats int4,int3
 
 `--prepared` holds NAME.calib.npz and NAME.test.npz, keyed by input name, with labels. Only `adaround` sees the
-calibration inputs: the others need the weights alone. Activations stay float, so that nothing else is compared.
+calibration inputs: the others need the weights alone, but for the means that `rex` corrects biases with, which come
+from inputs made from the model itself; NAME.made.npz, as `onnxq synthesize` writes it, saves making them for each row.
+Activations stay float, so that nothing else is compared, unless `--activations` and `--target` say otherwise.
 Bits are those of the codes for each weight; scales and tables come on top.
 """
 
@@ -31,30 +33,44 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "rex, half a second order": ("rex", {"density": 0.5, "depthwise_orders": 0}),
     "rex, two orders": ("rex", {"depthwise_orders": 0}),
     "rex, two, depthwise three": ("rex", {}),
+    "rex, biases left alone": ("rex", PLAIN),
+    "rex, by the outputs": ("rex", {"allocation": "outputs"}),
+    "int8": ("int8", {}),
     "rex, three orders": ("rex", {"orders": 3, "depthwise_orders": 0}),
     "adaround": ("adaround", {}),
 }
 
 
-def measure(model: Path, inputs: Path, test: Path, name: str, weights: str, samples: int) -> dict[str, Any]:
+def measure(
+    model: Path, prepared: Path, name: str, weights: str, activations: str, target: str, samples: int
+) -> dict[str, Any]:
     recipe, knobs = ROWS[name]
+    made = prepared / f"{model.stem}.made.npz"
+    inputs = prepared / f"{model.stem}.calib.npz" if recipe == "adaround" else made if made.exists() else None
+    if inputs == made:  # what the recipe takes for inputs that it makes itself
+        knobs = {**knobs, "observer": "widened"} if recipe in ("int8", "rex") else knobs
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "quantized.onnx"
         result = onnxq.quantize(
             model,
-            inputs if recipe == "adaround" else None,
+            inputs,
             output=output,
             recipe=recipe,
-            weights=weights,
-            activations="float",
+            target=target,
+            weights="int8" if name == "int8" else weights,
+            activations=activations,
             budget="quick",
             knobs=knobs,
         )
+        test = prepared / f"{model.stem}.test.npz"
         found = onnxq.compare(model, output, test, layers=False, latency=False, layer_samples=0, samples=samples)
     return {
         "model": model.stem,
         "grid": name,
         "weights": weights,
+        "activations": activations,
+        "target": target,
+        "agreement": found.agreement,
         "top1_float": found.top1_float,
         "top1": found.top1_quantized,
         "sqnr_db": found.sqnr_db,
@@ -70,6 +86,8 @@ def main() -> None:
     parser.add_argument("--models", default="resnet20_cifar10,resnet56_cifar10,squeezenet_v1_1,mobilenet_v1_025_224")
     parser.add_argument("--formats", default="int4,int3")
     parser.add_argument("--grids", default=";".join(ROWS), help="rows of the table, separated by semicolons")
+    parser.add_argument("--activations", default="float", help="format of activations: float, int8, uint8, …")
+    parser.add_argument("--target", default="tensorrt")
     parser.add_argument("--samples", type=int, default=2500)
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
     options = parser.parse_args()
@@ -79,16 +97,18 @@ def main() -> None:
             for grid in options.grids.split(";"):
                 row = measure(
                     options.data / "models" / f"{name}.onnx",
-                    options.prepared / f"{name}.calib.npz",
-                    options.prepared / f"{name}.test.npz",
+                    options.prepared,
                     grid,
                     weights,
+                    options.activations,
+                    options.target,
                     options.samples,
                 )
                 rows.append(row)
                 sys.stdout.write(
                     f"{name:24} {weights:5} {grid:28} top-1 {100 * row['top1']:6.2f} of {100 * row['top1_float']:.2f}  "
-                    f"SQNR {row['sqnr_db']:6.1f} dB  {row['bytes'] / 1e6:6.2f} MB  {row['seconds']:6.1f} s\n"
+                    f"same {100 * row['agreement']:5.1f} %  SQNR {row['sqnr_db']:6.1f} dB  "
+                    f"{row['bytes'] / 1e6:6.2f} MB  {row['seconds']:6.1f} s\n"
                 )
                 sys.stdout.flush()
     if options.out is not None:
