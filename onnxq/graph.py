@@ -148,6 +148,21 @@ DATA_MOVEMENT = (
 )  # fmt: skip
 
 
+def last_sums(graph: ir.Graph) -> set[str]:
+    """Names of the values that a layer or an Add makes and that no other layer is computed from, as logits are."""
+    read: set[ir.Value] = set()  # what layers are computed from
+    for node in reversed(graph):
+        if weighted(node) is not None or any(output in read for output in node.outputs):
+            read.update(value for value in node.inputs if value is not None)
+    return {
+        value.name or ""
+        for node in graph
+        if weighted(node) is not None or is_op(node, "Add")
+        for value in node.outputs
+        if value not in read
+    }
+
+
 def let_go(value: ir.Value) -> None:
     """Unmap a weight that lies in a file; it is mapped again when it is read next.
 

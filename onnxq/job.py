@@ -206,6 +206,9 @@ class Job:
             self.recording = self.observed.of(self._taps, outputs)
         else:
             self.recording = self._run_float(self._taps, channel_axes or {})
+        if getattr(self.source, "is_made_up", False):
+            for name in graphs.last_sums(self.model.graph) & self.recording.statistics.keys():
+                self.recording.statistics[name].is_short = True
         return self.recording.statistics
 
     def _run_float(self, taps: Sequence[str], channel_axes: Mapping[str, int]) -> calibrate.Recording:

@@ -11,11 +11,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import MODELS
+from conftest import MODELS, add_weights
 
 import onnxq
 from onnxq import model as models
 from onnxq import targets
+from onnxq.calibration.data import input_specs
+from onnxq.calibration.noise import Noise
 from onnxq.runtime import Session
 
 JSON_KEYS = {
@@ -106,6 +108,37 @@ def test_bias_correction_takes_the_mean_error_back(activations: str, shared_data
 def test_without_data_it_says_so(network: Path) -> None:
     result = onnxq.quantize(network, samples=4, synthesis="noise")
     assert any("random" in warning for warning in result.numbers["warnings"])
+
+
+CONVOLUTIONAL_HEAD = """
+<ir_version: 10, opset_import: ["" : 21]>
+network (float[N,3,16,16] x) => (float[N,10] logits)
+{
+    [conv] c = Conv <pads=[1,1,1,1]> (x, w1, b1)
+    [relu] r = Relu (c)
+    [pool] p = GlobalAveragePool (r)
+    [head] scores = Conv (p, w2, b2)
+    [flat] logits = Flatten (scores)
+}
+"""
+
+
+def test_logits_of_made_up_inputs_get_headroom(tmp_path: Path) -> None:
+    """Real images reach twice as far there, and only there: MobileNetV1 0.25 kept 35 of 65 % on cpu without it."""
+    path = tmp_path / "network.onnx"
+    shapes = {"w1": (32, 3, 3, 3), "b1": (32,), "w2": (10, 32, 1, 1), "b2": (10,)}
+    ir.save(add_weights(CONVOLUTIONAL_HEAD, shapes), path)
+
+    def ranges(data: list[dict[str, np.ndarray]] | None) -> dict[str, tuple[float, float]]:
+        result = onnxq.quantize(path, data, target="cpu", synthesis="noise", samples=8)
+        return {tensor["name"]: (tensor["clip_low"], tensor["clip_high"]) for tensor in result.tensors}
+
+    specs = input_specs(models.load(path))
+    given = ranges([{name: row[None] for name, row in sample.items()} for sample in Noise(specs, count=8, seed=0)])
+    made_up = ranges(None)
+    assert {name for name, found in made_up.items() if found != given[name]} == {"scores"}
+    limit = 2 * max(-given["scores"][0], given["scores"][1])
+    assert made_up["scores"] == pytest.approx((-limit, limit))
 
 
 def test_an_iterable_of_dicts_is_data(network: Path) -> None:

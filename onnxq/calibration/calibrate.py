@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.calibration.data import STEP_KEY, InputSpec, Source, batches, inputs_of
-from onnxq.calibration.observers import Observer, Range, Statistics, minmax
+from onnxq.calibration.observers import Observer, Range, Statistics, minmax, with_headroom
 from onnxq.errors import OnnxqError
 from onnxq.formats import NumberFormat, one_sided, parse_format, scale_and_zero_point
 from onnxq.parallel import SharedModel, Workers
@@ -296,7 +296,8 @@ def set_activation_scales(model: ir.Model, statistics: dict[str, Statistics], ob
         key = (name, number_format.name)
         if key not in chosen_ranges:
             rule = minmax if _is_normalised(node) else observer
-            chosen_ranges[key] = rule(statistics[name], number_format, symmetric)
+            found = rule(statistics[name], number_format, symmetric)
+            chosen_ranges[key] = with_headroom(found, statistics[name], number_format)
         chosen = chosen_ranges[key]
         ranges.setdefault(name, chosen)
         if symmetric and not number_format.signed:

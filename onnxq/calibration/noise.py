@@ -17,6 +17,8 @@ class Noise:
         OnnxqError: an input is not float, or has a free dimension other than the batch; nothing can be guessed then.
     """
 
+    is_made_up = True
+
     def __init__(self, specs: Sequence[InputSpec], *, count: int, seed: int) -> None:
         for spec in specs:
             if spec.dtype.kind != "f":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -74,6 +74,7 @@ class Synthesised:
     noise_entropy: float | None
     losses: list[list[float]]
     observer: str = "widened"
+    is_made_up: ClassVar[bool] = True
 
     @property
     def description(self) -> str:

@@ -6,7 +6,8 @@
 `--prepared` holds NAME.calib.npz and NAME.test.npz, keyed by input name, with labels. Only `adaround` sees the
 calibration inputs: the others need the weights alone, but for the means that `rex` corrects biases with, which come
 from inputs made from the model itself; NAME.made.npz, as `onnxq synthesize` writes it, saves making them for each row.
-Activations stay float, so that nothing else is compared, unless `--activations` and `--target` say otherwise.
+Activations stay float, so that nothing else is compared, unless `--activations` and `--target` say otherwise; then each
+row makes its own inputs.
 Bits are those of the codes for each weight; scales and tables come on top.
 """
 
@@ -47,8 +48,8 @@ def measure(
     recipe, knobs = ROWS[name]
     made = prepared / f"{model.stem}.made.npz"
     inputs = prepared / f"{model.stem}.calib.npz" if recipe == "adaround" else made if made.exists() else None
-    if inputs == made:  # what the recipe takes for inputs that it makes itself
-        knobs = {**knobs, "observer": "widened"} if recipe in ("int8", "rex") else knobs
+    if inputs == made and activations != "float":
+        inputs = None  # given as data, they would be taken for real ones, whose ranges need no headroom
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "quantized.onnx"
         result = onnxq.quantize(
