@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import add_weights
+from conftest import MODELS, add_weights
 
 import onnxq
 from onnxq import model as models
@@ -15,6 +15,7 @@ from onnxq.calibration import observers
 from onnxq.calibration.observers import Statistics
 from onnxq.config import make_settings
 from onnxq.diffusion.source import open_sampler
+from onnxq.diffusion.trajectory import record
 from onnxq.formats import FORMATS, fake_quantize, scale_and_zero_point
 from onnxq.runtime import Session
 
@@ -156,6 +157,27 @@ def test_inputs_of_all_steps_are_better_than_those_of_the_first(denoiser: Path, 
         exact, found = (Session(model, optimize=False).run({"x": x, "t": t})[0] for model in (denoiser, result.model))
         errors[name] = float(np.mean((exact - found) ** 2))
     assert errors["all"] < 0.5 * errors["last"]
+
+
+def test_inputs_of_the_sampler_are_better_than_images_and_than_those_of_one_step(tmp_path: Path) -> None:
+    """At W8A8, over all steps of other trajectories (PTQ4DM, tables 1 and 3)."""
+    unet, steps = MODELS / "fashion_unet_guided.onnx", 8
+    samplers = [
+        open_sampler(models.load(unet), unet, make_settings({"steps": steps, "seed": seed}))[0] for seed in (0, 9)
+    ]
+    exact = Session(unet)
+    chosen = {"all": np.ones((4, steps), bool), "last": np.arange(steps)[None].repeat(32, axis=0) == steps - 1}
+    for name, kept in chosen.items():
+        record(samplers[0], exact, kept, tmp_path / f"{name}.npz")
+    images = np.load(MODELS / "fashion_calibration.npz")["x"][:32]
+    np.savez(tmp_path / "images.npz", **{**np.load(tmp_path / "all.npz"), "x": images})
+    visits = list(samplers[1].run(exact, range(8)))
+    errors = {}
+    for name in (*chosen, "images"):
+        result = onnxq.quantize(unet, tmp_path / f"{name}.npz", recipe="ptq4dm", steps=steps)
+        found = Session(result.model, optimize=False)
+        errors[name] = np.mean([np.mean((found.run(visit.feed)[0] - visit.raw) ** 2) for visit in visits])
+    assert errors["all"] < 0.8 * min(errors["last"], errors["images"])
 
 
 def test_learned_rounding_beats_nearest_on_inputs_not_seen(denoiser: Path) -> None:

@@ -197,6 +197,37 @@ def test_other_trajectories_profit_too(pair: tuple[ir.Model, ir.Model]) -> None:
     assert max(ratios) < 1.01 and min(ratios) < 0.97
 
 
+def test_by_step_nothing_of_the_error_follows_the_prediction(pair: tuple[ir.Model, ir.Model]) -> None:
+    """On other trajectories: where error and prediction were correlated they are not, and what was shifted has no mean.
+
+    A step whose mean was within two standard errors when it was measured is left alone.
+    """
+    exact, quantized = Session(UNET), Session(pair[0], optimize=False)
+
+    def predictions(seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        sampler, _ = open_sampler(models.load(UNET), UNET, make_settings({"steps": 4, "seed": seed}))
+        visits = sampler.run(exact, range(16))
+        return [(visit.raw, sampler.denoiser.predict(quantized, visit.feed)) for visit in visits]
+
+    followed, shifted, less = [], [], []
+    for (exact_fit, found_fit), (wanted, found) in zip(predictions(0), predictions(9), strict=True):
+        halves = (OutputError(), OutputError())
+        for half in (0, 1):
+            halves[half].update(exact_fit[half::2], found_fit[half::2])
+        correction = fit_held_out(*halves, least_r_squared=0.0, clip_slope=False)
+        corrected = correction(found)
+        before, after = (abs(np.corrcoef((e - wanted).ravel(), wanted.ravel())[0, 1]) for e in (found, corrected))
+        if before > 0.1:
+            followed.append(after)
+        means = (corrected - wanted).mean(axis=(1, 2, 3))
+        if correction.mean.any():
+            shifted.append(abs(means.mean()) / (np.sqrt(2 / len(means)) * means.std()))  # of the fit and these samples
+        less.append(np.mean((corrected - wanted) ** 2) <= np.mean((found - wanted) ** 2))
+    assert len(followed) >= 3 and max(followed) < 0.05
+    assert len(shifted) >= 3 and max(shifted) < 3, shifted
+    assert np.mean(less) >= 0.95
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_images_from_the_same_noise_end_nearer(pair: tuple[ir.Model, ir.Model], tmp_path: Path, eta: float) -> None:
     """With and without noise of the sampler's own, which is made smaller by what quantization adds."""
