@@ -19,6 +19,7 @@ from onnxq.runtime import Session
 
 OPTIONS = {"steps": 8, "weights": "int4", "activations": "int8", "exclude": ["first", "last"]}
 KNOBS = {"trajectories": 8, "kept_steps": 8, "iterations": 300}
+ALL_LAYERS = {"step_floor_db": 0.0, "image_gain_db": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +31,19 @@ def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_better_than_one_paper_at_the_same_cost(denoiser: Path) -> None:
     """The same layers, formats, inputs and steps of Adam."""
-    whole = onnxq.quantize(denoiser, recipe="diffusion", knobs=KNOBS | {"step_floor_db": 0.0}, **OPTIONS)
+    whole = onnxq.quantize(denoiser, recipe="diffusion", knobs=KNOBS | ALL_LAYERS, **OPTIONS)
     single = onnxq.quantize(denoiser, recipe="q-diffusion", knobs=KNOBS, **OPTIONS)
     assert whole.numbers["quantized_nodes"] >= single.numbers["quantized_nodes"] - 1  # time's layer is a table
     assert held_out_error(denoiser, whole) < held_out_error(denoiser, single)
 
 
 def test_each_part_can_be_turned_off(denoiser: Path) -> None:
-    plain = {"cache": False, "split": "none", "shift": False, "step_floor_db": 0.0, "correct": False, "iterations": 10}
+    plain = {"cache": False, "split": "none", "shift": False, "correct": False, "iterations": 10} | ALL_LAYERS
     result = onnxq.quantize(denoiser, recipe="diffusion", knobs=KNOBS | plain, **OPTIONS)
     names = [node.name for node in result.model.graph]
     assert "embed" in names and not any("_to_symmetric" in (name or "") or "_part1" in (name or "") for name in names)
     assert "noise_correction" not in models.get_metadata(result.model)
-    parts = {"split_gain_db": -100.0, "correct": True, "iterations": 10}
+    parts = {"split_gain_db": -100.0, "correct": True, "iterations": 10} | ALL_LAYERS
     result = onnxq.quantize(denoiser, recipe="diffusion", knobs=KNOBS | parts, **OPTIONS)
     names = [node.name for node in result.model.graph]
     assert any("_to_symmetric" in (name or "") for name in names) and "join_part1" in names
@@ -52,7 +53,7 @@ def test_each_part_can_be_turned_off(denoiser: Path) -> None:
 
 def test_scales_by_step_join_the_rest(denoiser: Path) -> None:
     """What is shifted keeps one scale; the others move, and nothing else of the recipe changes."""
-    parts = {"groups": 4, "least_gain_db": 0.0, "iterations": 50, "step_floor_db": 0.0}
+    parts = {"groups": 4, "least_gain_db": 0.0, "iterations": 50} | ALL_LAYERS
     errors = []
     for groups in (1, 4):
         result = onnxq.quantize(denoiser, recipe="diffusion", knobs=KNOBS | parts | {"groups": groups}, **OPTIONS)

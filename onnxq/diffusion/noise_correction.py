@@ -68,8 +68,12 @@ class OutputError:
     def sqnr_db(self, correction: Correction | None = None) -> float:
         """The same as a signal to noise ratio."""
         noise = self.mean_square(correction)
-        signal = float(self.sums[2].sum() / (self.elements * self.sums.shape[1]))
-        return float("inf") if noise <= 0 else 10 * float(np.log10(max(signal, 1e-30) / noise))
+        return float("inf") if noise <= 0 else 10 * float(np.log10(max(self.signal, 1e-30) / noise))
+
+    @property
+    def signal(self) -> float:
+        """Mean square of the float prediction."""
+        return float(self.sums[2].sum() / (self.elements * self.sums.shape[1]))
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,35 @@ def select(policy: str, samples: int, timesteps: Sequence[float], kept: int, see
     return ndtc(samples, timesteps, kept, seed)
 
 
+def by_influence(influence: Array, samples: int, kept: int, seed: int) -> Array:
+    """Half of the inputs evenly spread over the steps, half where an error moves the images most.
+
+    Where the first step counts most, it gets inputs from trajectories of its own, which stop there: the network runs
+    in no step longer than it would for ``samples`` whole trajectories.
+
+    Args:
+        influence: Of each step (:func:`onnxq.diffusion.influence.image_influence`) [steps].
+        samples: Trajectories that are run to the end.
+        kept: Inputs for each of them.
+        seed: As for :func:`select`.
+
+    Returns:
+        A boolean array [samples or more, steps].
+    """
+    steps = len(influence)
+    even = select("uniform", samples, range(steps), kept - kept // 2, seed)
+    most = samples * steps // np.arange(1, steps + 1)  # rows that cost no more than all trajectories do
+    share = influence / influence.sum()
+    counts = np.minimum(even.sum(axis=0) + np.floor(samples * (kept // 2) * share).astype(int), most)
+    while counts.sum() < samples * kept:
+        counts[np.argmin(np.where(counts < most, counts, np.iinfo(counts.dtype).max))] += 1
+    chosen = np.zeros((max(samples, int(counts.max())), steps), bool)
+    chosen[:samples] = even
+    for step, count in enumerate(counts):
+        chosen[np.flatnonzero(~chosen[:, step])[: count - int(even[:, step].sum())], step] = True
+    return chosen
+
+
 def ndtc(
     samples: int,
     timesteps: Sequence[float],

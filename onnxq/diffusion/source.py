@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnxq.config import Settings
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion import schedule as schedules
+from onnxq.diffusion.influence import image_influence
 from onnxq.diffusion.trajectory import Sampler, Trajectories
 from onnxq.errors import OnnxqError
 from onnxq.parallel import Workers
@@ -108,7 +109,8 @@ def own_trajectories(
 ) -> Trajectories:
     """What ``onnxq quantize`` calibrates a denoiser on when no data is given.
 
-    A recipe may have its own idea of it, in knobs called ``selection``, ``trajectories`` and ``kept_steps``.
+    A recipe may have its own idea of it, in knobs called ``selection``, ``trajectories`` and ``kept_steps``. With the
+    selection ``influence`` each step's influence on the images is measured first.
     """
     sampler, origin = open_sampler(model, path, settings)
     steps = len(sampler.schedule.timesteps)
@@ -124,6 +126,7 @@ def own_trajectories(
             count=wanted,
             trajectories=count,
             policy=policy,
+            influence=image_influence(sampler, session) if policy == "influence" else None,
             advance=advance,
             workers=workers,
             shared=None if workers is None else workers.share_file(path, settings.device),

@@ -61,7 +61,7 @@ def hold_floor(job: Job, observer: Observer, search: Search | None, floor_db: fl
     """
     if STEP_KEY not in next(iter(job.source), {}):
         return None
-    search_ = _Search(job, observer, search)
+    search_ = FloorSearch(job, observer, search)
     with job.progress.stage("steps", "Judging steps"):
         before = after = search_.judge(0)
         worst = sorted(before.by_step_db, key=lambda step: before.by_step_db[step])[:RANKING_STEPS]
@@ -94,7 +94,7 @@ def _growing(total: int) -> list[int]:
     return counts
 
 
-class _Search:
+class FloorSearch:
     """Candidates: which layers are float, and how good the rest then is."""
 
     ranking: Ranking

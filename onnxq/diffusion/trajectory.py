@@ -19,7 +19,7 @@ import numpy as np
 from onnxq.calibration.data import STEP_KEY, Array, Npz, Sample
 from onnxq.diffusion.denoiser import Denoiser, Runnable
 from onnxq.diffusion.schedule import Schedule
-from onnxq.diffusion.selection import select
+from onnxq.diffusion.selection import by_influence, select
 from onnxq.errors import OnnxqError
 from onnxq.parallel import SharedModel, Workers
 from onnxq.progress import Advance
@@ -41,7 +41,8 @@ class Visit:
         step: Which step of the sampler; 0 is the noisiest.
         feed: What the network is given: with guidance the conditional rows, then the unconditional ones.
         raw: What it predicts for each row.
-        prediction: The prediction that the sampler uses (guided, where guidance acts).
+        prediction: The prediction that the sampler uses (guided, where guidance acts), as it stands here when the next
+            step is asked for: what is changed in place is what the sampler goes on with.
     """
 
     step: int
@@ -289,6 +290,7 @@ class Trajectories:
         count: How many inputs, at most.
         trajectories: From how many samples.
         policy: Which steps (see :func:`onnxq.diffusion.selection.select`).
+        influence: Of each step on the images [steps]; with it, inputs are spread by :func:`selection.by_influence`.
         advance: Called with the number of steps that are done.
         workers: Who runs the batches; ``None``: this process.
         shared: The model of ``session``, where there are workers.
@@ -302,18 +304,22 @@ class Trajectories:
         count: int,
         trajectories: int,
         policy: str = "uniform",
+        influence: Array | None = None,
         advance: Advance | None = None,
         workers: Workers | None = None,
         shared: SharedModel | None = None,
     ) -> None:
         sampler.check()
-        self.sampler = sampler
+        self.sampler, self.influence = sampler, influence
         steps = len(sampler.schedule.timesteps)
         branches = np.mean([sampler.rows(step) for step in range(steps)])
         kept = int(np.clip(round(count / branches / trajectories), 1, steps))
-        chosen = select(policy, trajectories, sampler.schedule.timesteps, kept, sampler.seed)
-        if policy == "uniform":
-            chosen[:, -1] = True  # the quietest step, where samples differ most: it takes many to judge it
+        if influence is None:
+            chosen = select(policy, trajectories, sampler.schedule.timesteps, kept, sampler.seed)
+        else:
+            chosen = by_influence(influence, trajectories, kept, sampler.seed)
+        if influence is not None or policy == "uniform":
+            chosen[:trajectories, -1] = True  # the quietest step, where samples differ most: it takes many to judge it
         self._folder = tempfile.TemporaryDirectory(prefix="onnxq-trajectories-")
         path = Path(self._folder.name) / "trajectories.npz"
         record(sampler, session, chosen, path, advance, workers, shared)

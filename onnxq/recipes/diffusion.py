@@ -11,6 +11,8 @@ from onnxq.calibration.data import STEP_KEY
 from onnxq.calibration.one_sided import free_zero_points
 from onnxq.calibration.shortcuts import FORMS, split_shortcuts
 from onnxq.diffusion import time_scales
+from onnxq.diffusion.image_layers import keep_images
+from onnxq.diffusion.influence import image_influence
 from onnxq.diffusion.selection import POLICIES
 from onnxq.diffusion.source import sampler_of
 from onnxq.diffusion.step_floor import hold_floor
@@ -33,13 +35,15 @@ class Diffusion(BlockKnobs):
     1. What depends on the timestep alone becomes tables of the sampler's steps, where they are smaller than its
        weights (TFMQ-DM's cache, arXiv 2407.19547).
     2. Layers that read a Concat are split where that pays (Q-Diffusion, arXiv 2302.04304, section 3.2).
-    3. Layers without which a sampler step loses too much stay float. They are looked for with weights of 8 bits: what
-       fewer bits lose is learned back in step 5.
-    4. Calibrate on all steps.
+    3. Layers without which a sampler step loses too much stay float, and those that alone make most of the error of the
+       images. They are looked for with weights of 8 bits: what fewer bits lose is learned back in step 5.
+    4. Calibrate on all steps; half of the inputs come from those in which an error moves the images most. That is
+       measured: the float sampler runs with a little noise in the prediction of one step after the other.
     5. Block by block, learn the rounding of weights and the steps of activations together, on what the quantized part
        of the network makes (BRECQ, arXiv 2102.05426). Biases take back the mean error that is left.
     6. With ``groups``, activations whose range drifts get a scale for each group of steps (APQ-DM, arXiv 2305.18723).
-    7. Measure what error remains in each step, and take back what follows the prediction (PTQD, arXiv 2305.10657).
+    7. Measure what error remains in each step, and take back what follows the prediction (PTQD, arXiv 2305.10657), and
+       its mean as an image where that moves what is sampled.
     8. With ``float_steps``, an index beside the result sends the first steps to the float network.
 
     Source: the composition is ours; the papers are named above.
@@ -60,11 +64,14 @@ class Diffusion(BlockKnobs):
         split_gain_db: By how much the error of a layer's output has to fall for that.
         shift: Whether one-sided activations are shifted into a symmetric range where codes have to be symmetric.
         step_floor_db: SQNR that every sampler step keeps; 0 turns it off.
+        image_gain_db: By how much the foretold error of the images has to fall for a further layer to stay float; 0
+            turns it off.
         correct: Whether the error of each step is taken back behind the network.
         groups: In how many groups of steps an activation has a scale of its own (APQ-DM); 1: one scale for all.
         least_gain_db: By how much the error of an activation has to fall for that: factors cost time.
         float_steps: How many of the first steps run the float network, which is stored beside the quantized one.
-        selection: Which steps are kept where no data is given.
+        selection: Which steps are kept where no data is given; ``influence``: half of them evenly spread, half in
+            proportion to what an error there does to the images.
         trajectories: How many samples the sampler makes.
         kept_steps: Steps kept of each.
     """
@@ -74,11 +81,12 @@ class Diffusion(BlockKnobs):
     split_gain_db: float = 2.0
     shift: bool = True
     step_floor_db: float = 22.0
+    image_gain_db: float = 2.0
     correct: bool = True
     groups: int = 1
     least_gain_db: float = 2.0
     float_steps: int = 0
-    selection: str = choice(*POLICIES)
+    selection: str = choice("influence", *POLICIES)
     trajectories: int = 16
     kept_steps: int = 16
     correct_biases: bool = True
@@ -96,13 +104,19 @@ class Diffusion(BlockKnobs):
                 hint=f"the sampler has {len(times)} steps, the last of which is quantized at least",
             )
         whole = job.model.clone() if self.float_steps else None
-        exact = Session(job.model, device=job.settings.device) if self.correct else None
+        exact = Session(job.model, device=job.settings.device)
+        influence = getattr(job.source, "influence", None)
+        if influence is None and self.image_gain_db > 0:
+            influence = image_influence(sampler, exact)
         job.prepare()
         if self.cache:
             CacheTemporalFeatures(sampler.denoiser, times, bytes_per_weight=1.0)(job.model)
         split_shortcuts(job, self.split, self.split_gain_db)
         if self.step_floor_db > 0:
             hold_floor(self._with_wide_weights(job), observe, search, self.step_floor_db)
+        if influence is not None and self.image_gain_db > 0:
+            error = keep_images(self._with_wide_weights(job), observe, search, influence, self.image_gain_db)
+            job.measurements["foretold_image_error"] = error
         blocks = cut(job.model.graph)
         by_step = time_scales.record(job) if self.groups > 1 else {}
         job.insert()
@@ -126,8 +140,8 @@ class Diffusion(BlockKnobs):
         if scales is not None and chosen is not None:
             job.measurements["time_scales"] = {"values": len(scales.tables), "moving": len(chosen.tables)}
             time_scales.lower(job, sampler, chosen.tables, "rescale")
-        if exact is not None and STEP_KEY in next(iter(job.source), {}):
-            Ptqd().correct(job, exact, sampler.denoiser)
+        if self.correct and STEP_KEY in next(iter(job.source), {}):
+            Ptqd().correct(job, exact, sampler.denoiser, influence)
         if whole is not None:
             first = self.float_steps
             job.subgraphs = [

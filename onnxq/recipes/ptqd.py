@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from onnxq.calibration.calibrate import Recording
 from onnxq.calibration.data import STEP_KEY, Array, Source, batches, inputs_of
 from onnxq.config import build_knobs
 from onnxq.diffusion import denoiser as denoisers
+from onnxq.diffusion.mean_image import ErrorImage, mean_image, worth_storing
 from onnxq.diffusion.noise_correction import Correction, OutputError, fit_held_out
 from onnxq.diffusion.source import sampler_of
 from onnxq.diffusion.step_precision import choose, forward_snr_db, subgraphs_of
@@ -96,28 +97,37 @@ class Ptqd:
         ]
         _remember(job, _mixed(fits, chosen))
 
-    def correct(self, job: Job, exact: Session, denoiser: denoisers.Denoiser) -> None:
+    def correct(self, job: Job, exact: Session, denoiser: denoisers.Denoiser, influence: Array | None = None) -> None:
         """Steps 2 and 3, on a job whose model is quantized; its inputs have steps.
 
         Args:
             job: The job.
             exact: The float network, as it was before anything was changed.
             denoiser: Its roles.
+            influence: Of each step on the images [steps]: where that takes something off their error, a step's mean
+                error is taken back as an image, not by channel alone.
         """
-        fit = self._fit(job, exact, denoiser)
+        fit = self._fit(job, exact, denoiser, influence)
         fit.append_to(job.model, denoiser)
         _remember(job, fit)
 
-    def _fit(self, job: Job, exact: Session, denoiser: denoisers.Denoiser) -> Fit:
+    def _fit(self, job: Job, exact: Session, denoiser: denoisers.Denoiser, influence: Array | None = None) -> Fit:
         with job.progress.stage("correct", "Measuring the error of each step"):
             quantized = Session(job.model, device=job.settings.device, optimize=job.target.name == "cpu")
-            halves, timesteps = _compare(exact, quantized, job, denoiser)
+            halves, pictures, timesteps = _compare(exact, quantized, job, denoiser, influence is not None)
             corrections = {
                 step: fit_held_out(*pair, least_r_squared=self.least_r_squared, clip_slope=self.clip_slope)
                 for step, pair in sorted(halves.items())
             }
-            ratios = {step: _joined(halves[step]).sqnr_db(correction) for step, correction in corrections.items()}
-        return Fit(corrections, timesteps, ratios)
+            joined = {step: _joined(pair) for step, pair in sorted(halves.items())}
+            ratios = {step: joined[step].sqnr_db(correction) for step, correction in corrections.items()}
+            images: dict[int, Array] = {}
+            if influence is not None:
+                found = {step: mean_image(pictures[step], correction) for step, correction in corrections.items()}
+                errors = {step: joined[step].mean_square(correction) for step, correction in corrections.items()}
+                weights = {step: influence[step] / max(error.signal, 1e-30) for step, error in joined.items()}
+                images = worth_storing(found, errors, weights)
+        return Fit(corrections, timesteps, ratios, images)
 
 
 @dataclass(frozen=True)
@@ -128,11 +138,13 @@ class Fit:
         corrections: How its prediction is corrected.
         timesteps: What the network is told.
         sqnr_db: Of the corrected prediction.
+        images: What is taken from it beyond that, where it pays [channels, …].
     """
 
     corrections: dict[int, Correction]
     timesteps: dict[int, float]
     sqnr_db: dict[int, float]
+    images: dict[int, Array] = field(default_factory=dict)
 
     def append_to(self, model: ir.Model, denoiser: denoisers.Denoiser) -> None:
         """Correct the model's prediction."""
@@ -146,7 +158,8 @@ class Fit:
             )
         times = np.asarray([self.timesteps[step] for step in steps])
         factors, offsets = np.asarray([item.factor for item in found]), np.stack([item.offset for item in found])
-        CorrectPrediction(denoiser.output, denoiser.timestep.name, times, factors, offsets)(model)
+        images = {steps.index(step): -image for step, image in sorted(self.images.items())}
+        CorrectPrediction(denoiser.output, denoiser.timestep.name, times, factors, offsets, images)(model)
 
     def table(self) -> list[dict[str, Any]]:
         """What a sampler needs to know."""
@@ -187,10 +200,11 @@ def _need_steps(source: Source) -> None:
 
 
 def _compare(
-    exact: Session, quantized: Session, job: Job, denoiser: denoisers.Denoiser
-) -> tuple[dict[int, tuple[OutputError, OutputError]], dict[int, float]]:
-    """Statistics of each step in two halves, and the steps' timesteps."""
+    exact: Session, quantized: Session, job: Job, denoiser: denoisers.Denoiser, with_images: bool
+) -> tuple[dict[int, tuple[OutputError, OutputError]], dict[int, tuple[ErrorImage, ErrorImage]], dict[int, float]]:
+    """Statistics of each step in two halves, those of mean images if they are wanted, and the steps' timesteps."""
     halves: dict[int, tuple[OutputError, OutputError]] = {}
+    pictures: dict[int, tuple[ErrorImage, ErrorImage]] = {}
     times: dict[int, float] = {}
     for batch in batches(job.source, job.specs, batch_size=ROWS, samples=job.settings.samples):
         feed = inputs_of(batch, job.specs)
@@ -200,9 +214,13 @@ def _compare(
         for row, (step, stamp) in enumerate(zip(steps.tolist(), stamps.tolist(), strict=True)):
             pair = halves.setdefault(step, (OutputError(), OutputError()))
             times[step] = float(stamp)
-            half = pair[(pair[0].rows + pair[1].rows) % 2]
-            half.update(expected[row : row + 1], found[row : row + 1])
-    return halves, times
+            turn = (pair[0].rows + pair[1].rows) % 2
+            pair[turn].update(expected[row : row + 1], found[row : row + 1])
+            if with_images:
+                pictures.setdefault(step, (ErrorImage(), ErrorImage()))[turn].update(
+                    expected[row : row + 1], found[row : row + 1]
+                )
+    return halves, pictures, times
 
 
 def _joined(pair: tuple[OutputError, OutputError]) -> OutputError:

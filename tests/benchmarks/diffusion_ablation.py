@@ -42,8 +42,12 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "time learned apart": ("tfmq-dm", {}),
     "time in tables": ("tfmq-dm", {"maintenance": "cache"}),
     **{f"scales of {groups} groups": ("apq-dm", {"groups": groups}) for groups in (1, 2, 4, 8)},
+    "steps drawn skewed": ("ptq4dm", {}),
+    "the network trained": ("q-dm", {}),
     "all that pays": ("diffusion", {}),
-    "all, from GPTQ's codes": ("diffusion", {"start": "gptq"}),
+    "- inputs by influence": ("diffusion", {"selection": "uniform"}),
+    "- float where images need it": ("diffusion", {"image_gain_db": 0.0}),
+    "- GPTQ's codes": ("diffusion", {"start": "nearest"}),
     "all, biases learned": ("diffusion", {"start": "gptq", "bias_rate": 1e-3}),
     "- shift": ("diffusion", {"shift": False}),
     "- tables of time": ("diffusion", {"cache": False}),
@@ -61,6 +65,7 @@ def main() -> None:
     parser.add_argument("--target", default="tensorrt")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--inputs", type=int, default=256, help="that every recipe calibrates on and learns from")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budget", default="quick")
     parser.add_argument("--iterations", type=int, default=0)
@@ -89,7 +94,8 @@ def judge(arguments: argparse.Namespace, name: str, weights: str, row: str, firs
     if scheduler.is_file():
         common["scheduler"] = str(scheduler)
     sampler, _ = open_sampler(models.load(path), path, make_settings(common | {"seed": 1000}))
-    options = {"weights": weights, "activations": arguments.activations, "target": arguments.target}
+    options: dict[str, Any] = {"weights": weights, "activations": arguments.activations, "target": arguments.target}
+    options["samples"] = arguments.inputs
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "quantized.onnx"
         try:
