@@ -20,12 +20,20 @@ from onnxq.learning.finetune import Batch, Batches, FineTuning, finetune
 from onnxq.learning.losses import distillation
 from onnxq.learning.student import Student
 from onnxq.learning.walk import FLOAT, QUANTIZED, Walk, inside
+from onnxq.runtime import Session
 
 INPUTS = {"student": QUANTIZED, "teacher": FLOAT}
 
 
 def distil_network(
-    job: Job, outputs: Mapping[str, str], options: FineTuning, *, temperature: float, samples: int, cache_mib: int
+    job: Job,
+    outputs: Mapping[str, str],
+    options: FineTuning,
+    *,
+    temperature: float,
+    samples: int,
+    cache_mib: int,
+    teacher: Session | None = None,
 ) -> None:
     """Train the whole Q/DQ graph to give the float network's outputs; both run on the same samples.
 
@@ -38,6 +46,7 @@ def distil_network(
         temperature: Of the logits.
         samples: How many calibration samples to learn from.
         cache_mib: Memory for inputs and the teacher's outputs; beyond it they go to disk.
+        teacher: The float network, where it is not the graph without its Q/DQ.
     """
     graph = TorchGraph(job.model, job.settings.device)
     quantizers = found_quantizers.find(job.model.graph)
@@ -51,7 +60,10 @@ def distil_network(
         walk = Walk(graph, quantizers, whole, cache)
         walk.fill(job.source, job.specs, samples)
         for block in whole:
-            walk.prepare(block)
+            if teacher is None:
+                walk.prepare(block)
+            else:
+                walk.prepare_from(block, teacher)
         student = _student(graph, quantizers, options)
         learned = finetune(
             student,

@@ -14,6 +14,7 @@ from onnxq.calibration.data import InputSpec, Source, batches, inputs_of
 from onnxq.errors import OnnxqError
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.quantizers import Quantizer, as_float
+from onnxq.runtime import Session
 
 FLOAT, QUANTIZED = "float ", "quantized "
 ROWS = 16  # samples that run at once
@@ -80,6 +81,18 @@ class Walk:
     def prepare(self, block: Block) -> None:
         """Compute the float network's values at the end of the block."""
         self._run(block, FLOAT, self._float)
+
+    def prepare_from(self, block: Block, teacher: Session) -> None:
+        """The same from another network, whose inputs are the block's: where Q/DQ stand in another function."""
+        name = block.output
+        for start in range(0, self.samples, self.chunk):
+            index = slice(start, min(start + self.chunk, self.samples))
+            given = {key: value.cpu().numpy() for key, value in self.inputs(block, index, FLOAT).items()}
+            value = torch.from_numpy(teacher.run(given, [name])[0])
+            if start == 0:
+                self._axes[name] = 0
+                self.cache.allocate(FLOAT + name, (self.samples, 1, *value.shape[1:]), value.dtype)
+            self.cache.write(FLOAT + name, index, value[:, None])
 
     def advance(self, block: Block) -> None:
         """Compute the quantized network's values at the end of the finished block, and drop what is not read again."""

@@ -8,11 +8,15 @@ from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.diffusion import time_scales
 from onnxq.diffusion.selection import POLICIES
 from onnxq.diffusion.source import sampler_of
+from onnxq.diffusion.token_deviation import token_deviations
+from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.knobs import choice
 from onnxq.learning.distillation import distil_network
 from onnxq.learning.finetune import FineTuning
+from onnxq.passes.normalise_attention import NormaliseAttention, operands
 from onnxq.passes.time_conditioned_scales import TimeConditionedScales
+from onnxq.runtime import Session
 from onnxq.targets import scheme_of_ends
 from onnxq.targets.placement import first_and_last
 
@@ -37,15 +41,16 @@ class QDm:
     numbers, and that the loss of NeM has no term of the noise itself.
 
     Departures:
-        - TaQ divides every activation that products read by a table over the steps, and multiplies back: the float
-          network's function is kept. Others describe the paper's as a normalisation of attention's queries and keys by
-          their own mean and deviation, with which the network is trained: that would be another function.
+        - By default TaQ divides every activation that products read by a table over the steps, and multiplies back: the
+          float network's function is kept. Others describe the paper's as a normalisation of attention's queries and
+          keys by their own mean and deviation, with which the network is trained: that is ``taq=norm``, another
+          function. Statistics are then over the channels of each token, and gains for each channel train with it.
         - Inputs are those of the sampler's own trajectories (or recorded ones, as ``--data``), not noised images; they
           are what the network will see. They are few, so training is short, and weights are not averaged.
         - Steps are learned as logarithms (recipe ``lsq``), and start at the least error.
 
     Attributes:
-        taq: ``table`` or ``none``.
+        taq: ``table``; ``norm``: queries and keys of attention are normalised instead; ``none``.
         groups: How many groups of steps the table has; 0: every step its own.
         steps: Steps of the optimiser; 0: what ``--budget`` says.
         batch: Samples in a step.
@@ -59,7 +64,7 @@ class QDm:
         cache_mib: Memory for inputs and what the float network makes of them; what is more goes to files.
     """
 
-    taq: str = choice("table", "none")
+    taq: str = choice("table", "norm", "none")
     groups: int = 8
     steps: int = 0
     batch: int = 16
@@ -82,6 +87,10 @@ class QDm:
             ends = scheme_of_ends(job.target, job.scheme, "int8")
             job.exceptions |= {name: ends for name in first_and_last(job.model.graph)}
         statistics = time_scales.record(job) if self.taq == "table" else {}
+        teacher = None
+        if self.taq == "norm":
+            teacher = Session(job.model, device=job.settings.device)
+            self.normalise(job)
         job.insert()
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
         if statistics:
@@ -97,6 +106,23 @@ class QDm:
         )
         samples = min(self.samples, len(job.source), job.settings.samples or self.samples)
         distil_network(
-            job, {denoiser.output: "mse"}, options, temperature=1.0, samples=samples, cache_mib=self.cache_mib
+            job,
+            {denoiser.output: "mse"},
+            options,
+            temperature=1.0,
+            samples=samples,
+            cache_mib=self.cache_mib,
+            teacher=teacher,
         )
         job.lower()
+
+    @staticmethod
+    def normalise(job: Job) -> None:
+        """TaQ as others describe it."""
+        found = operands(job.model.graph)
+        if not found:
+            raise OnnxqError(
+                "expected attention (a Softmax of q · kᵀ, times v) for taq=norm, found none",
+                hint="use --set taq=table",
+            )
+        NormaliseAttention(token_deviations(job, found))(job.model)

@@ -1,0 +1,31 @@
+"""How far the channels of attention's queries and keys spread in a token, on average over the calibration inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnxq.calibration.data import batches, inputs_of
+from onnxq.job import Job
+from onnxq.passes.normalise_attention import Operand
+from onnxq.runtime import Session
+
+ROWS, SAMPLES = 16, 64
+
+
+def token_deviations(job: Job, items: Sequence[Operand]) -> dict[str, float]:
+    """The standard deviation over channels, averaged over tokens, heads, samples and steps, by name of the value."""
+    names = list(dict.fromkeys(item.value.name or "" for item in items))
+    axes = {item.value.name or "": item.axis for item in items}
+    if not names:
+        return {}
+    session = Session(job.model, taps=names, device=job.settings.device)
+    sums, rows = dict.fromkeys(names, 0.0), 0
+    for batch in batches(job.source, job.specs, batch_size=ROWS, samples=SAMPLES):
+        feed = inputs_of(batch, job.specs)
+        count = len(next(iter(feed.values())))
+        for name, value in zip(names, session.run(feed, names), strict=True):
+            sums[name] += count * float(np.mean(np.std(value, axis=axes[name], dtype=np.float64)))
+        rows += count
+    return {name: total / rows for name, total in sums.items() if total > 0}
