@@ -32,6 +32,13 @@ class ZeroQ:
         - Weight steps of mixed precision minimise the squared error (``weight_ranges=minmax`` is the paper's).
         - With ``--data``, those samples are used and nothing is distilled.
 
+    Below 8 bits extremes are no good rule, whatever they are taken from, and what is better there need not be nearer
+    to real data. The shipped Fashion-MNIST classifier, quantized as in the paper, W4A4, has 90.4 % with the extremes of
+    32 real images, 93.9 % with half of them, 60.2 % with 1.2 times and 87.5 % with 1.5 times; of 32 inputs each, two
+    seeds: noise 90.7 and 83.7 %, this recipe 86.7 and 81.8 % (its first layers reach 1.05 to 1.2 times as far as real
+    ones), ``genie`` 93.5 and 93.1 %. At W3A3 the papers' order holds: noise 28 and 29 %, this recipe 43 and 39, ``dsg``
+    45 and 40, ``genie`` 63 and 61, real images 35 and 31. Use another ``observer``.
+
     Attributes:
         images: How many inputs are distilled.
         budget_bits: The mean width of weights; 0: no budget.
