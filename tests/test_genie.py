@@ -69,13 +69,13 @@ def small(images: np.ndarray) -> ir.Model:
     return model
 
 
-def final_loss(network: Network, *, learn_codes: bool, steps: int) -> tuple[float, float]:
-    """The distance to the statistics before the first step and after the last one, on codes as they then are."""
+def course(network: Network, *, learn_codes: bool, samples: int, steps: int) -> list[float]:
+    """The loss on a batch after each step, on codes as they then are."""
     source = torch.Generator().manual_seed(1)
-    generator = Generator(32, network.shape, source, steps=steps)  # type: ignore[arg-type]
+    generator = Generator(samples, network.shape, source, steps=steps)  # type: ignore[arg-type]
     match, standard = MatchStatistics(network.layers, False, True), StandardInputs()
     losses = []
-    for _ in range(steps + 1):
+    for _ in range(steps):
         if not learn_codes:  # a generator alone: it has to suit all codes
             generator.codes.data = torch.randn(generator.codes.shape, generator=source)
         generator.zero_grad()
@@ -84,22 +84,20 @@ def final_loss(network: Network, *, learn_codes: bool, steps: int) -> tuple[floa
         loss = match(made, taps) + standard(made, taps)
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(float(loss.detach()))
-        if len(losses) <= steps:
-            generator.step(loss.detach())
-    return losses[0], losses[-1]
+        generator.step(loss.detach())
+    return losses
 
 
-def test_codes_that_learn_beside_the_generator_come_nearer(small: ir.Model) -> None:
-    """As in section 3.1 of the paper; how much nearer depends on the network and on the steps.
+def test_codes_that_learn_beside_the_generator_come_nearer() -> None:
+    """As in section 3.1 of the paper, on a trained network: a quarter at most of what is left to a generator alone.
 
-    After 100 steps 0.57 of what is left to a generator alone, after 200 0.51; with the fourteen layers of the
-    shipped classifier 0.38 after 80. A quarter takes hundreds of steps on a deep network.
+    Measured 0.18 with 4 images (0.21 after 100 steps); the more images a batch has, the less fresh codes disturb its
+    statistics: 0.27 with 8; with 16 images 0.29 after 300 steps; 0.84 with 32 after 80.
     """
-    network = Network(small, 0, "cpu")
-    first, joint = final_loss(network, learn_codes=True, steps=100)
-    _, alone = final_loss(network, learn_codes=False, steps=100)
-    assert joint < 0.25 * first
-    assert joint < 0.75 * alone
+    network = Network(models.load(FASHION), 0, "cpu")
+    joint, alone = (course(network, learn_codes=learn, samples=4, steps=150) for learn in (True, False))
+    assert joint[-1] < joint[0] / 100
+    assert np.mean(joint[-10:]) < 0.25 * np.mean(alone[-10:])
 
 
 def test_codes_in_the_file_are_what_was_learned(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from onnxq import graph as graphs
+from onnxq.passes.decompose_attention import DecomposeAttention
 
 DENSITY_FLOOR = 1e-4
 NARROWEST_GRID = 4.0  # bandwidths; equal similarities would else have an entropy of 0, above that of a narrow peak
@@ -23,9 +24,21 @@ MOST_EXTRA_TOKENS = 2  # a class token, and one for distillation
 
 
 def attention_outputs(model: ir.Model) -> list[str]:
-    """The values ``softmax(q · kᵀ) · v`` of a graph in its order: products whose left side is a Softmax."""
-    names = [node.outputs[0].name for node in graphs.attention_products(model.graph)]
+    """The values ``softmax(q · kᵀ) · v`` of a graph in its order: products whose left side is a Softmax.
+
+    Those of Attention nodes (opset 23) are found once :class:`DecomposeAttention` has taken them apart.
+    """
+    names = [node.outputs[0].name for node in graphs.attention_products(taken_apart(model).graph)]
     return [name for name in names if name]
+
+
+def taken_apart(model: ir.Model) -> ir.Model:
+    """The model with its Attention nodes as products and Softmax; itself where it has none."""
+    if not any(graphs.is_op(node, "Attention") for node in model.graph):
+        return model
+    model = model.clone()
+    DecomposeAttention()(model)
+    return model
 
 
 def patch_similarities(values: Tensor, samples: int) -> Tensor:

@@ -18,7 +18,7 @@ from onnxq.errors import OnnxqError
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
 from onnxq.progress import Progress
 from onnxq.runtime import Session
-from onnxq.synthesis.attention import PatchEntropy, attention_outputs
+from onnxq.synthesis.attention import PatchEntropy, attention_outputs, taken_apart
 from onnxq.synthesis.methods import Method, get
 from onnxq.synthesis.network import Network
 from onnxq.synthesis.scale import smooth_noise
@@ -159,7 +159,7 @@ def synthesise(
             f"expected one float input [batch, channels, …] of known size to make, found {found}", hint="give --data"
         )
     _check_runs(model, specs, device)
-    maker = _Maker(model, recipe, seed, device)
+    maker = _Maker(taken_apart(model), recipe, seed, device)
     total = steps or max(1, round(recipe.steps * SHARE_OF_STEPS[budget]))
     untouched = int(recipe.noise * count)
     sizes = _batches(count - untouched, maker.batch)
