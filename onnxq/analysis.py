@@ -14,7 +14,8 @@ import numpy as np
 from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq import targets
-from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.calibration import observers, weight_ranges
+from onnxq.calibration.recording import record
 from onnxq.config import Settings
 from onnxq.errors import OnnxqError
 from onnxq.inputs import calibration_inputs
@@ -169,7 +170,7 @@ class _Study:
         serialized = serialize(job.model, [name for name in taps if name not in inputs], by_path=job.workers is None)
         session = Session(serialized, device=job.settings.device)
         with job.progress.stage("calibrate", "Calibrating", self.samples) as advance:
-            recording = calibrate.record(
+            recording = record(
                 session,
                 taps,
                 job.source,

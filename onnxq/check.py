@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnxq import graph as graphs
-from onnxq.calibration.calibrate import thinned
+from onnxq.calibration.recording import thinned
 from onnxq.calibration.text import without_padding
 from onnxq.errors import OnnxqError
 from onnxq.job import Job

@@ -15,9 +15,10 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq import shapes
-from onnxq.calibration import bias_correction, calibrate
+from onnxq.calibration import bias_correction
 from onnxq.calibration.data import InputSpec, Source, input_specs
 from onnxq.calibration.observers import Range, Statistics
+from onnxq.calibration.recording import KEPT_SAMPLES, MEAN_SAMPLES, Recording, record
 from onnxq.config import Settings
 from onnxq.decoders import attention_in_float
 from onnxq.diffusion.subgraphs import Subgraph
@@ -76,8 +77,8 @@ class Job:
     progress: Progress
     specs: list[InputSpec] = field(default_factory=list)
     placement: Placement | None = None
-    recording: calibrate.Recording | None = None
-    observed: calibrate.Recording = field(default_factory=lambda: calibrate.Recording({}))
+    recording: Recording | None = None
+    observed: Recording = field(default_factory=lambda: Recording({}))
     ranges: dict[str, Range] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     exceptions: dict[str, Scheme] = field(default_factory=dict)
@@ -211,15 +212,15 @@ class Job:
                 self.recording.statistics[name].is_short = True
         return self.recording.statistics
 
-    def _run_float(self, taps: Sequence[str], channel_axes: Mapping[str, int]) -> calibrate.Recording:
+    def _run_float(self, taps: Sequence[str], channel_axes: Mapping[str, int]) -> Recording:
         session = self._float_session or self._open_float_session(taps)
         total = min(len(self.source), self.settings.samples or len(self.source))
         if not taps:
-            total = min(total, calibrate.KEPT_SAMPLES)  # weights only: a few samples to check the result on
+            total = min(total, KEPT_SAMPLES)  # weights only: a few samples to check the result on
         elif not self._has_ranges:
-            total = min(total, calibrate.MEAN_SAMPLES)
+            total = min(total, MEAN_SAMPLES)
         with self.progress.stage("calibrate", "Calibrating", total) as advance:
-            recording = calibrate.record(
+            recording = record(
                 session,
                 taps,
                 self.source,

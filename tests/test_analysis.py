@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 import onnxq
 from onnxq import analysis, switchboard, targets
 from onnxq import model as models
-from onnxq.calibration import calibrate, observers
+from onnxq.calibration import observers
 from onnxq.calibration.data import Spread, input_specs, open_source
+from onnxq.calibration.recording import record
 from onnxq.cli import app
 from onnxq.runtime import Session
 from onnxq.sensitivity import Probe, judged_samples
@@ -67,7 +68,7 @@ def test_switches_off_are_the_float_model_and_on_the_quantized_one() -> None:
     layers = switchboard.layers_of(loaded.graph, lambda node: scheme, target.place(loaded.graph, scheme).left_float)
     taps = switchboard.activations_of(loaded.graph, layers)
     session = Session(loaded, taps=[name for name in taps if name != "x"])
-    statistics = calibrate.record(session, taps, source, specs, samples=32).statistics
+    statistics = record(session, taps, source, specs, samples=32).statistics
     judged = judged_samples(session, source, specs, 16)
     probe = Probe(loaded, judged, statistics, specs, observers.get("minmax"))
     board = probe.board(layers)

@@ -14,6 +14,7 @@ from onnxq import OnnxqError, targets
 from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq.calibration import calibrate
+from onnxq.calibration.recording import record
 from onnxq.passes.fold_affine import FoldAffine
 from onnxq.passes.fold_batchnorm import FoldBatchNorm
 from onnxq.passes.fuse_activations import FuseActivations
@@ -143,7 +144,7 @@ def quantized(target_name: str, activations: str | None = None) -> ir.Model:
     session = Session(model, taps=[name for name in taps if name != "x"])
     InsertQDQ(placement.sites)(model)
     source = calibrate_source()
-    found = calibrate.record(session, taps, source, calibrate_specs(model))
+    found = record(session, taps, source, calibrate_specs(model))
     from onnxq.calibration.observers import minmax
 
     calibrate.set_activation_scales(model, found.statistics, minmax)

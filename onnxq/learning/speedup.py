@@ -17,6 +17,7 @@ from onnxq import graph as graphs
 from onnxq.calibration import calibrate
 from onnxq.calibration.data import batches, inputs_of
 from onnxq.calibration.observers import Observer, Statistics
+from onnxq.calibration.recording import record
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.layer_times import layer_times_ms, owners_of
@@ -126,7 +127,7 @@ class Race:
         names = sorted(value.name or "" for value in values if not graphs.is_constant(value))
         inputs = {spec.name for spec in self.job.specs}
         session = Session(self.job.model, taps=[name for name in names if name not in inputs])
-        recording = calibrate.record(session, names, self.job.source, self.job.specs, samples=SCALE_SAMPLES)
+        recording = record(session, names, self.job.source, self.job.specs, samples=SCALE_SAMPLES)
         return recording.statistics
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.calibration import calibrate
 from onnxq.calibration.data import batches, inputs_of
 from onnxq.calibration.observers import Statistics
+from onnxq.calibration.recording import record
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.learning.outputs import compared
@@ -204,9 +204,7 @@ def probe_of(job: Job, widths: Widths, loss: str, observer: Any, search: Any, sa
         tapped = Session(job.model, taps=[name for name in names if name not in inputs], device=job.settings.device)
         total = min(len(job.source), job.settings.samples or len(job.source))
         with job.progress.stage("calibrate", "Calibrating", total) as advance:
-            statistics = calibrate.record(
-                tapped, names, job.source, job.specs, samples=total, on_batch=advance
-            ).statistics
+            statistics = record(tapped, names, job.source, job.specs, samples=total, on_batch=advance).statistics
     return Probe(
         job.model,
         judged,

@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import model as models
-from onnxq.calibration.calibrate import Recording
 from onnxq.calibration.data import STEP_KEY, Array, Source, batches, inputs_of
+from onnxq.calibration.recording import Recording
 from onnxq.config import build_knobs
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion.mean_image import ErrorImage, mean_image, worth_storing

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from onnxq import model as models
 from onnxq import targets
-from onnxq.calibration import calibrate
 from onnxq.calibration.data import input_specs, open_source
+from onnxq.calibration.recording import record
 from onnxq.parallel import Workers, open_workers
 from onnxq.runtime import Session, serialize
 from onnxq.scheme import Scheme
@@ -66,9 +66,9 @@ def main() -> None:
         with opened(count, arguments.ray) as workers:
             shared = workers.share(serialized)
             opening = open_source(source[: 64 * 4 * count], specs)
-            calibrate.record(Session(serialized, threads=1), taps, opening, specs, workers=workers, shared=shared)
+            record(Session(serialized, threads=1), taps, opening, specs, workers=workers, shared=shared)
             session, before = Session(serialized, threads=1), time.perf_counter()
-            found = calibrate.record(session, taps, open_source(source, specs), specs, workers=workers, shared=shared)
+            found = record(session, taps, open_source(source, specs), specs, workers=workers, shared=shared)
             seconds = time.perf_counter() - before
         ranges = {name: (item.low, item.high, item.sum_of_highs) for name, item in found.statistics.items()}
         first, expected = first or seconds, expected or ranges
