@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxq import model as models
+from onnxq import kinds
 from onnxq.calibration.data import InputSpec, Preprocessing, Source, input_specs, open_source
 from onnxq.calibration.noise import Noise
 from onnxq.calibration.side_car import attached
@@ -52,11 +52,11 @@ def calibration_inputs(
         OnnxqError: the data is not what the model needs, or the model has inputs that nothing can be made up for.
     """
     specs = input_specs(model)
-    if data is None and (settings.scheduler or models.kind_of(model) is models.Kind.DENOISER):
+    if data is None and (settings.scheduler or kinds.kind_of(model) is kinds.Kind.DENOISER):
         from onnxq.diffusion.source import own_trajectories
 
         return own_trajectories(model, path, settings, progress, recipe, workers), []
-    if data is None and models.kind_of(model) is models.Kind.LANGUAGE:
+    if data is None and kinds.kind_of(model) is kinds.Kind.LANGUAGE:
         from onnxq.calibration.causality import writes_text
         from onnxq.calibration.generated_text import GeneratedText
         from onnxq.calibration.random_tokens import RandomTokens
@@ -98,7 +98,7 @@ def _made_up(
         else "a model exported with its BatchNormalization nodes, or --statistics, would tell more"
     )
     if asked not in ("noise", "auto") or (
-        asked == "auto" and (has_statistics or models.kind_of(model) is models.Kind.TRANSFORMER)
+        asked == "auto" and (has_statistics or kinds.kind_of(model) is kinds.Kind.TRANSFORMER)
     ):
         try:
             from onnxq.synthesis import synthesize

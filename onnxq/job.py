@@ -24,7 +24,8 @@ from onnxq.decoders import attention_in_float
 from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.errors import OnnxqError
 from onnxq.half import to_float16
-from onnxq.model import Kind, initializer_bytes, kind_of
+from onnxq.kinds import Kind, kind_of
+from onnxq.model import initializer_bytes
 from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.decompose_attention import DecomposeAttention
 from onnxq.passes.insert_qdq import InsertQDQ

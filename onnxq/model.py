@@ -8,11 +8,10 @@ synthesis reads its statistics.
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -325,51 +324,6 @@ def _check_tensors(model: ir.Model, file: Path) -> None:
 def _has_data(tensor: Any) -> bool:
     """Whether a tensor in onnx's own form holds any number."""
     return any(len(getattr(tensor, field)) for field in DATA_FIELDS)
-
-
-class Kind(enum.Enum):
-    """What a model is, as far as its graph tells."""
-
-    CNN = "cnn"
-    TRANSFORMER = "transformer"
-    DENOISER = "denoiser"
-    LANGUAGE = "language"
-
-
-def kind_of(model: ir.Model) -> Kind:
-    """Tell model kinds apart from inputs, outputs and ops alone.
-
-    A denoiser takes a sample and a timestep and returns something of the sample's shape. A language model takes
-    integer tokens, looks them up and returns a float for each. A transformer has an Attention, or multiplies a Softmax
-    with something.
-    """
-    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
-    outputs = list(model.graph.outputs)
-    if len(inputs) >= 2 and outputs and _takes_a_timestep(inputs, outputs):
-        return Kind.DENOISER
-    integers = (ir.DataType.INT64, ir.DataType.INT32)
-    takes_tokens = bool(inputs) and inputs[0].dtype in integers and any(graphs.rank(value) == 2 for value in inputs)
-    if takes_tokens and any(graphs.is_float(value) and graphs.rank(value) in (2, 3) for value in outputs):
-        return Kind.LANGUAGE
-    attends = any(graphs.is_op(node, "Attention") for node in model.graph)
-    attends = attends or next(graphs.attention_products(model.graph), None) is not None
-    return Kind.TRANSFORMER if attends else Kind.CNN
-
-
-def _takes_a_timestep(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> bool:
-    samples = [value for value in inputs if graphs.is_float(value) and (graphs.rank(value) or 0) >= 3]
-    timesteps = [value for value in inputs if graphs.rank(value) in (0, 1)]
-    return bool(timesteps) and any(
-        graphs.rank(sample) == graphs.rank(output) and _same_inner_sizes(sample, output)
-        for sample in samples
-        for output in outputs
-    )
-
-
-def _same_inner_sizes(first: ir.Value, second: ir.Value) -> bool:
-    """Whether all axes after batch and channels agree where both are known."""
-    pairs = zip(list(first.shape or ())[2:], list(second.shape or ())[2:], strict=True)
-    return all(not isinstance(a, int) or not isinstance(b, int) or a == b for a, b in pairs)
 
 
 def check_float(model: ir.Model) -> None:

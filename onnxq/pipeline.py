@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 import onnxq
+from onnxq import kinds, recipes, targets
 from onnxq import model as models
-from onnxq import recipes, targets
 from onnxq.calibration import observers, side_car, weight_ranges
 from onnxq.calibration.data import Source
 from onnxq.calibration.noise import Noise
@@ -107,7 +107,7 @@ def quantize(
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
         models.check_float(loaded)
-        kind = models.kind_of(loaded)  # of the float graph: what is rewritten for a target is harder to tell
+        kind = kinds.kind_of(loaded)  # of the float graph: what is rewritten for a target is harder to tell
         if settings.statistics is not None:
             side_car.attach(loaded, Path(settings.statistics))
     learns: bool = settings.low_rank > 0 or any(
@@ -184,7 +184,7 @@ def _with_range_rule(recipe: Recipe, source: Source, given: Mapping[str, Any]) -
     return changed
 
 
-def _numbers(job: Job, path: Path, checked: Check, recipe: Any, kind: models.Kind) -> dict[str, Any]:
+def _numbers(job: Job, path: Path, checked: Check, recipe: Any, kind: kinds.Kind) -> dict[str, Any]:
     quantized, weighted = quantized_counts(job.model.graph)
     warnings = list(job.warnings)
     if checked.sqnr_db < LOW_SQNR_DB:

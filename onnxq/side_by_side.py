@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import kinds, shapes
 from onnxq import model as models
-from onnxq import shapes
 from onnxq.calibration import data as inputs
 from onnxq.calibration.data import STEP_KEY, Source, Spread
 from onnxq.diffusion import denoiser as denoisers
@@ -196,7 +196,7 @@ class Bench:
 def _timestep(model: ir.Model) -> str | None:
     """The name of a denoiser's timestep."""
     try:
-        return denoisers.find(model).timestep.name if models.kind_of(model) == models.Kind.DENOISER else None
+        return denoisers.find(model).timestep.name if kinds.kind_of(model) == kinds.Kind.DENOISER else None
     except OnnxqError:
         return None
 

@@ -14,8 +14,8 @@ import onnx_ir as ir
 import pytest
 
 import onnxq
+from onnxq import kinds, runtime
 from onnxq import model as models
-from onnxq import runtime
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 from onnxq.writing import atomic_folder, write_text
@@ -120,17 +120,17 @@ def test_what_a_killed_writer_left_goes_with_the_next_and_a_living_one_keeps_its
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("models/resnet20_cifar10", models.Kind.CNN),
-        ("models/face_rfb320_bn", models.Kind.CNN),
-        ("models/r20vit_hybrid_cifar10", models.Kind.TRANSFORMER),
-        ("denoisers/mnist_unet_attention", models.Kind.DENOISER),
-        ("denoisers/fashion_unet_guided", models.Kind.DENOISER),
-        ("denoisers/mnist_dit_guided", models.Kind.DENOISER),
-        ("language/stories260k", models.Kind.LANGUAGE),
+        ("models/resnet20_cifar10", kinds.Kind.CNN),
+        ("models/face_rfb320_bn", kinds.Kind.CNN),
+        ("models/r20vit_hybrid_cifar10", kinds.Kind.TRANSFORMER),
+        ("denoisers/mnist_unet_attention", kinds.Kind.DENOISER),
+        ("denoisers/fashion_unet_guided", kinds.Kind.DENOISER),
+        ("denoisers/mnist_dit_guided", kinds.Kind.DENOISER),
+        ("language/stories260k", kinds.Kind.LANGUAGE),
     ],
 )
-def test_kinds_of_real_models(name: str, kind: models.Kind, shared_data: Path) -> None:
-    assert models.kind_of(models.load(shared_data / f"{name}.onnx")) is kind
+def test_kinds_of_real_models(name: str, kind: kinds.Kind, shared_data: Path) -> None:
+    assert kinds.kind_of(models.load(shared_data / f"{name}.onnx")) is kind
 
 
 def test_attention_is_seen_behind_a_guard_against_nan_and_behind_qdq() -> None:
@@ -140,12 +140,12 @@ def test_attention_is_seen_behind_a_guard_against_nan_and_behind_qdq() -> None:
     quantized = "p = Softmax (s) c = QuantizeLinear (p, zero) q = DequantizeLinear (c, zero) y = MatMul (q, v)"
     other = "p = Softmax (s) q = Mul (p, zero) y = MatMul (v, q)"
     for body, kind in (
-        (guarded, models.Kind.TRANSFORMER),
-        (quantized, models.Kind.TRANSFORMER),
-        (other, models.Kind.CNN),
+        (guarded, kinds.Kind.TRANSFORMER),
+        (quantized, kinds.Kind.TRANSFORMER),
+        (other, kinds.Kind.CNN),
     ):
         model = ir.from_onnx_text(f"{header}<float zero = {{0.0}}> {{ {body} }}")
-        assert models.kind_of(model) is kind
+        assert kinds.kind_of(model) is kind
 
 
 def test_compressed_weights_are_folded(shared_data: Path) -> None:

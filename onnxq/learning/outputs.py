@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
-from onnxq.model import Kind, kind_of
+from onnxq.kinds import Kind, kind_of
 
 Array = np.ndarray[Any, Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxq import model as models
+from onnxq import kinds
 from onnxq.calibration.channels import ChannelStatistics, record_channels
 from onnxq.calibration.random_tokens import RandomTokens, vocabulary_size
 from onnxq.calibration.text import role_of
@@ -44,7 +44,7 @@ def smooth_text_models(job: Job, alpha: float, samples: int) -> None:
     activations = job.scheme.activations
     if not activations.enabled or activations.format.is_float:
         return
-    if models.kind_of(job.model) is not models.Kind.LANGUAGE:
+    if kinds.kind_of(job.model) is not kinds.Kind.LANGUAGE:
         return
     specs = layer_specs(job)
     found = [group for group in groups(job.model.graph) if any(layer.node in specs for layer in group.layers)]

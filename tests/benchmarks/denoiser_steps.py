@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxq
+from onnxq import kinds
 from onnxq import model as models
 from onnxq.config import make_settings
 from onnxq.diffusion import comparison
@@ -62,7 +63,7 @@ def is_denoiser(path: Path) -> bool:
     """Whether a file is a denoiser that can be run."""
     opened = models.read(path)
     known = all(value.const_value is not None for value in opened.graph.initializers.values())
-    return known and models.kind_of(opened) == models.Kind.DENOISER
+    return known and kinds.kind_of(opened) == kinds.Kind.DENOISER
 
 
 def judge(arguments: argparse.Namespace, name: str, target: str, variant: str) -> None:
