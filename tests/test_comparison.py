@@ -154,6 +154,15 @@ def test_tokens_give_perplexity():
     assert result.perplexity_quantized == pytest.approx(3.0)
 
 
+def test_the_next_token_has_no_perplexity_where_it_was_seen():
+    text = f"""{HEAD} g (int64[N, T] tokens) => (float[N, T, 3] y)
+      <float[3, 3] e = {{0, 9, 0, 0, 0, 9, 9, 0, 0}}, int64[1] along = {{1}}> {{
+      r = Gather(e, tokens)  m = ReduceMean(r, along)  y = Add(r, m)
+    }}"""
+    result = compare(model(text), model(text), [{"tokens": np.array([[0, 1, 2, 0]])}], latency=False)
+    assert result.perplexity_float is None and result.agreement == 1.0
+
+
 def test_nan_is_reported_and_not_averaged_away(data):
     broken = FLOAT.replace("y = MatMul(a, v)", "u = MatMul(a, v)  r = Sqrt(n)  y = Mul(u, r)")
     result = compare(model(FLOAT), model(broken), data, latency=False)

@@ -19,29 +19,45 @@ TOLERANCE = 1e-3  # of the largest output; another last token moves what an enco
 def is_causal(model: ir.Model, specs: Sequence[InputSpec]) -> bool:
     """Whether the outputs at a position depend on the tokens up to it alone, as those of a decoder do.
 
-    Found by trying: two sequences that differ in their last token. A model that tells segments apart, whose first
-    output is not one row for each token, or that reads what text does not give is none without trying.
+    A model for which that cannot be found out by trying is none.
 
     Args:
         model: A float model.
         specs: Its inputs.
     """
+    return sees_what_follows(model, specs) is False
+
+
+def sees_what_follows(model: ir.Model, specs: Sequence[InputSpec], session: Session | None = None) -> bool | None:
+    """Whether the outputs at a position depend on later tokens too, as those of an encoder do.
+
+    Found by trying: two sequences that differ in their last token.
+
+    Args:
+        model: A float model.
+        specs: Its inputs.
+        session: Of the model, where there is one.
+
+    Returns:
+        ``None`` where it cannot be tried: of a model that tells segments apart, whose first output is not one row for
+        each token, or that reads what text does not give.
+    """
     shape = model.graph.outputs[0].shape
     if shape is None or len(shape) != 3 or any(role_of(spec) in ("segments", None) for spec in specs):
-        return False
+        return None
     known = vocabulary_size(model, specs) or 2
     length = fixed_length(specs) or LENGTH
     batch = next((spec.batch for spec in specs if spec.batch is not None), None) or 1
     tokens = np.random.default_rng(0).integers(0, known, (batch, length))
     other = tokens.copy()
     other[:, -1] = (tokens[:, -1] + max(known // 2, 1)) % known
-    session = Session(model)
+    session = session or Session(model)
     name = session.output_names[:1]
     first, second = (session.run(text_feed(specs, rows), name)[0].astype(np.float64) for rows in (tokens, other))
     if first.shape[:2] != tokens.shape or length < 2:
-        return False
+        return None
     moved = np.abs(first - second)[:, :-1].max()
-    return bool(moved <= TOLERANCE * np.abs(first).max())
+    return bool(moved > TOLERANCE * np.abs(first).max())
 
 
 def writes_text(model: ir.Model, specs: Sequence[InputSpec]) -> bool:

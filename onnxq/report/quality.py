@@ -27,9 +27,11 @@ class Quality:
 
     Args:
         output_names: Names of the float model's outputs, in order.
+        writes: Whether logits of tokens are those of the next one, so that there is a perplexity.
     """
 
-    def __init__(self, output_names: Sequence[str]) -> None:
+    def __init__(self, output_names: Sequence[str], *, writes: bool = True) -> None:
+        self.writes = writes
         self.output_names = list(output_names)
         self.sqnr = Sqnr()
         self.output_sqnr: dict[str, Sqnr] = {}
@@ -112,7 +114,7 @@ class Quality:
         tokens = _tokens(feed, expected)
         if tokens is not None:
             self.agreement.update(expected, found)
-            if tokens.size and tokens.min() >= 0 and tokens.max() < expected.shape[-1]:
+            if self.writes and tokens.size and tokens.min() >= 0 and tokens.max() < expected.shape[-1]:
                 mask = feed.get("attention_mask")
                 mask = mask if mask is not None and mask.shape == tokens.shape else None
                 self.perplexity["float"].update(expected, tokens, mask)
