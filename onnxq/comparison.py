@@ -159,6 +159,11 @@ def compare(
     elif latency and not float8:
         times = bench.latency_ms(parts, threads)
         result.latency_ms_float, result.latency_ms_quantized = times["float"], times["quantized"]
+        if device == "cuda":
+            result.warnings.append(
+                "onnxruntime has no integer kernels in CUDA: the quantized model's time is that of a simulation; "
+                "onnxq build makes an engine, which has them"
+            )
     if layer_samples > 0:
         literal, result.layers = bench.layers(parts, share, inner=layers)
         result.sqnr_db_literal = literal.value

@@ -101,6 +101,8 @@ def _cautious_db(powers: Array) -> float:
 
 
 def _db(signal: float, error: float) -> float:
+    if not np.isfinite(error):  # NaN is no larger than 0, and no answer at all
+        return -float("inf")
     return float(10 * np.log10(max(signal, 1e-30) / error)) if error > 0 else float("inf")
 
 

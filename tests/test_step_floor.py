@@ -160,3 +160,10 @@ def test_every_trajectory_keeps_its_quietest_step(tmp_path: Path) -> None:
         steps = [int(sample["step"]) for sample in kept]
         assert wanted is None or steps.count(9) == wanted
         assert set(steps) - {9}
+
+
+def test_no_number_is_no_good_number() -> None:
+    power = ErrorPower()
+    power.add([np.ones((2, 3))], [np.array([[1.0, 1.0, np.nan], [1.0, 1.0, 1.1]])], np.array([0, 1]))
+    assert power.by_step_db[0] == power.cautious_by_step_db[0] == power.worst_db == power.db == -np.inf
+    assert 20 < power.by_step_db[1] < 30
