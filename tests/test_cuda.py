@@ -81,12 +81,20 @@ def test_torch_gives_what_the_cpu_gives(name: str) -> None:
 @needs_gpu
 @pytest.mark.parametrize(
     "recipe, knobs",
-    [("int8", {}), ("brecq", {"iterations": 50}), ("gptq", {}), ("genie", {"iterations": 50}), ("lsq", {"steps": 20})],
+    [
+        ("int8", {}),
+        ("brecq", {"iterations": 50}),
+        ("gptq", {}),
+        ("genie", {"iterations": 50}),
+        ("lsq", {"steps": 20}),
+        ("hast", {"steps": 10, "hard_images": 16}),
+        ("multiquant", {"steps": 10}),
+    ],
 )
 def test_quantizing_gives_the_same_bytes_twice_and_the_quality_of_the_cpu(
     recipe: str, knobs: dict[str, int], tmp_path: Path
 ) -> None:
-    weights = "int8" if recipe == "int8" else "int4"
+    weights = "int8" if recipe in ("int8", "multiquant") else "int4"
     decibels = {}
     for run, device in (("first", "cuda"), ("second", "cuda"), ("cpu", "cpu")):
         output = tmp_path / f"{run}.onnx"

@@ -32,7 +32,7 @@ from onnxq.synthesis.player import Player  # noqa: E402
 from onnxq.synthesis.relations import channel_relations, output_gap, relation_gap  # noqa: E402
 from onnxq.synthesis.statistics import moments  # noqa: E402
 from onnxq.synthesis.synthesize import synthesise  # noqa: E402
-from onnxq.synthesis.terms import PredictClasses, deep_from, layer_weights  # noqa: E402
+from onnxq.synthesis.terms import MatchStatistics, PredictClasses, deep_from, layer_weights  # noqa: E402
 from onnxq.synthesis.texture import TextureEnergy, laws_masks, texture_energy  # noqa: E402
 
 FASHION = MODELS / "fashion_resnet.onnx"
@@ -346,6 +346,40 @@ def test_centers_are_those_of_single_images_by_class(fashion: Network) -> None:
     whole = moments(taps[fashion.layers[0].value], per_sample=False)
     pooled = (deviation.square() + mean.square()).mean(0) - mean.mean(0).square()
     torch.testing.assert_close(pooled.sqrt(), whole[1], atol=1e-5, rtol=1e-5)
+
+
+def test_centers_together_say_what_a_whole_batch_has(fashion: Network) -> None:
+    """One image of each class, as TexQ has them: statistics pooled over centers are those of all images at once."""
+    images = normal(10, *fashion.shape)
+    taps = fashion.graph.run(fashion.given(images), [layer.value for layer in fashion.layers])
+    centers = Centers(fashion.layers, 10)
+    centers.add(taps, torch.randperm(10, generator=torch.Generator().manual_seed(0)))
+    for index, layer in enumerate(fashion.layers):
+        mean, deviation = centers.of(index)
+        wanted_mean, wanted_deviation = moments(taps[layer.value], per_sample=False)
+        torch.testing.assert_close(mean.mean(0), wanted_mean, atol=1e-5, rtol=1e-5)
+        variance = deviation.square().mean(0) + mean.var(0, correction=0)  # the law of total variance
+        torch.testing.assert_close(variance.sqrt(), wanted_deviation, atol=1e-5, rtol=1e-5)
+
+
+def test_deep_layers_end_nearer_where_they_count_more(monkeypatch: pytest.MonkeyPatch, fashion: Network) -> None:
+    """After as many steps, against layers that all weigh the same, and without the terms of classes and texture.
+
+    Beside them, classes weighing 5, little is left of it: deep layers are 0.27 times as far as shallow ones, not 0.30.
+    """
+    from dataclasses import replace
+
+    from onnxq.synthesis import methods
+
+    texq, far = methods.METHODS["texq"], dict[str, tuple[float, float]]()
+    for name, layers in (("by depth", texq.layers), ("alike", (1.0, 1.0))):
+        monkeypatch.setitem(methods.METHODS, "texq", replace(texq, layers=layers, classes=0.0, texture=0.0))
+        made = torch.from_numpy(synthesise(models.load(FASHION), "texq", count=10, steps=60).inputs)
+        taps = fashion.graph.run({fashion.input: made}, [layer.value for layer in fashion.layers])
+        losses = [float(MatchStatistics([layer], False, True)(made, taps)) for layer in fashion.layers]
+        first = deep_from(len(losses))
+        far[name] = sum(losses[:first]), sum(losses[first:])
+    assert far["by depth"][1] < far["alike"][1] and far["by depth"][0] > far["alike"][0]
 
 
 def test_samples_are_drawn_to_the_center_of_their_class(fashion: Network) -> None:

@@ -185,7 +185,7 @@ def train_widths(
     tables: dict[str, Array] = {}
     settled: set[str] = set()  # an initializer that two blocks share is learned in the first
     with (
-        ActivationCache(cache_mib << 20) as cache,
+        ActivationCache(cache_mib << 20, device=job.settings.device) as cache,
         job.progress.stage("learn", "Training all widths", len(parts), "blocks") as advance,
     ):
         walk = Walk(graph, quantizers, blocks or whole, cache)

@@ -36,7 +36,7 @@ from onnxq.synthesis.synthesize import Synthesised, synthesise
 from onnxq.synthesis.terms import MatchStatistics, PredictClasses
 
 STEPS = {"quick": 200, "default": 1000, "paper": 80000}
-WARM_UP = {"quick": 100, "default": 400, "paper": 800}  # moves of the generator alone
+WARM_UP = {"quick": 100, "default": 400, "paper": 800}  # moves of the generator alone; half the steps at most
 SAVE_EVERY = 200  # steps between two checkpoints
 LOOKS = 10  # at the student on its way
 JUDGED = 64  # samples
@@ -177,7 +177,7 @@ class ZeroShot:
             student if reads_student else None,
             terms,
             batch=self.knobs.batch,
-            warm_up=WARM_UP[self.job.settings.budget],
+            warm_up=min(WARM_UP[self.job.settings.budget], self.steps // 2),
             student_steps=student_steps,
         )
 
@@ -190,7 +190,7 @@ class ZeroShot:
         """
         assert self.made is not None
         inputs = (self.network.input,)
-        with ActivationCache(cache_mib << 20) as cache:
+        with ActivationCache(cache_mib << 20, device=self.job.settings.device) as cache:
             whole = [Block(name, inputs, name, ()) for name in self.outputs]
             walk = Walk(self.graph, self.student.quantizers, whole, cache)
             walk.fill(self.made, self.job.specs, len(self.made))
