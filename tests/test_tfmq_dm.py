@@ -87,6 +87,14 @@ def test_joint_reconstruction_keeps_features(denoiser: Path, monkeypatch: pytest
     assert joint.numbers["temporal_features"]["features"] == 2 * 10 * 3
 
 
+def test_blocks_can_start_from_the_codes_of_gptq(denoiser: Path) -> None:
+    """The region is learned as before; what is left gains."""
+    results = {start: quantize(denoiser, start=start) for start in ("nearest", "gptq")}
+    features = {start: result.numbers["temporal_features"]["sqnr_db"] for start, result in results.items()}
+    assert features["gptq"] == features["nearest"]
+    assert results["gptq"].numbers["sqnr_db"] > results["nearest"].numbers["sqnr_db"] + 5
+
+
 def test_cached_features_are_exact(denoiser: Path) -> None:
     result = quantize(denoiser, maintenance="cache")
     left = result.model.graph.initializers

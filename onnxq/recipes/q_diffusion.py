@@ -39,6 +39,8 @@ class QDiffusion(BlockKnobs):
         - Samples of all steps are mixed; the authors' first batches, which set the scales, hold one step alone.
         - Biases take back the mean error that is left (``correct_biases``): the paper leaves them. Without it steps are
           half a dB better and images end four times as far away (squared; an MNIST UNet, int4 weights).
+        - ``start=gptq`` is not the paper's: at W4A8 it gains 1.7 dB in the mean step of an MNIST UNet (rows "learned
+          blocks" and "from GPTQ's codes" of ``tests/benchmarks/diffusion_ablation.py``).
         - 256 inputs instead of 5,120, and iterations as ``--budget`` says (``paper``: 20,000 and 5,000).
 
     Attributes:

@@ -48,6 +48,8 @@ class TfmqDm(BlockKnobs):
         - The rest is as in the recipe ``brecq``: steps of activations are learned with the rounding
           (``activation_step_rate=0`` is the paper's), weights are symmetric, shortcuts and attention are quantized.
         - Biases take back the mean error that is left (``correct_biases``): the paper leaves them.
+        - ``start=gptq`` is not the paper's, and for blocks alone, not for the region. The small network of its test
+          gains 7 dB (W4A8, 20 steps for each block).
         - 256 inputs instead of 5,120, and iterations as ``--budget`` says (``paper``: 20,000).
 
     Attributes:
