@@ -87,6 +87,28 @@ def test_the_first_steps_can_run_the_float_network(denoiser: Path, tmp_path: Pat
             onnxq.quantize(denoiser, recipe="diffusion", knobs=KNOBS | {"float_steps": wrong}, **OPTIONS)
 
 
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_large_float_network_has_its_weights_in_a_file(
+    denoiser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outside: bool
+) -> None:
+    """Where protobuf would not hold it, or where its weights lay in a file before."""
+    source = tmp_path / "source" / "denoiser.onnx"
+    source.parent.mkdir()
+    models.save(models.load(denoiser), source, external_data=outside)
+    if not outside:
+        monkeypatch.setattr(models, "EXTERNAL_DATA_LIMIT_BYTES", 1000)
+    output = tmp_path / "quantized.onnx"
+    knobs = KNOBS | {"float_steps": 2, "iterations": 1, "start": "nearest"}
+    onnxq.quantize(source, output=output, recipe="diffusion", knobs=knobs, **OPTIONS)
+    assert (tmp_path / "quantized.group0.onnx.data").stat().st_size > 30000
+    for file in source.parent.iterdir():
+        file.unlink()
+    x = np.random.default_rng(0).standard_normal((2, 1, 8, 8)).astype(np.float32)
+    feed = {"x": x, "t": np.full(2, 999)}
+    found = Session(tmp_path / "quantized.group0.onnx").run(feed)[0]
+    np.testing.assert_allclose(found, Session(denoiser).run(feed)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_the_same_seed_gives_the_same_bytes(denoiser: Path) -> None:
     knobs = KNOBS | {"iterations": 5, "correct": True}
     first, second = (onnxq.quantize(denoiser, recipe="diffusion", knobs=knobs, **OPTIONS).model for _ in range(2))

@@ -78,3 +78,18 @@ def test_engines_predict_what_the_graphs_do(graphs: Path) -> None:
     sample = np.random.default_rng(0).standard_normal((2, 16, 8, 8)).astype(np.float32)
     for time in (9.0, 0.0):
         np.testing.assert_allclose(on_gpu.predict(sample, time), reference.predict(sample, time), rtol=1e-2, atol=1e-2)
+
+
+INTEGERS = "f = Cast <to=1> (timestep)  [time] t = Reshape (f, shape)"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("[2,16,8,8]", "[2,16,4,4]"), ("noise", "velocity"), ("float[2] t", "int64[2] t")]
+)
+def test_graphs_of_another_denoiser_are_refused_before_anything_runs(graphs: Path, old: str, new: str) -> None:
+    text = DENOISER.replace(old, new)
+    if new.startswith("int64"):
+        text = text.replace("[time] t = Reshape (timestep, shape)", INTEGERS)
+    ir.save(add_weights(text, {"w": (16, 16, 3, 3)}), graphs.parent / "unet.group1.onnx")
+    with pytest.raises(OnnxqError, match=r"in unet\.group1\.onnx as in unet\.group0\.onnx"):
+        Router(graphs)

@@ -329,7 +329,7 @@ def test_images_of_the_graphs_of_all_groups_are_those_of_the_one_for_all_steps(
     other.graph.outputs[0] = flat.outputs[0]
     ir.save(other, tmp_path / "quantized.group1.onnx")
     found = run(capsys, "sample", tmp_path / "quantized.groups.json", "--steps", 10, "-n", 1, "-q")
-    assert_two_lines(*found, "prediction of the sample's shape")
+    assert_two_lines(*found, "expected a denoiser", "quantized.group1.onnx")
     (tmp_path / "quantized.groups.json").write_text("{}")
     found = run(capsys, "sample", tmp_path / "quantized.groups.json", "--steps", 10, "-n", 1, "-q")
     assert_two_lines(*found, "expected an index of subgraphs")

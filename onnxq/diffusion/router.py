@@ -32,7 +32,8 @@ class Router:
         optimize: Whether onnxruntime may change the graphs, as in :class:`onnxq.runtime.Session`.
 
     Raises:
-        OnnxqError: the index is damaged, a file that it names is missing, or there is no GPU for its engines.
+        OnnxqError: the index is damaged, a file that it names is missing or another denoiser's, or there is no GPU for
+            its engines.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class Router:
         self.timesteps = np.asarray([time for time, _ in pairs])
         self.groups = np.asarray([number for _, number in pairs])
         self.denoiser = denoisers.find(models.read(self.files[0]))
+        for file in self.files[1:]:
+            _check_alike(self.denoiser, self.files[0], file)
         self.device, self.most_open, self.optimize = device, max(1, most_open), optimize
         self._sessions: dict[int, Runnable] = {}
 
@@ -167,6 +170,26 @@ def _check_there(files: Sequence[Path]) -> None:
         if not file.is_file():
             raise OnnxqError(
                 f"expected {file}, which the index names, found none", hint="move all files of the index together"
+            )
+
+
+def _check_alike(first: denoisers.Denoiser, first_file: Path, file: Path) -> None:
+    """Every graph of an index has to take and give what the first one does."""
+    hint = "the graphs of an index belong to one denoiser; write them all again"
+    try:
+        other = denoisers.find(models.read(file))
+    except OnnxqError as error:
+        raise OnnxqError(f"{error.message}, in {file.name}", hint=hint) from error
+    wanted, found = (
+        {"output": item.output, **{spec.name: (spec.dtype.name, list(spec.shape)) for spec in item.specs}}
+        for item in (first, other)
+    )
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            raise OnnxqError(
+                f"expected {name!r} in {file.name} as in {first_file.name}, {wanted.get(name, 'absent')}, "
+                f"found {found.get(name, 'absent')}",
+                hint=hint,
             )
 
 

@@ -47,7 +47,8 @@ def save(model: ir.Model, subgraphs: Sequence[Subgraph], path: str | os.PathLike
     """Write a model and its subgraphs beside each other, whole or not at all.
 
     ``NAME.onnx`` is the model for all steps; ``NAME.onnx.data`` the weights of all; ``NAME.group0.onnx`` and so on the
-    subgraphs; ``NAME.groups.json`` the index. The index is written last: while it is missing, nothing is.
+    subgraphs, with many weights of their own in ``NAME.group0.onnx.data``; ``NAME.groups.json`` the index. The index
+    is written last: while it is missing, nothing is.
 
     Args:
         model: The graph for all steps, whose weights the subgraphs share.
@@ -73,13 +74,18 @@ def save(model: ir.Model, subgraphs: Sequence[Subgraph], path: str | os.PathLike
             name = f"{file.stem}.group{number}.onnx"
             part = subgraph.model.clone()
             part.metadata_props.update({f"onnxq.{key}": text for key, text in models.get_metadata(model).items()})
+            own: list[ir.Value] = []
             for key, value in part.graph.initializers.items():
+                own.append(value)
                 shared = stored.graph.initializers.get(key)
                 original = model.graph.initializers.get(key)
                 if shared is None or original is None or not isinstance(shared.const_value, ir.ExternalTensor):
                     continue
                 if value.const_value is original.const_value:
                     value.const_value = shared.const_value
+                    own.pop()
+            if _move_out(own, folder, f"{name}.data"):
+                written.append(f"{name}.data")
             ir.save(part, folder / name)
             written.append(name)
             entries.append({"file": name, "steps": list(subgraph.steps), "timesteps": list(subgraph.timesteps)})
@@ -89,3 +95,16 @@ def save(model: ir.Model, subgraphs: Sequence[Subgraph], path: str | os.PathLike
         for name in [*reversed(written), index.name]:
             os.replace(folder / name, file.parent / name)
     return file
+
+
+def _move_out(values: Sequence[ir.Value], folder: Path, name: str) -> bool:
+    """Write weights that a graph has for itself into a file, where they are too many for its own or lie in another."""
+    pairs = [(value, value.const_value) for value in values if value.const_value is not None]
+    elsewhere = any(isinstance(tensor, ir.ExternalTensor) for _, tensor in pairs)
+    if not elsewhere and sum(tensor.nbytes for _, tensor in pairs) <= models.EXTERNAL_DATA_LIMIT_BYTES:
+        return False
+    large = [(value, tensor) for value, tensor in pairs if tensor.nbytes >= SMALLEST_SHARED_BYTES]
+    moved = ir.external_data.convert_tensors_to_external([tensor for _, tensor in large], folder, name)
+    for (value, _), tensor in zip(large, moved, strict=True):
+        value.const_value = tensor
+    return True
