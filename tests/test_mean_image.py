@@ -65,10 +65,14 @@ def test_what_the_correction_of_channels_leaves_is_looked_at() -> None:
 
 
 def test_images_are_stored_where_they_take_error_off_what_is_sampled() -> None:
-    images = {0: (PATTERN, 0.02), 1: (PATTERN, 0.02), 2: (PATTERN, 0.0)}
-    errors, weights = {0: 0.1, 1: 0.1, 2: 0.1}, {0: 10.0, 1: 0.1, 2: 10.0}
-    assert list(worth_storing(images, errors, weights)) == [0]
-    assert list(worth_storing(images, errors, dict.fromkeys(range(3), 1.0))) == [0, 1]
+    """In any case where one counts; others, the best first, as long as they are small; never one that does not help."""
+    images = {0: (PATTERN, 0.02), 1: (PATTERN, 0.02), 2: (PATTERN, 0.0), 3: (PATTERN, 0.03)}
+    errors, weights = dict.fromkeys(range(4), 0.1), {0: 10.0, 1: 0.1, 2: 10.0, 3: 0.1}
+    size = 4 * PATTERN.size
+    assert list(worth_storing(images, errors, weights, 0)) == [0]
+    assert list(worth_storing(images, errors, weights, 3 * size)) == [0, 3]
+    assert list(worth_storing(images, errors, weights, 4 * size)) == [0, 1, 3]
+    assert list(worth_storing(images, errors, dict.fromkeys(range(4), 1.0), 0)) == [0, 1, 3]
 
 
 def test_the_graph_adds_the_image_in_its_step_alone() -> None:
@@ -91,8 +95,8 @@ def test_the_recipe_keeps_the_first_step_of_a_real_denoiser(shared_data: Path) -
     knobs = {"iterations": 1, "start": "nearest", "trajectories": 8, "kept_steps": 8}
     made = onnxq.quantize(path, recipe="diffusion", knobs=knobs, steps=10, weights="int4", activations="int8")
     images = made.model.graph.initializers["correction_images"]
-    assert images.shape == (2, 1, 28, 28)
     rows = made.model.graph.initializers["correction_rows"].const_value
-    assert rows is not None and rows.numpy().tolist() == [1] + [0] * 9
+    assert images.const_value is not None and not images.const_value.numpy()[0].any()
+    assert rows is not None and rows.numpy()[0] == 1 and rows.numpy().max() + 1 == len(images.const_value.numpy())
     moved = [name for name, why in made.numbers["left_float"].items() if "error of the images" in why]
     assert 1 <= len(moved) <= 3 and any(name.startswith("node_conv2d_24") for name in moved)

@@ -16,7 +16,8 @@ import numpy as np
 from onnxq.calibration.data import Array
 from onnxq.diffusion.noise_correction import Correction
 
-LEAST_SHARE = 0.01  # of the images' error that a step's image has to take off, or it is not worth its bytes
+LEAST_SHARE = 0.01  # of the images' error: a mean image that takes more off is worth its bytes in any case
+SPARE_SHARE = 0.05  # of the bytes of all weights, for the others
 
 
 @dataclass
@@ -86,14 +87,26 @@ def mean_image(halves: tuple[ErrorImage, ErrorImage], correction: Correction) ->
 
 
 def worth_storing(
-    images: Mapping[int, tuple[Array, float]], errors: Mapping[int, float], weights: Mapping[int, float]
+    images: Mapping[int, tuple[Array, float]],
+    errors: Mapping[int, float],
+    weights: Mapping[int, float],
+    spare_bytes: float,
 ) -> dict[int, Array]:
-    """The mean images of the steps in which they take a hundredth or more off the error of what is sampled.
+    """The mean images of the steps that gain most: all that take a hundredth off the images' error, others if small.
+
+    What a mean error does adds up over the steps that share it, so that steps of little influence gain together.
 
     Args:
         images: By step, from :func:`mean_image`.
         errors: By step, the mean squared error of the corrected prediction.
         weights: By step, what that does to what is sampled: the step's influence over the prediction's mean square.
+        spare_bytes: What all images together may take, where they gain less than that.
     """
     total = sum(weights[step] * error for step, error in errors.items())
-    return {step: image for step, (image, gain) in images.items() if weights[step] * gain > LEAST_SHARE * total > 0}
+    gains = {step: weights[step] * gain for step, (_, gain) in images.items() if gain > 0}
+    kept: dict[int, Array] = {}
+    for step in sorted(gains, key=lambda step: -gains[step]):
+        image = images[step][0]
+        if gains[step] > LEAST_SHARE * total or 4 * image.size * (len(kept) + 2) <= spare_bytes:  # one is of zeros
+            kept[step] = image
+    return dict(sorted(kept.items()))

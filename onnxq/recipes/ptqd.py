@@ -16,7 +16,7 @@ from onnxq.calibration.data import STEP_KEY, Array, Source, batches, inputs_of
 from onnxq.calibration.recording import Recording
 from onnxq.config import build_knobs
 from onnxq.diffusion import denoiser as denoisers
-from onnxq.diffusion.mean_image import ErrorImage, mean_image, worth_storing
+from onnxq.diffusion.mean_image import SPARE_SHARE, ErrorImage, mean_image, worth_storing
 from onnxq.diffusion.noise_correction import Correction, OutputError, fit_held_out
 from onnxq.diffusion.source import sampler_of
 from onnxq.diffusion.step_precision import choose, forward_snr_db, subgraphs_of
@@ -126,7 +126,8 @@ class Ptqd:
                 found = {step: mean_image(pictures[step], correction) for step, correction in corrections.items()}
                 errors = {step: joined[step].mean_square(correction) for step, correction in corrections.items()}
                 weights = {step: influence[step] / max(error.signal, 1e-30) for step, error in joined.items()}
-                images = worth_storing(found, errors, weights)
+                spare = SPARE_SHARE * models.initializer_bytes(job.model)
+                images = worth_storing(found, errors, weights, spare)
         return Fit(corrections, timesteps, ratios, images)
 
 
