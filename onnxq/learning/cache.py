@@ -118,11 +118,24 @@ class ActivationCache:
         array = self._arrays[name]
         array[index] = rows.to(array.device)
 
-    def rows(self, name: str, index: Array | slice) -> Tensor:
-        """Some samples of an array, as a tensor of its own, where the array is."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an array."""
+        return tuple(self._arrays[name].shape)
+
+    def rows(self, name: str, index: Array | slice, area: tuple[slice, slice] | None = None) -> Tensor:
+        """Some samples of an array, as a tensor of its own, where the array is.
+
+        Args:
+            name: The array.
+            index: Which samples.
+            area: Rows and columns, the last two axes, of which alone is wanted; ``None``: all.
+        """
         array = self._arrays[name]
         if isinstance(array, _Stored):
-            return torch.from_numpy(array[index])
+            found = torch.from_numpy(array[index])
+            return found if area is None else found[..., area[0], area[1]]
+        if area is not None:
+            array = array[..., area[0], area[1]]
         return array[index].clone() if isinstance(index, slice) else array[torch.from_numpy(index).to(array.device)]
 
     def free(self, name: str) -> None:

@@ -30,7 +30,7 @@ from onnxq.learning.hessian import Layer
 from onnxq.learning.own_initializers import own_biases, readers_of, separate_weights
 from onnxq.learning.quantizers import Grid, Quantizer, as_float
 from onnxq.learning.rounding import LearnedRounding
-from onnxq.learning.walk import FLOAT, QUANTIZED, Walk, inside
+from onnxq.learning.walk import FLOAT, QUANTIZED, Area, Walk, inside
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Reconstruction:
         start: ``nearest``: every weight chooses between the two codes around it; ``gptq``: between the code that GPTQ
             gives it, on what the blocks before make, and that code's neighbour.
         bias_rate: Adam's rate for biases; 0 keeps them.
+        window: Height and width of the part of larger maps that a step sees, somewhere at random; 0: whole maps.
     """
 
     iterations: int = 1000
@@ -73,6 +74,7 @@ class Reconstruction:
     correct_biases: bool = False
     start: str = "nearest"
     bias_rate: float = 0.0
+    window: int = 0
 
     @property
     def changes_biases(self) -> bool:
@@ -171,6 +173,7 @@ class _Block:
         biases: Sequence[str],
     ) -> None:
         self.graph, self.walk, self.block, self.options = graph, walk, block, options
+        self.windows = walk.windows(block, inside(graph, block), options.window)
         seed = zlib.crc32(block.name.encode()) ^ job.settings.seed
         self.generator = torch.Generator(graph.device).manual_seed(seed)
         self.choice = np.random.default_rng(seed)
@@ -220,21 +223,24 @@ class _Block:
 
         def error() -> Tensor:
             index = np.sort(self.choice.choice(self.walk.samples, min(options.batch, self.walk.samples), replace=False))
-            given = self._inputs(index) | self.biases
+            window = None if self.windows is None else self.windows.draw(self.choice)
+            given = self._inputs(index, None if window is None else window.read) | self.biases
             found = self.graph.run(given, [output], replaced=self.replaced)[output]
-            return output_error(found, self.walk.target(self.block, index).to(found.device), options.power)
+            target = self.walk.target(self.block, index, None if window is None else window.expected)
+            found = found if window is None else window.exact(found)
+            return output_error(found, target.to(found.device), options.power)
 
         descend(error, self.roundings, self.steps, options, self._trained_biases())
 
     def _trained_biases(self) -> list[Tensor]:
         return [bias for bias in self.biases.values() if bias.requires_grad]
 
-    def _inputs(self, index: np.ndarray) -> dict[str, Tensor]:
-        given = self.walk.inputs(self.block, index, QUANTIZED)
+    def _inputs(self, index: np.ndarray, area: Area | None) -> dict[str, Tensor]:
+        given = self.walk.inputs(self.block, index, QUANTIZED, area)
         if self.options.mix <= 0:
             return given
         device = self.graph.device
-        for name, exact in self.walk.inputs(self.block, index, FLOAT).items():
+        for name, exact in self.walk.inputs(self.block, index, FLOAT, area).items():
             if exact.is_floating_point():
                 from_float = random_mask(exact.shape, self.options.mix, self.generator)
                 given[name] = torch.where(from_float, exact.to(device), given[name].to(device))

@@ -31,6 +31,8 @@ class RoundingKnobs:
         start: ``gptq``: every weight chooses between the code that GPTQ gives it and that code's neighbour;
             ``nearest``: between the two codes around it.
         bias_rate: Adam's rate for biases; 0 keeps them.
+        window: Height and width of the part of larger maps that a step sees, somewhere at random; 0: whole maps. Blocks
+            with more than convolutions and pools in them always see whole maps.
         samples: How many samples to learn from, at most.
         cache_mib: Memory for activations between two blocks; what is more goes to files.
     """
@@ -43,6 +45,7 @@ class RoundingKnobs:
     correct_biases: bool = False
     start: str = choice("gptq", "nearest")
     bias_rate: float = 1e-3
+    window: int = 0
     samples: int = 1024
     cache_mib: int = 1024
 
@@ -65,6 +68,7 @@ class RoundingKnobs:
             correct_biases=self.correct_biases,
             start=self.start,
             bias_rate=self.bias_rate,
+            window=self.window,
             **more,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,9 +14,11 @@ from onnxq.calibration.data import InputSpec, Source, batches, inputs_of
 from onnxq.errors import OnnxqError
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.quantizers import Quantizer, as_float
+from onnxq.learning.windows import Windows, windows_of
 from onnxq.runtime import Session
 
 FLOAT, QUANTIZED = "float ", "quantized "
+Area = tuple[slice, slice]
 ROWS = 16  # samples that run at once
 
 
@@ -70,13 +72,31 @@ class Walk:
         fixed = next((spec.batch for spec in specs if spec.batch is not None), None) or 1
         self.chunk = -(-ROWS // fixed) * fixed
 
-    def inputs(self, block: Block, index: np.ndarray | slice, kind: str = QUANTIZED) -> dict[str, Tensor]:
-        """What the block reads, for some samples."""
-        return {name: self._rows(kind, name, index) for name in block.inputs}
+    def inputs(
+        self, block: Block, index: np.ndarray | slice, kind: str = QUANTIZED, area: Area | None = None
+    ) -> dict[str, Tensor]:
+        """What the block reads, for some samples; of maps, an area alone if asked for."""
+        return {name: self._rows(kind, name, index, area) for name in block.inputs}
 
-    def target(self, block: Block, index: np.ndarray | slice) -> Tensor:
-        """What the float network has at the block's end, for some samples."""
-        return self._rows(FLOAT, block.output, index)
+    def target(self, block: Block, index: np.ndarray | slice, area: Area | None = None) -> Tensor:
+        """What the float network has at the block's end, for some samples; of a map, an area alone if asked for."""
+        return self._rows(FLOAT, block.output, index, area)
+
+    def windows(self, block: Block, names: Collection[str], side: int) -> Windows | None:
+        """The windows that a block can be learned on; ``None``: on whole maps alone.
+
+        Args:
+            block: The block, which has been prepared.
+            names: All values inside it.
+            side: Height and width of a window; 0: whole maps are wanted.
+        """
+        if not side or any(self._axes[name] for name in (*block.inputs, block.output)):
+            return None
+        shapes = {}
+        for name in block.inputs:
+            rows, each, *rest = self.cache.shape(FLOAT + name)
+            shapes[name] = (rows * each, *rest)
+        return windows_of(self.graph.model.graph, block, names, shapes, side)
 
     def prepare(self, block: Block) -> None:
         """Compute the float network's values at the end of the block."""
@@ -137,8 +157,8 @@ class Walk:
             )
         return grown[0]
 
-    def _rows(self, kind: str, name: str, index: np.ndarray | slice) -> Tensor:
-        return self.cache.rows(kind + name, index).flatten(0, 1).movedim(0, self._axes[name])
+    def _rows(self, kind: str, name: str, index: np.ndarray | slice, area: Area | None = None) -> Tensor:
+        return self.cache.rows(kind + name, index, area).flatten(0, 1).movedim(0, self._axes[name])
 
 
 def inside(graph: TorchGraph, block: Block) -> set[str]:
