@@ -33,22 +33,22 @@ MADE = {
 class Classifier:
     """The classifier that ships here, as ZeroQ quantizes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, images: int = IMAGES) -> None:
         model = models.load(MODELS / "fashion_resnet.onnx")
         self.graph, self.logits = TorchGraph(model), model.graph.outputs[0].name or ""
         nodes = [node for node in model.graph if node.op_type in ("Relu", "Clip")]
         self.activations = {node.outputs[0].name: node.inputs[0].name for node in nodes}
         self.weights = [node.inputs[1].name for node in model.graph if node.op_type in ("Conv", "Gemm")]
         with np.load(MODELS / "fashion_test.npz") as archive:
-            self.images, self.labels = (torch.from_numpy(archive[name][:IMAGES]) for name in ("x", "labels"))
+            self.images, self.labels = (torch.from_numpy(archive[name][:images]) for name in ("x", "labels"))
 
     @torch.no_grad()
-    def top1(self, inputs: np.ndarray, weight_bits: int, activation_bits: int) -> float:
-        """Top-1 in percent with the ranges of some inputs."""
+    def top1(self, inputs: np.ndarray, weight_bits: int, activation_bits: int, factor: float = 1.0) -> float:
+        """Top-1 in percent with the ranges of some inputs, times a factor."""
         weights = {name: by_channel(value, weight_bits) for name, value in self.graph.run({}, self.weights).items()}
         seen = self.graph.run({"x": torch.from_numpy(inputs)}, self.activations)
         rounded = {
-            name: Replacement((before,), rounding(float(seen[name].max()), activation_bits))
+            name: Replacement((before,), rounding(factor * float(seen[name].max()), activation_bits))
             for name, before in self.activations.items()
         }
         found = self.graph.run({"x": self.images, **weights}, [self.logits], replaced=rounded)[self.logits]

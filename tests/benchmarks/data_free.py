@@ -8,7 +8,8 @@ FOLDER holds NAME.calib.npz and NAME.test.npz with labels, as ``prepare.py`` of 
 never see either; top-1, SQNR and the share of inputs with the float network's answer are those of the test rows. A seed
 draws other made inputs, and takes other real ones. Without ``--learned``: static ranges, by the rule that ``quantize``
 takes for such inputs or by ``--rule``; ``--rule minmax --widths int4/int4`` is the papers' minimum. With it: W4A8 and
-W4A4 by the recipe ``genie`` with 8-bit ends, on its own images and on as many real ones.
+W4A4 by the recipe ``genie`` with 8-bit ends, on its own images and on as many real ones. ``--methods given`` takes
+what another tool has made (see ``peers/make_inputs_mct.py``).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=CLASSIFIERS)
     parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--given", type=Path, help="of the method `given`: a folder with NAME.npz")
     parser.add_argument("--seeds", type=int, nargs="*", default=(0,))
     parser.add_argument("--rows", type=int, default=1000, help="test rows")
     parser.add_argument("--samples", type=int, default=0, help="inputs to calibrate on; 0: the default of quantize")
@@ -106,6 +108,9 @@ def inputs(
         with np.load(arguments.data / f"{model.stem}.calib.npz") as archive:
             rows = archive[specs[0].name]
         made = {specs[0].name: np.roll(rows, -seed * count, axis=0)[:count]}
+    elif method == "given":
+        with np.load(arguments.given / f"{model.stem}.npz") as archive:
+            made = {name: archive[name][:count] for name in archive.files}
     elif method == "noise":
         noise = list(Noise(specs, count=count, seed=seed))
         made = {specs[0].name: np.stack([sample[specs[0].name] for sample in noise])}

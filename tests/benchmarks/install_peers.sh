@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # install_peers.sh FOLDER [PEER...]   one environment per peer: FOLDER/PEER
 #
-# Peers: onnxruntime modelopt nncf (the default three), aimet quark neural_compressor onnxsim.
+# Peers: onnxruntime modelopt nncf (the default three), aimet quark neural_compressor onnxsim mct.
 # torch is pinned to the version that the peers were measured with: for it pip finds a CPU build in our setup, and a
 # constraint keeps the peers from replacing it by one that brings gigabytes of CUDA libraries.
 set -euo pipefail
@@ -35,6 +35,7 @@ for peer in "${peers[@]}"; do
     aimet) install "$peer" torch==2.13.0 aimet-onnx ;;
     quark) install "$peer" torch==2.13.0 onnx onnxruntime amd-quark ;;
     neural_compressor) install "$peer" onnx-neural-compressor prettytable scipy ;; # it forgets to ask for these two
+    mct) install "$peer" torch==2.13.0 torchvision model-compression-toolkit onnx onnxruntime ;; # it makes inputs
     onnxsim) install "$peer" onnx onnxruntime onnxsim ;;
     *) echo "unknown peer: $peer" >&2; exit 2 ;;
   esac || echo "could not install $peer" >&2

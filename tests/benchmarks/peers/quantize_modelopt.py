@@ -1,4 +1,7 @@
-"""Model-Optimizer (nvidia-modelopt): INT8, the rest in float32, calibrated on the CPU."""
+"""Model-Optimizer (nvidia-modelopt): INT8, the rest in float32, calibrated on the CPU.
+
+random: entropy as well, without data, for which it draws inputs of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ def quantize(model: Path, samples: Samples, out: Path, method: str) -> None:
     modelopt_quantize(
         str(model),
         quantize_mode="int8",
-        calibration_method=method,
-        calibration_data_reader=samples,
+        calibration_method="entropy" if method == "random" else method,
+        calibration_data_reader=None if method == "random" else samples,
         calibration_eps=["cpu"],
         high_precision_dtype="fp32",
         output_path=str(out),
@@ -22,4 +25,4 @@ def quantize(model: Path, samples: Samples, out: Path, method: str) -> None:
 
 
 if __name__ == "__main__":
-    main(quantize, ["max", "entropy"])
+    main(quantize, ["max", "entropy", "random"])
