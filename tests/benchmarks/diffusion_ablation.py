@@ -5,7 +5,7 @@
 FOLDER holds NAME.onnx with NAME.scheduler.json (or a schedule in the metadata). Every row is calibrated on the model's
 own trajectories of one seed and judged on those of another: SQNR of the prediction in each step of the float trajectory
 (worst and mean over the steps, dB), and the error of the images that the same noise ends in (squared, over float's
-power; and as a ratio to the first row's). Seconds are relative to the first row's.
+power, the mean over `--seeds`; and as a ratio to the first row's). Seconds are relative to the first row's.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "all that pays": ("diffusion", {}),
     "- inputs by influence": ("diffusion", {"selection": "uniform"}),
     "- float where images need it": ("diffusion", {"image_gain_db": 0.0}),
+    "- both": ("diffusion", {"selection": "uniform", "image_gain_db": 0.0}),
     "- GPTQ's codes": ("diffusion", {"start": "nearest"}),
     "all, biases learned": ("diffusion", {"start": "gptq", "bias_rate": 1e-3}),
     "- shift": ("diffusion", {"shift": False}),
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--target", default="tensorrt")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1000], help="of the noise that images start from")
     parser.add_argument("--inputs", type=int, default=256, help="that every recipe calibrates on and learns from")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budget", default="quick")
@@ -93,7 +95,8 @@ def judge(arguments: argparse.Namespace, name: str, weights: str, row: str, firs
     common: dict[str, Any] = {"steps": arguments.steps}
     if scheduler.is_file():
         common["scheduler"] = str(scheduler)
-    sampler, _ = open_sampler(models.load(path), path, make_settings(common | {"seed": 1000}))
+    model = models.load(path)
+    samplers = [open_sampler(model, path, make_settings(common | {"seed": seed}))[0] for seed in arguments.seeds]
     options: dict[str, Any] = {"weights": weights, "activations": arguments.activations, "target": arguments.target}
     options["samples"] = arguments.inputs
     with tempfile.TemporaryDirectory() as folder:
@@ -106,10 +109,14 @@ def judge(arguments: argparse.Namespace, name: str, weights: str, row: str, firs
             print(f"{row:28} {error}")
             return
         quantized = Session(output, optimize=arguments.target == "cpu")
-        samplers = {"float": (sampler, Session(path)), "quantized": (sampler, quantized)}
-        found = comparison.sample(samplers, arguments.samples, 0).numbers
-    steps = found["trajectory_sqnr_db"]
-    error, seconds = 10 ** (-found["same_seed_image_sqnr_db"] / 10), made.numbers["seconds"]["total"]
+        exact = Session(path)
+        found = [
+            comparison.sample({"float": (item, exact), "quantized": (item, quantized)}, arguments.samples, 0).numbers
+            for item in samplers
+        ]
+    steps = [value for numbers in found for value in numbers["trajectory_sqnr_db"]]
+    error = statistics.mean(10 ** (-numbers["same_seed_image_sqnr_db"] / 10) for numbers in found)
+    seconds = made.numbers["seconds"]["total"]
     first.setdefault("error", error)
     first.setdefault("seconds", seconds)
     print(
