@@ -46,7 +46,8 @@ class Rex:
           the paper gives every layer the same part (``layer``).
         - ``allocation="outputs"`` shares the budget of all orders out at once by what each step takes off the error of
           the network's outputs, which is tried layer by layer on random inputs: layers that matter get one order more
-          than ``orders``, paid for by those that do not. Nothing is given to depthwise layers beyond that.
+          than ``orders``, paid for by those that do not. Nothing is given to depthwise layers beyond that. Since biases
+          are corrected this is no better on MobileNetV1 0.25 (24.7 dB, 28.3 with ``network`` at the same size).
         - Depthwise convolutions get one order more (``depthwise_orders=0`` is the paper's): their channels sum over
           so few weights that errors do not average out, and they hold about one weight in fifty.
         - In grouped convolutions whole groups are kept or left.
