@@ -30,6 +30,7 @@ from onnxq.synthesis.attention import (  # noqa: E402
     patch_similarities,
     taken_apart,
 )
+from onnxq.synthesis.network import Network  # noqa: E402
 from onnxq.synthesis.statistics import Remembered, remembered  # noqa: E402
 from onnxq.synthesis.synthesize import BOUNDS, Synthesised, default_method, synthesise  # noqa: E402
 from onnxq.synthesis.terms import MatchStatistics, Slack, TotalVariation, slack_of  # noqa: E402
@@ -316,7 +317,9 @@ def test_entropy_and_classes_of_a_real_hybrid(hybrid: tuple[Path, Synthesised]) 
     assert len(attention_outputs(models.load(path))) == 6
     assert made.entropy is not None and made.noise_entropy is not None and made.entropy > made.noise_entropy + 1
     images = made.inputs[:8]
-    assert images.min() >= BOUNDS[0] and images.max() <= BOUNDS[1]
+    network = Network(models.load(path), 0, "cpu")
+    pixels = (torch.from_numpy(images) - network.shift) / network.scale  # back from the units that the network reads
+    assert pixels.min() >= BOUNDS[0] - 1e-5 and pixels.max() <= BOUNDS[1] + 1e-5
     logits = torch.from_numpy(next(iter(Session(models.load(path)).run({made.name: images}))))
     labels = torch.randperm(10, generator=torch.Generator().manual_seed(0))[:8]
     assert float((logits.argmax(1) == labels).float().mean()) >= 0.9

@@ -28,7 +28,7 @@ from onnxq.learning.augmentation import perturbed  # noqa: E402
 from onnxq.learning.finetune import Batch, Batches, FineTuning, finetune  # noqa: E402
 from onnxq.learning.losses import Loss, distillation  # noqa: E402
 from onnxq.learning.student import Student  # noqa: E402
-from onnxq.learning.zero_shot import Start, ZeroShot  # noqa: E402
+from onnxq.learning.zero_shot import ZeroShot, ZeroShotKnobs  # noqa: E402
 from onnxq.synthesis.disagreement import Balance, Band, disagreement, entropy  # noqa: E402
 from onnxq.synthesis.game import Game, GameTerm, Move  # noqa: E402
 from onnxq.synthesis.relations import output_gap, relation_gap  # noqa: E402
@@ -48,7 +48,7 @@ def student(step_rate: float = 1e-4) -> ZeroShot:
         source = Iterables([{"x": archive["x"][:16]}])
     target = targets.get("tensorrt")
     job = Job(models.load(FASHION), target, target.scheme("int2", "int3"), Settings(), source, Progress())
-    start = Start(0, 8, "adam", 1e-4, step_rate, "mse", "mse")
+    start = ZeroShotKnobs(batch=8, weight_rate=1e-4, step_rate=step_rate)
     return ZeroShot(job, start, classes=True, statistics=True)
 
 

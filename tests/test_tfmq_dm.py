@@ -78,7 +78,7 @@ def test_joint_reconstruction_keeps_features(denoiser: Path, monkeypatch: pytest
     """Better over all steps than nearest rounding, and than learning through the block that reads them."""
     joint, nearest = quantize(denoiser), quantize(denoiser, maintenance="frozen")
     whole = [Block("last", ("t", "x", "y"), "eps", ())]
-    monkeypatch.setattr("onnxq.learning.reconstruct.cut", lambda *_, **__: whole)
+    monkeypatch.setattr("onnxq.learning.reconstruction_knobs.cut", lambda *_, **__: whole)
     knobs = {"iterations": 300, "start": "nearest", "bias_rate": 0.0}  # as tfmq-dm starts
     through = onnxq.quantize(denoiser, recipe="brecq", knobs=knobs, **OPTIONS)
     errors = [feature_error(denoiser, result).sqnr_db for result in (joint, nearest, through)]
