@@ -17,7 +17,7 @@ from onnxq.cli import app
 from onnxq.errors import OnnxqError
 from onnxq.formats import fake_quantize, parse_format, quantize, scale_and_zero_point
 from onnxq.model import read
-from onnxq.weights.masters import WIDTHS, export_width, master_nodes
+from onnxq.weights.masters import TABLE, WIDTHS, export_width, master_nodes
 
 UNTRAINED = {"train": False}
 
@@ -91,6 +91,14 @@ def test_a_damaged_master_is_refused_and_nothing_is_written(network: Path, calib
     output = tmp_path / "out.onnx"
     done = CliRunner().invoke(app, ["export", str(tmp_path / "master.onnx"), "--bits", "4", "-o", str(output)])
     assert done.exit_code != 0 and isinstance(done.exception, OnnxqError) and not output.exists()
+
+
+def test_scales_along_an_axis_that_the_codes_lack_are_refused(network: Path, calibration: Path) -> None:
+    model = onnxq.quantize(network, calibration, recipe="multiquant", knobs=UNTRAINED).model
+    master = next(node for node in model.graph if TABLE in node.metadata_props and "axis" in node.attributes)
+    master.attributes["axis"] = ir.AttrInt64("axis", 7)
+    with pytest.raises(OnnxqError, match="one scale for each width"):
+        export_width(model, 4)
 
 
 def test_what_is_no_master_is_refused(network: Path, calibration: Path) -> None:

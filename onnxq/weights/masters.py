@@ -104,13 +104,19 @@ def export_width(model: ir.Model, bits: int) -> int:
         codes, scale = (*node.inputs, None, None)[:2]
         tables = array_of(model.graph.initializers[name])
         whole = graphs.is_dequantize(node) and graphs.is_constant(codes) and graphs.is_constant(scale)
-        if not whole or codes is None or scale is None or tables.shape != (len(WIDTHS), *array_of(scale).shape):
+        if (
+            not whole
+            or codes is None
+            or scale is None
+            or tables.shape != (len(WIDTHS), *array_of(scale).shape)
+            or not _fits(array_of(codes).shape, tables.shape[1:], node.attributes.get_int("axis", 1))
+        ):
             raise OnnxqError(
                 f"expected codes, a scale and one scale for each width beside {node.name!r}, found others",
                 hint="another tool has changed the model; make it again with `onnxq quantize --recipe multiquant`",
             )
         table = tables[WIDTHS.index(bits)]
-        axis = node.attributes.get_int("axis", 1) if table.ndim else None
+        axis = node.attributes.get_int("axis", 1) % array_of(codes).ndim if table.ndim else None
         if bits < WIDTHS[-1]:
             old = array_of(codes).astype(np.float32)
             shape = [-1 if index == axis else 1 for index in range(old.ndim)] if axis is not None else []
@@ -125,3 +131,8 @@ def export_width(model: ir.Model, bits: int) -> int:
                     del model.graph.initializers[value.name or ""]
         del model.graph.initializers[name]
     return len(nodes)
+
+
+def _fits(codes: tuple[int, ...], scale: tuple[int, ...], axis: int) -> bool:
+    """Whether there is one scale, or one for each index of an axis that the codes have."""
+    return not scale or (-len(codes) <= axis < len(codes) and scale == (codes[axis],))
