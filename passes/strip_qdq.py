@@ -168,7 +168,7 @@ def _rectify(graph: ir.Graph, value: ir.Value, quantize: ir.Node, high: float) -
 def _let_read(graph: ir.Graph, codes: ir.Value, value: ir.Value, scale: float, zero_point: float) -> None:
     """Let whoever reads codes read the number that they mean, also behind ops that move codes."""
     for reader, index in graphs.consumers(codes):
-        if graphs.is_dequantize(reader):
+        if graphs.is_dequantize(reader) and index == 0:
             _bypass(graph, reader, value)
             continue
         padding = reader.inputs[2] if graphs.is_op(reader, "Pad") and len(reader.inputs) > 2 else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +104,14 @@ def test_images_that_cannot_be_read_are_named(tmp_path: Path, name: str, size: t
     source = data.open_source(tmp_path, [data.InputSpec("x", np.dtype(np.float32), (None, 3, 4096, 4096))])
     with pytest.raises(OnnxqError, match=rf"expected an image.*{file.name}"):
         next(iter(source))
+
+
+def test_a_size_that_no_array_can_have_is_refused(tmp_path: Path) -> None:
+    """Of no elements at all, so that nothing is too large."""
+    path = tmp_path / "damaged.npz"
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 70, 0)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", header.getvalue())
+    with pytest.raises(OnnxqError, match="sizes of an array"):
+        data.open_source(path, [SPEC])

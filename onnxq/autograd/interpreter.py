@@ -289,7 +289,7 @@ class TorchGraph:
             declared = None if value is None or value.is_initializer() or not value.shape else value.shape[0]
             if not isinstance(declared, int) or not tensor.ndim or tensor.shape[0] == declared:
                 continue
-            if declared == 0 or tensor.shape[0] % declared:
+            if declared < 1 or tensor.shape[0] % declared:
                 raise OnnxqError(
                     f"expected a batch that is a multiple of {declared} for {name!r}, found {tensor.shape[0]}",
                     hint="the export fixed that batch; export with a dynamic one, or give whole multiples",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import sys
 import tokenize
 import zipfile
 import zlib
@@ -241,6 +242,8 @@ def _read_header(stream: IO[bytes], key: str, path: Path) -> tuple[tuple[int, ..
             f"expected row-major arrays in {path}, found {key} in column-major order",
             hint="save np.ascontiguousarray(array)",
         )
+    if not all(0 <= length <= sys.maxsize for length in shape):
+        raise OnnxqError(f"expected sizes of an array in {key} of {path}, found {shape}", hint="write the file again")
     return shape, dtype
 
 

@@ -234,6 +234,8 @@ def correct_noise(sampler: Sampler, table: str) -> dict[int, float]:
         for step, time in enumerate(schedule.timesteps):
             row = rows[int(np.abs(times - time).argmin())]  # as the correction in the graph is looked up
             mean = np.broadcast_to(np.asarray(row["mean"], np.float64), (sampler.denoiser.channels,))
+            if not 1 + float(row["slope"]) > 0:
+                raise ValueError("the correction divides by 1 + slope")
             found[step] = Correction(float(row["slope"]), mean, float(row["deviation"]), float(row["r_squared"]))
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise OnnxqError(
