@@ -46,14 +46,24 @@ def read_in_float(graph: ir.Graph, sites: Sequence[Site]) -> set[ir.Value]:
 
 def _has_bias(item: graphs.WeightedNode) -> bool:
     """Whether there is a bias to correct, or a place for one."""
-    if item.node.op_type == "Conv":
-        return True
-    if item.node.op_type == "Gemm":
-        return len(item.node.inputs) > 2
-    readers = graphs.consumers(item.node.outputs[0])
-    if len(readers) != 1 or not graphs.is_op(readers[0][0], "Add"):
+    place = _bias_place(item)
+    if place is None:
         return False
-    return any(graphs.is_constant(value) for value in readers[0][0].inputs)
+    node, index = place
+    bias = node.inputs[index] if len(node.inputs) > index else None
+    return node is item.node if bias is None else graphs.is_constant(bias)
+
+
+def _bias_place(item: graphs.WeightedNode) -> tuple[ir.Node, int] | None:
+    """The node and the input that the layer's bias is read by: the layer's own, or an Add behind it."""
+    node = item.node
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and len(node.inputs) > 2):
+        return node, 2
+    readers = graphs.consumers(node.outputs[0])
+    if len(readers) != 1 or not graphs.is_op(readers[0][0], "Add"):
+        return None
+    add, index = readers[0]
+    return add, 1 - index
 
 
 def correct_biases(model: ir.Model, means: Mapping[str, Array]) -> int:
@@ -141,23 +151,19 @@ def mean_shift(item: graphs.WeightedNode, error: Array, means: Array) -> Array |
 
 def _add_to_bias(graph: ir.Graph, item: graphs.WeightedNode, shift: Array) -> bool:
     """Add ``shift`` to the layer's bias, which may be an Add after it; a Conv without one gets one."""
-    node = item.node
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and len(node.inputs) > 2):
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if bias is not None:
-            return _replace_bias(graph, node, 2, shift)
-        weight = item.weight
-        assert weight is not None
-        if len(node.inputs) < 3:
-            node.resize_inputs(3)
-        dtype = node.outputs[0].dtype or weight.dtype or ir.DataType.FLOAT
-        node.replace_input_with(2, _initializer(graph, f"{node.outputs[0].name}_bias", shift, dtype))
-        return True
-    readers = graphs.consumers(node.outputs[0])
-    if len(readers) == 1 and graphs.is_op(readers[0][0], "Add"):
-        add, index = readers[0]
-        return _replace_bias(graph, add, 1 - index, shift)
-    return False
+    place = _bias_place(item)
+    if place is None:
+        return False
+    node, index = place
+    if node is not item.node or (len(node.inputs) > index and node.inputs[index] is not None):
+        return _replace_bias(graph, node, index, shift)
+    weight = item.weight
+    assert weight is not None
+    if len(node.inputs) <= index:
+        node.resize_inputs(index + 1)
+    dtype = node.outputs[0].dtype or weight.dtype or ir.DataType.FLOAT
+    node.replace_input_with(index, _initializer(graph, f"{node.outputs[0].name}_bias", shift, dtype))
+    return True
 
 
 def _replace_bias(graph: ir.Graph, node: ir.Node, index: int, shift: Array) -> bool:
