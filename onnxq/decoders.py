@@ -8,7 +8,7 @@ length alone (rule P8), which no decoder has.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -48,17 +48,8 @@ def _joint_projections(products: Sequence[ir.Node]) -> bool:
     return any(count > 1 for count in makers.values())
 
 
-def _layers_behind(value: ir.Value | None) -> set[ir.Node]:
+def _layers_behind(value: ir.Value | None) -> Iterator[ir.Node]:
     """The nearest products and convolutions that a value comes from."""
-    found, seen, open_ = set[ir.Node](), set[ir.Node](), [value]
-    while open_:
-        current = open_.pop()
-        node = None if current is None else current.producer()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if graphs.weighted(node) is not None or is_product(node):
-            found.add(node)
-        else:
-            open_ += node.inputs
-    return found
+    return graphs.nearest_behind(
+        value, lambda node: graphs.weighted(node) is not None or is_product(node), lambda _: True
+    )

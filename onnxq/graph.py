@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -146,6 +146,24 @@ def weighted_nodes(graph: ir.Graph) -> Iterator[WeightedNode]:
 DATA_MOVEMENT = (
     "MaxPool", "Identity", "Transpose", "Slice", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Split", "Pad",
 )  # fmt: skip
+
+
+def nearest_behind(
+    value: ir.Value | None, wanted: Callable[[ir.Node], bool], through: Callable[[ir.Node], bool]
+) -> Iterator[ir.Node]:
+    """The first wanted nodes on every way up from a value, each once; ways end at what is not to be gone through."""
+    seen: set[ir.Node] = set()
+    open_ = [value]
+    while open_:
+        current = open_.pop()
+        node = None if current is None else current.producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if wanted(node):
+            yield node
+        elif through(node):
+            open_ += node.inputs
 
 
 def last_sums(graph: ir.Graph) -> set[str]:

@@ -112,17 +112,9 @@ class NormaliseAttention(InPlacePass):
 
 def _scores(graph: ir.Graph) -> Iterator[ir.Node]:
     for product in graphs.attention_products(graph):
-        stack, seen = [product.inputs[0]], set()
-        while stack:
-            value = stack.pop()
-            node = None if value is None else value.producer()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if graphs.is_op(node, "MatMul"):
-                yield node
-            elif graphs.is_op(node, *BETWEEN):
-                stack += node.inputs
+        yield from graphs.nearest_behind(
+            product.inputs[0], lambda node: graphs.is_op(node, "MatMul"), lambda node: graphs.is_op(node, *BETWEEN)
+        )
 
 
 def _operand(product: ir.Node, position: int) -> Operand | None:
