@@ -94,6 +94,7 @@ class Job:
     _float_session: Session | None = None
     _taps: list[str] = field(default_factory=list)
     _has_ranges: bool = True  # whether any activation gets codes
+    _wants_means: bool = False
     _shared: SharedModel | None = None
 
     def __post_init__(self) -> None:
@@ -152,9 +153,10 @@ class Job:
         """Insert Q/DQ where the target wants them; a float session that taps the same values is made first.
 
         Args:
-            means: Whether :meth:`record` is asked for means per channel: layers whose weights alone get codes read
-                values that nothing would tap.
+            means: Whether :meth:`record` keeps the means that biases are corrected with. Layers whose weights alone
+                get codes read values that nothing would tap otherwise.
         """
+        self._wants_means = means
         self.placement = self.place(self.model.graph)
         if not self.placement.sites:
             reasons = "; ".join(sorted(set(self.placement.left_float.values()))) or "it has no Conv, Gemm or MatMul"
@@ -195,23 +197,25 @@ class Job:
             self.observed.add(self._run_float(missing, bias_correction.channel_axes(self.model.graph)))
         return self.observed.statistics
 
-    def record(self, channel_axes: Mapping[str, int] | None = None) -> dict[str, Statistics]:
-        """Run the float graph once over the calibration inputs and keep statistics of what gets quantized.
-
-        Args:
-            channel_axes: Values whose mean per channel is wanted too, and their channel axes.
-        """
+    def record(self) -> dict[str, Statistics]:
+        """Run the float graph once over the calibration inputs and keep statistics of what gets quantized."""
         if self.placement is None:
             raise RuntimeError("insert() comes before record()")
         if self._float_session is None:
             outputs = [value.name or "" for value in self.model.graph.outputs]
             self.recording = self.observed.of(self._taps, outputs)
         else:
-            self.recording = self._run_float(self._taps, channel_axes or {})
+            axes = bias_correction.channel_axes(self.model.graph) if self._wants_means else {}
+            self.recording = self._run_float(self._taps, axes)
         if getattr(self.source, "is_made_up", False):
             for name in graphs.last_sums(self.model.graph) & self.recording.statistics.keys():
                 self.recording.statistics[name].is_short = True
         return self.recording.statistics
+
+    @property
+    def channel_means(self) -> Mapping[str, Array]:
+        """E[x] of each input channel of layers, by value name; none where :meth:`insert` was not asked for them."""
+        return self.recording.channel_means if self.recording is not None and self._wants_means else {}
 
     def _run_float(self, taps: Sequence[str], channel_axes: Mapping[str, int]) -> Recording:
         session = self._float_session or self._open_float_session(taps)

@@ -12,12 +12,14 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
 from onnxq.calibration.calibrate import rows_of, set_weight_scales
-from onnxq.folding import new_initializer
+from onnxq.folding import array_of, new_initializer
+from onnxq.formats import fake_quantize, parse_format, scale_and_zero_point
 from onnxq.passes.insert_qdq import FORMAT
 from onnxq.weights.tables import Table
 
 Array = np.ndarray[Any, Any]
 STORAGES = ("table", "int8")
+INT8, _ = parse_format("int8")
 
 
 class TabulateWeights(InPlacePass):
@@ -58,13 +60,34 @@ class TabulateWeights(InPlacePass):
             if self.storage == "table":
                 _store(model.graph, node, table, scale, self.packed)
             else:
-                _round(model.graph, node, table, scale)
+                name, dtype = f"{weight.name}_levelled", weight.dtype or ir.DataType.FLOAT
+                levelled = new_initializer(model.graph, name, self.rounded(node, array_of(weight)), dtype)
+                node.replace_input_with(0, levelled)
+                node.metadata_props[FORMAT] = "int8"
             modified = True
         if modified and self.storage != "table":
             set_weight_scales(model)
         if modified:
             common_passes.RemoveUnusedNodesPass()(model)
         return PassResult(model, modified)
+
+    def rounded(self, node: ir.Node, weight: Array) -> Array:
+        """What the stored weight will mean, of a model that was not rewritten yet.
+
+        Args:
+            node: The weight's quantizer.
+            weight: Its weight, which comes back as it is where it has no table.
+        """
+        value = node.inputs[0]
+        if value is None or value.name not in self.tables:
+            return weight
+        table, scale = self.tables[value.name]
+        rows, shape, axis = _layout(node)
+        levelled = table.rounded(rows, scale)
+        if self.storage == "int8":
+            step, zero_point = scale_and_zero_point(levelled.min(axis=1), levelled.max(axis=1), INT8, symmetric=True)
+            levelled = fake_quantize(levelled, step, zero_point, INT8, axis=0)
+        return _unrolled(levelled, shape, axis).astype(weight.dtype)
 
 
 def _layout(node: ir.Node) -> tuple[Array, tuple[int, ...], int]:
@@ -107,13 +130,3 @@ def _store(graph: ir.Graph, node: ir.Node, table: Table, scale: Array, packed: b
     tape.nodes[-1].metadata_props[FORMAT] = f"table of {len(table.levels)}"
     graph.insert_before(node, tape.nodes)
     output.replace_all_uses_with(decoded)
-
-
-def _round(graph: ir.Graph, node: ir.Node, table: Table, scale: Array) -> None:
-    weight = node.inputs[0]
-    assert weight is not None
-    rows, shape, axis = _layout(node)
-    dtype = weight.dtype or ir.DataType.FLOAT
-    array = _unrolled(table.rounded(rows, scale), shape, axis).astype(dtype.numpy())
-    node.replace_input_with(0, new_initializer(graph, f"{weight.name}_levelled", array, dtype))
-    node.metadata_props[FORMAT] = "int8"

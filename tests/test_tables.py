@@ -135,7 +135,8 @@ def test_stored_tables_mean_the_levels(network: Path, calibration: Path, tmp_pat
     for storage in ("table", "int8"):
         output = tmp_path / f"{storage}.onnx"
         result = onnxq.quantize(
-            network, calibration, output=output, recipe="powerquant", weights="int4", knobs={"storage": storage},
+            network, calibration, output=output, recipe="powerquant", weights="int4",
+            knobs={"storage": storage, "bias_correction": False},
             target="cpu",  # which reads tables of 4-bit codes; TensorRT's take a byte
         )  # fmt: skip
         numbers[storage] = result.numbers
@@ -161,6 +162,21 @@ def test_quantized_activations_get_integer_kernels_or_the_power_domain(
     assert power.numbers["sqnr_db"] > 5
 
 
+@pytest.mark.parametrize("recipe", ["powerquant", "pnmq"])
+@pytest.mark.parametrize("storage", ["table", "int8"])
+def test_biases_take_back_the_mean_shift_of_the_levels(
+    network: Path, calibration: Path, recipe: str, storage: str
+) -> None:
+    alone, corrected = (
+        onnxq.quantize(
+            network, calibration, recipe=recipe, weights="int3", activations="float",
+            knobs={"bias_correction": corrects, "storage": storage},
+        ).numbers["sqnr_db"]
+        for corrects in (False, True)
+    )  # fmt: skip
+    assert corrected > alone + 1
+
+
 def test_compression_is_reached_and_mixed(network: Path, tmp_path: Path) -> None:
     with pytest.raises(OnnxqError, match="compression"):
         onnxq.quantize(network, recipe="pnmq", knobs={"compression": 40.0})
@@ -178,7 +194,7 @@ def test_an_exponent_beats_the_extremes_on_a_real_network(shared_data: Path) -> 
     model = DATA / "models" / "resnet20_cifar10.onnx"
     options = {"weights": "int4", "activations": "float", "synthesis": "noise"}
     uniform = onnxq.quantize(model, knobs={"bias_correction": False}, **options)
-    power = onnxq.quantize(model, recipe="powerquant", **options)
+    power = onnxq.quantize(model, recipe="powerquant", knobs={"bias_correction": False}, **options)
     assert power.numbers["sqnr_db"] > uniform.numbers["sqnr_db"] + 0.5
 
 

@@ -10,7 +10,7 @@ Source: M. Nagel et al., Data-free quantization through weight equalization and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from onnxq.passes.insert_qdq import FORMAT, STATISTICS
 from onnxq.targets.placement import Site
 
 Array = np.ndarray[Any, Any]
+
+Rounding = Callable[[ir.Node, Array], Array]  # from a weight's quantizer and the weight to what the codes will mean
 
 
 def channel_axes(graph: ir.Graph) -> dict[str, int]:
@@ -66,12 +68,13 @@ def _bias_place(item: graphs.WeightedNode) -> tuple[ir.Node, int] | None:
     return add, 1 - index
 
 
-def correct_biases(model: ir.Model, means: Mapping[str, Array]) -> int:
+def correct_biases(model: ir.Model, means: Mapping[str, Array], rounding: Rounding | None = None) -> int:
     """Shift the bias of every layer whose weights are quantized; returns how many were corrected.
 
     Args:
-        model: A Q/DQ model whose weights are still float and whose weight scales are set.
+        model: A Q/DQ model whose weights are still float.
         means: E[x] per input channel, by the name of the value that the layer's quantizer reads.
+        rounding: How the weight quantizers of the model round; by default each by its scale, which is set.
     """
     corrected = 0
     for item in list(graphs.weighted_nodes(model.graph)):
@@ -79,7 +82,7 @@ def correct_biases(model: ir.Model, means: Mapping[str, Array]) -> int:
         quantize = _weight_quantizer(item)
         if source is None or quantize is None or source not in means:
             continue
-        shift = _shift(item, quantize, means[source])
+        shift = _shift(item, quantize, means[source], rounding or rounded_weight)
         if shift is not None and np.any(shift) and _add_to_bias(model.graph, item, -shift):
             corrected += 1
     return corrected
@@ -104,16 +107,22 @@ def _weight_quantizer(item: graphs.WeightedNode) -> ir.Node | None:
     return quantize
 
 
-def _shift(item: graphs.WeightedNode, quantize: ir.Node, means: Array) -> Array | None:
+def _shift(item: graphs.WeightedNode, quantize: ir.Node, means: Array, rounding: Rounding) -> Array | None:
     """(W' − W)·E[x] per output channel, with W' as the quantizer makes it."""
-    weight_value, scale, zero_point = quantize.inputs[:3]
-    assert weight_value is not None and scale is not None and zero_point is not None
-    assert weight_value.const_value and scale.const_value and zero_point.const_value
+    weight_value = quantize.inputs[0]
+    assert weight_value is not None and weight_value.const_value is not None
     weight = weight_value.const_value.numpy().astype(np.float32)
     graphs.let_go(weight_value)
+    return mean_shift(item, rounding(quantize, weight).astype(np.float64) - weight, means)
+
+
+def rounded_weight(quantize: ir.Node, weight: Array) -> Array:
+    """A weight as its quantizer will mean it, by the scale, zero point and format that the quantizer has."""
+    scale, zero_point = quantize.inputs[1:3]
+    assert scale is not None and scale.const_value and zero_point is not None and zero_point.const_value
     number_format, _ = parse_format(quantize.metadata_props[FORMAT])
     per_tensor = not scale.const_value.shape
-    rounded = fake_quantize(
+    return fake_quantize(
         weight,
         scale.const_value.numpy(),
         zero_point.const_value.numpy(),
@@ -121,7 +130,6 @@ def _shift(item: graphs.WeightedNode, quantize: ir.Node, means: Array) -> Array 
         axis=None if per_tensor else quantize.attributes.get_int("axis", 1),
         block_size=quantize.attributes.get_int("block_size", 0) or None,
     )
-    return mean_shift(item, rounded.astype(np.float64) - weight, means)
 
 
 def mean_shift(item: graphs.WeightedNode, error: Array, means: Array) -> Array | None:

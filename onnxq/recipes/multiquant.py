@@ -95,12 +95,10 @@ class MultiQuant:
         observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.prepare()
         blocks, outputs = self._wanted(job)
-        job.insert()
-        axes = bias_correction.channel_axes(job.model.graph) if self.bias_correction else {}
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(axes), observer)
+        job.insert(means=self.bias_correction)
+        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observer)
         calibrate.set_weight_scales(job.model, search)
-        if self.bias_correction and job.recording is not None:
-            bias_correction.correct_biases(job.model, job.recording.channel_means)
+        bias_correction.correct_biases(job.model, job.channel_means)
         tables = self._train(job, blocks, outputs) if self.train else {}
         job.lower()
         attach_tables(job.model, tables)

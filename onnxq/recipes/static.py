@@ -66,12 +66,10 @@ class Static:
         observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         hold_floor(job, observer, search, self.step_floor_db)
         job.insert(means=self.bias_correction)
-        axes = bias_correction.channel_axes(job.model.graph) if self.bias_correction else {}
-        statistics = job.record(axes)
+        statistics = job.record()
         if self.shift:
             free_zero_points(job, statistics, observer)
         job.ranges = calibrate.set_activation_scales(job.model, statistics, observer)
         calibrate.set_weight_scales(job.model, search)
-        if self.bias_correction and job.recording is not None:
-            bias_correction.correct_biases(job.model, job.recording.channel_means)
+        bias_correction.correct_biases(job.model, job.channel_means)
         job.lower()

@@ -4,7 +4,7 @@
         --models resnet20_cifar10,squeezenet_v1_1 --formats int4,int3
 
 `--prepared` holds NAME.calib.npz and NAME.test.npz, keyed by input name, with labels. Only `adaround` sees the
-calibration inputs: the others need the weights alone, but for the means that `rex` corrects biases with, which come
+calibration inputs: the others need the weights alone, but for the means that biases are corrected with, which come
 from inputs made from the model itself; NAME.made.npz, as `onnxq synthesize` writes it, saves making them for each row.
 Activations stay float, so that nothing else is compared, unless `--activations` and `--target` say otherwise; then each
 row makes its own inputs.
@@ -31,6 +31,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "powerquant, per tensor": ("powerquant", {"scope": "tensor"}),
     "pnmq, L4": ("pnmq", {"equalize": False}),
     "pnmq, L2": ("pnmq", {"equalize": False, "norm": 2.0}),
+    "powerquant, biases left alone": ("powerquant", PLAIN),
+    "pnmq, biases left alone": ("pnmq", {"equalize": False, **PLAIN}),
     "rex, half a second order": ("rex", {"density": 0.5, "depthwise_orders": 0}),
     "rex, two orders": ("rex", {"depthwise_orders": 0}),
     "rex, two, depthwise three": ("rex", {}),
@@ -107,7 +109,7 @@ def main() -> None:
                 )
                 rows.append(row)
                 sys.stdout.write(
-                    f"{name:24} {weights:5} {grid:28} top-1 {100 * row['top1']:6.2f} of {100 * row['top1_float']:.2f}  "
+                    f"{name:24} {weights:5} {grid:30} top-1 {100 * row['top1']:6.2f} of {100 * row['top1_float']:.2f}  "
                     f"same {100 * row['agreement']:5.1f} %  SQNR {row['sqnr_db']:6.1f} dB  "
                     f"{row['bytes'] / 1e6:6.2f} MB  {row['seconds']:6.1f} s\n"
                 )
