@@ -53,11 +53,14 @@ def residuals(model: ir.Model, spec: Spec) -> dict[str, Residuals]:
     return layers
 
 
-@pytest.mark.parametrize(("bits", "factor"), [(2, 2.0), (3, 6.0), (4, 14.0)])
-def test_each_order_divides_the_largest_error(bits: int, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("bits", "clip", "factor"),
+    [(2, False, 2.0), (3, False, 6.0), (4, False, 14.0), (2, True, 3.0), (3, True, 7.0), (4, True, 15.0)],
+)
+def test_each_order_divides_the_largest_error(bits: int, clip: bool, factor: float) -> None:
     """The bound is tight in the worst row, so the measured ratio is the factor, not merely below it."""
     matrix = np.random.default_rng(0).standard_normal((64, 4096)).astype(np.float32)
-    expansion = Residuals(matrix, per_channel(f"int{bits}"), 64)
+    expansion = Residuals(matrix, per_channel(f"int{bits}"), 64, clip=clip)
     largest = [np.abs(matrix).max(axis=1)]
     for _ in range(3):
         expansion.refine(np.arange(64))
@@ -143,6 +146,22 @@ def test_one_budget_for_all_orders_goes_where_it_matters() -> None:
     for name, matrix in (("thin", thin), ("wide", wide)):
         left = np.square(layers[name].rounded().reshape(matrix.shape) - matrix).sum()
         np.testing.assert_allclose(left, layers[name].errors().sum(), rtol=1e-3)
+
+
+def test_what_is_stored_is_what_was_expanded(tmp_path: Path) -> None:
+    """The scale that a stored order gets is the one that it was rounded with, though it left half a step out."""
+    weight = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
+    model = add_weights(f"{HEAD} g (float[N,16] x) => (float[N,32] y) {{ [p] y = MatMul (x, w) }}", {"w": weight.shape})
+    model.graph.initializers["w"].const_value = ir.tensor(weight, name="w")
+    ir.save(model, tmp_path / "model.onnx")
+    expected = Residuals(weight.T, per_channel("int4"), 32, clip=True)
+    expected.refine(np.arange(32))
+    onnxq.quantize(
+        tmp_path / "model.onnx", [{"x": np.eye(16, dtype=np.float32)}], output=tmp_path / "rex.onnx", recipe="rex",
+        weights="int4", activations="float", knobs={"bias_correction": False},
+    )  # fmt: skip
+    (found,) = Session(tmp_path / "rex.onnx").run({"x": np.eye(16, dtype=np.float32)})
+    np.testing.assert_allclose(found, expected.rounded()[:, 0].T, atol=1e-6)
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "cpu"])

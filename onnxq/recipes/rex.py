@@ -50,6 +50,9 @@ class Rex:
           are corrected this is no better on MobileNetV1 0.25 (24.7 dB, 28.3 with ``network`` at the same size).
         - Depthwise convolutions get one order more (``depthwise_orders=0`` is the paper's): their channels sum over
           so few weights that errors do not average out, and they hold about one weight in fifty.
+        - An order that another follows leaves half a step at both ends of its range to it (``clip``; the paper's scales
+          come from the extremes): errors fall by 3, 7 and 15 per order at 2, 3 and 4 bits instead of 2, 6 and 14. Two
+          orders of int2: ResNet-20 4.9 and 7.8 dB, 76 and 84 %; at 4 bits it is within half a dB either way.
         - In grouped convolutions whole groups are kept or left.
         - Ensembling (orders in several networks whose outputs are summed, which is approximate) is not done: behind
           twenty layers the second network's output is a thousandth of the first's, and the sum no closer to float
@@ -67,6 +70,7 @@ class Rex:
         depthwise_orders: How many more orders depthwise convolutions get, whole; they hold few of the weights.
         allocation: ``network``, ``layer`` or ``outputs``: how that part is shared out.
         form: ``channels``, one wider layer, or ``branches``, a layer for each order.
+        clip: Whether an order leaves half a step at both ends of its range to the next one, which holds it anyway.
         observer: How a range follows from the statistics of an activation.
         bias_correction: Whether biases take back the mean shift that rounding the weights causes.
     """
@@ -76,6 +80,7 @@ class Rex:
     depthwise_orders: int = 1
     allocation: str = choice("network", "layer", "outputs")
     form: str = choice(*FORMS)
+    clip: bool = True
     observer: str = "robust"
     bias_correction: bool = True
 
@@ -92,7 +97,7 @@ class Rex:
                 groups = item.node.attributes.get_int("group", 1) if item.node.op_type == "Conv" else 1
                 rows = weight.reshape(len(weight), -1).astype(np.float32)
                 name = item.node.name or ""
-                layers[name] = Residuals(rows, specs[item.node], groups if groups > 1 else len(rows))
+                layers[name] = Residuals(rows, specs[item.node], groups if groups > 1 else len(rows), clip=self.clip)
                 if groups > 1 and weight.shape[1] == 1:
                     thin.append(name)
         if self.allocation == "outputs":

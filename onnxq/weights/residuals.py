@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.learning.channel_scales import round_matrix
+from onnxq.learning.channel_scales import as_rows, from_rows, round_matrix
 from onnxq.scheme import Spec
 
 Array = np.ndarray[Any, Any]
@@ -45,10 +45,12 @@ class Residuals:
         matrix: The weight, [output channels, elements].
         spec: How each order is quantized; scales per channel or per block of elements.
         units: Into how many runs of output channels it is cut: all channels, or the groups of a convolution.
+        clip: Whether an order that another follows leaves half a step at both ends to it: λ / (q + ½) is its step, and
+            an order divides the largest error by 2q + 1.
     """
 
-    def __init__(self, matrix: Array, spec: Spec, units: int) -> None:
-        self.spec = spec
+    def __init__(self, matrix: Array, spec: Spec, units: int, *, clip: bool = False) -> None:
+        self.spec, self.clip = spec, clip
         self.norm = float(np.square(matrix, dtype=np.float64).sum())
         self.rest = matrix.reshape(units, -1, matrix.shape[1]).copy()
         self.orders = [Order(self.rest.copy(), np.arange(units))]
@@ -79,13 +81,23 @@ class Residuals:
         """
         if not kept.size:
             return
-        rounded = self._rounded(self.rest[kept])
+        rounded = self._rounded(self._clipped(self.rest[kept]))
         for unit, row in zip(kept, rounded, strict=True):
             order = self.orders[self._holder[unit]]
             order.weight[np.searchsorted(order.kept, unit)] = row
         self.rest[kept] -= rounded
         self._holder[kept] = len(self.orders)
         self.orders.append(Order(self.rest[kept], kept))
+
+    def _clipped(self, units: Array) -> Array:
+        """Units without the half step at both ends that the next order holds anyway."""
+        if not self.clip:
+            return units
+        highest = self.spec.format.high
+        matrix = units.reshape(-1, units.shape[-1])
+        rows = as_rows(matrix, self.spec)
+        bounds = np.abs(rows).max(axis=1, keepdims=True) * (highest / (highest + 0.5))
+        return from_rows(np.clip(rows, -bounds, bounds), matrix.shape).reshape(units.shape)
 
     def _rounded(self, units: Array) -> Array:
         return round_matrix(units.reshape(-1, units.shape[-1]), self.spec).reshape(units.shape)

@@ -36,6 +36,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "rex, half a second order": ("rex", {"density": 0.5, "depthwise_orders": 0}),
     "rex, two orders": ("rex", {"depthwise_orders": 0}),
     "rex, two, depthwise three": ("rex", {}),
+    "rex, orders from the extremes": ("rex", {"clip": False}),
     "rex, biases left alone": ("rex", PLAIN),
     "rex, by the outputs": ("rex", {"allocation": "outputs"}),
     "int8": ("int8", {}),
