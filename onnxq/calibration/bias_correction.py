@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq.biases import bias_place
 from onnxq.formats import fake_quantize, parse_format
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS
 from onnxq.targets.placement import Site
@@ -32,7 +33,8 @@ def channel_axes(graph: ir.Graph) -> dict[str, int]:
     for item in graphs.weighted_nodes(graph):
         source = _source(item)
         if source is not None and item.weight is not None:
-            axes[source] = 1 if item.node.op_type in ("Conv", "ConvTranspose") else -1
+            is_transposed = item.node.op_type == "Gemm" and item.node.attributes.get_int("transA", 0) == 1
+            axes[source] = 1 if item.node.op_type in ("Conv", "ConvTranspose") else 0 if is_transposed else -1
     return axes
 
 
@@ -48,24 +50,11 @@ def read_in_float(graph: ir.Graph, sites: Sequence[Site]) -> set[ir.Value]:
 
 def _has_bias(item: graphs.WeightedNode) -> bool:
     """Whether there is a bias to correct, or a place for one."""
-    place = _bias_place(item)
+    place = bias_place(item)
     if place is None:
         return False
-    node, index = place
-    bias = node.inputs[index] if len(node.inputs) > index else None
-    return node is item.node if bias is None else graphs.is_constant(bias)
-
-
-def _bias_place(item: graphs.WeightedNode) -> tuple[ir.Node, int] | None:
-    """The node and the input that the layer's bias is read by: the layer's own, or an Add behind it."""
-    node = item.node
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and len(node.inputs) > 2):
-        return node, 2
-    readers = graphs.consumers(node.outputs[0])
-    if len(readers) != 1 or not graphs.is_op(readers[0][0], "Add"):
-        return None
-    add, index = readers[0]
-    return add, 1 - index
+    bias = place[0].inputs[place[1]] if len(place[0].inputs) > place[1] else None
+    return bias is None or graphs.is_constant(bias)
 
 
 def correct_biases(model: ir.Model, means: Mapping[str, Array], rounding: Rounding | None = None) -> int:
@@ -158,12 +147,12 @@ def mean_shift(item: graphs.WeightedNode, error: Array, means: Array) -> Array |
 
 
 def _add_to_bias(graph: ir.Graph, item: graphs.WeightedNode, shift: Array) -> bool:
-    """Add ``shift`` to the layer's bias, which may be an Add after it; a Conv without one gets one."""
-    place = _bias_place(item)
+    """Add ``shift`` to the layer's bias, which may be an Add after it; a Conv or Gemm without one gets one."""
+    place = bias_place(item)
     if place is None:
         return False
     node, index = place
-    if node is not item.node or (len(node.inputs) > index and node.inputs[index] is not None):
+    if len(node.inputs) > index and node.inputs[index] is not None:
         return _replace_bias(graph, node, index, shift)
     weight = item.weight
     assert weight is not None

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq.biases import bias_place
 from onnxq.folding import array_of, new_initializer
 from onnxq.learning.hessian import Layer, layer
 from onnxq.learning.quantizers import Quantizer
@@ -42,20 +43,18 @@ def readers_of(graph: ir.Graph, quantizers: Sequence[Quantizer]) -> dict[str, li
 
 
 def own_biases(graph: ir.Graph, readers: Mapping[str, Sequence[Layer]]) -> dict[str, str]:
-    """The initializer that each layer's bias alone uses, by the weight's output; a Conv without one gets zeros."""
+    """The initializer that each layer's bias alone uses, by the weight's output; where there is none yet, of zeros."""
     found: dict[str, str] = {}
     for output, layers in readers.items():
         if len(layers) != 1:
             continue
-        place = _bias(layers[0])
+        place = bias_place(layers[0].item)
         if place is None:
             continue
         node, index = place
         rows = layers[0].shape[layers[0].item.channel_axis]
         bias = node.inputs[index] if index < len(node.inputs) else None
         if bias is None:
-            if node.op_type != "Conv":
-                continue
             if len(node.inputs) <= index:
                 node.resize_inputs(index + 1)
             name, like = f"{node.outputs[0].name}_bias", layers[0].item.weight
@@ -69,26 +68,6 @@ def own_biases(graph: ir.Graph, readers: Mapping[str, Sequence[Layer]]) -> dict[
         assert own is not None and own.name is not None
         found[output] = own.name
     return found
-
-
-def _bias(layer: Layer) -> tuple[ir.Node, int] | None:
-    """Where the layer's bias is read: by itself, or by an Add that alone reads its output."""
-    node = layer.item.node
-    if layer.item.weight_index != 1:
-        return None
-    if node.op_type == "Conv":
-        return node, 2
-    if node.op_type == "Gemm" and (
-        node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0
-    ):
-        return None
-    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-        return node, 2
-    uses = graphs.consumers(node.outputs[0])
-    if len(uses) != 1 or node.outputs[0].is_graph_output() or not graphs.is_op(uses[0][0], "Add"):
-        return None
-    add, index = uses[0]
-    return add, 1 - index
 
 
 def _copy(graph: ir.Graph, name: str, value: ir.Value) -> ir.Value:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq.biases import bias_place
 from onnxq.calibration.bias_correction import mean_shift
 from onnxq.folding import array_of
 from onnxq.job import Job
@@ -61,9 +62,10 @@ def output_importance(job: Job, rounded: Mapping[str, Array], samples: int, corr
 @contextmanager
 def _shifted_bias(item: graphs.WeightedNode, error: Array, means: Array | None) -> Iterator[None]:
     """The layer's bias without the mean of what an error in its weight adds, for a while."""
-    bias = item.node.inputs[2] if len(item.node.inputs) > 2 else None
+    place = bias_place(item)
+    bias = place[0].inputs[place[1]] if place is not None and len(place[0].inputs) > place[1] else None
     shift = None if means is None else mean_shift(item, error.astype(np.float64), means)
-    if bias is None or bias.const_value is None or shift is None:
+    if bias is None or bias.const_value is None or shift is None or shift.size != bias.const_value.size:
         yield
         return
     kept, values = bias.const_value, array_of(bias)
