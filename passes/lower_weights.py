@@ -11,7 +11,8 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.formats import parse_format, quantize
+from onnxq.arithmetic import quantize
+from onnxq.formats import parse_format
 from onnxq.passes.insert_qdq import FORMAT
 
 

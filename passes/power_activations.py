@@ -9,9 +9,10 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq.arithmetic import scale_and_zero_point
 from onnxq.calibration.calibrate import write_clip, write_scales
 from onnxq.folding import new_initializer
-from onnxq.formats import parse_format, scale_and_zero_point
+from onnxq.formats import parse_format
 from onnxq.passes.insert_qdq import CLIP, FORMAT, SYMMETRIC
 
 Array = np.ndarray[Any, Any]

@@ -10,8 +10,8 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq.arithmetic import dequantize
 from onnxq.folding import array_of, new_initializer
-from onnxq.formats import dequantize
 from onnxq.passes.insert_qdq import SYMMETRIC
 
 Array = np.ndarray[Any, Any]

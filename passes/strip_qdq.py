@@ -11,9 +11,9 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq.arithmetic import dequantize
 from onnxq.errors import OnnxqError
 from onnxq.folding import array_of, new_initializer
-from onnxq.formats import dequantize
 
 Array = np.ndarray[Any, Any]
 

@@ -11,9 +11,10 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration.calibrate import rows_of, set_weight_scales
 from onnxq.folding import array_of, new_initializer
-from onnxq.formats import fake_quantize, parse_format, scale_and_zero_point
+from onnxq.formats import parse_format
 from onnxq.passes.insert_qdq import FORMAT
 from onnxq.weights.tables import Table
 

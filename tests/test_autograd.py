@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from onnxq import formats
+from onnxq import arithmetic, formats
 from onnxq.autograd.interpreter import Replacement, TorchGraph
 from onnxq.autograd.ops import OPS, takes_outputs
 from onnxq.autograd.ops.quantization import DequantizeLinear, QuantizeLinear
@@ -323,7 +323,7 @@ def test_codes_and_values_have_the_bits_of_formats(
     x = np.array(values, np.float32).reshape(3, 10)
     scale = np.asarray(np.exp(np.random.default_rng(seed).normal(-2, 3, shape)), np.float32)
     zeros = None if number_format.is_float else np.full(shape, zero, number_format.numpy_dtype)
-    expected = formats.quantize(x, scale, zeros, number_format, axis=axis, block_size=block_size)
+    expected = arithmetic.quantize(x, scale, zeros, number_format, axis=axis, block_size=block_size)
     layout_options = {"axis": 1 if axis is None else axis, "block_size": block_size or 0}
     torch_zeros = None if zeros is None else torch.from_numpy(zeros.astype(np.float32))
     codes = QuantizeLinear(
@@ -334,7 +334,7 @@ def test_codes_and_values_have_the_bits_of_formats(
     if not number_format.is_float:
         assert not np.signbit(codes.numpy()[codes.numpy() == 0]).any(), "an integer has no negative zero"
     found = DequantizeLinear(codes, torch.from_numpy(scale), torch_zeros, **layout_options)
-    again = formats.dequantize(expected, scale, zeros, number_format, axis=axis, block_size=block_size)
+    again = arithmetic.dequantize(expected, scale, zeros, number_format, axis=axis, block_size=block_size)
     number = ~np.isnan(x)  # of NaN only the value counts: its sign in fp4, which has none, is nobody's
     np.testing.assert_array_equal(found.numpy()[number].view(np.int32), again[number].view(np.int32))
     np.testing.assert_array_equal(found.numpy(), again)

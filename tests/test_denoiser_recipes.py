@@ -11,12 +11,13 @@ from conftest import MODELS, add_weights
 
 import onnxq
 from onnxq import model as models
+from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration import observers
 from onnxq.calibration.observers import Statistics
 from onnxq.config import make_settings
 from onnxq.diffusion.source import open_sampler
 from onnxq.diffusion.trajectory import record
-from onnxq.formats import FORMATS, fake_quantize, scale_and_zero_point
+from onnxq.formats import FORMATS
 from onnxq.runtime import Session
 
 NETWORK = """

@@ -17,8 +17,9 @@ from conftest import ONNXRUNTIME
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxq.arithmetic import dequantize, fake_quantize, quantize, scale_and_zero_point
 from onnxq.errors import OnnxqError
-from onnxq.formats import FORMATS, dequantize, fake_quantize, parse_format, quantize, scale_and_zero_point
+from onnxq.formats import FORMATS, parse_format
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
@@ -159,7 +160,7 @@ def cases(draw: st.DrawFn, name: str, real: str, layout: str) -> tuple[np.ndarra
     if saturates(name, real, layout):
         special += [np.inf, -np.inf, np.nan, np.finfo(dtype).max, np.finfo(dtype).min]
     else:
-        # These kernels pass through int32 (see onnxq.formats): only what fits is defined.
+        # These kernels pass through int32 (see onnxq.arithmetic): only what fits is defined.
         fits = np.abs(values.astype(np.float64) / wide) < 2.0**30
         values = np.where(fits, values, dtype(0))
         special = special[:2]
@@ -268,7 +269,7 @@ def test_nan_and_infinities_saturate_in_vectors_and_tails(name: str) -> None:
 
 
 def test_we_saturate_where_onnxruntime_wraps_around() -> None:
-    """If this fails, onnxruntime has changed: widen ``saturates`` and correct the docstring of onnxq.formats."""
+    """If this fails, onnxruntime has changed: widen ``saturates`` and correct the docstring of onnxq.arithmetic."""
     values, zero = np.full((2, 2), np.inf, np.float16), np.zeros((), np.int8)
     scale = np.ones((), np.float16)
     assert (run("QuantizeLinear", "int8", "float16", "tensor", values, scale, zero) == -128).all()

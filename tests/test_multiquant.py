@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 import onnxq
 from onnxq import graph as graphs
+from onnxq.arithmetic import fake_quantize, quantize, scale_and_zero_point
 from onnxq.calibration.weight_ranges import least_error
 from onnxq.cli import app
 from onnxq.errors import OnnxqError
-from onnxq.formats import fake_quantize, parse_format, quantize, scale_and_zero_point
+from onnxq.formats import parse_format
 from onnxq.model import read
 from onnxq.weights.masters import TABLE, WIDTHS, export_width, master_nodes
 

@@ -13,13 +13,14 @@ from test_temporal_features import NETWORK, SHAPES
 import onnxq
 from onnxq import graph as graphs
 from onnxq import model as models
+from onnxq.arithmetic import fake_quantize
 from onnxq.config import make_settings
 from onnxq.diffusion.denoiser import find
 from onnxq.diffusion.partition import uniform
 from onnxq.diffusion.schedule import ASSUMED_DIFFUSION, make
 from onnxq.diffusion.source import open_sampler
 from onnxq.errors import OnnxqError
-from onnxq.formats import FORMATS, fake_quantize
+from onnxq.formats import FORMATS
 from onnxq.passes.normalise_attention import NormaliseAttention
 from onnxq.runtime import Session
 

@@ -14,10 +14,11 @@ from conftest import MODELS
 import onnxq
 from onnxq import OnnxqError, recipes
 from onnxq import graph as graphs
+from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration import weight_ranges
 from onnxq.config import build_knobs, parse_assignments
 from onnxq.docstrings import knob_meanings
-from onnxq.formats import FORMATS, fake_quantize, scale_and_zero_point
+from onnxq.formats import FORMATS
 from onnxq.knobs import choices_of
 
 FASHION = (MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibration.npz")

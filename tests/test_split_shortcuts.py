@@ -13,11 +13,11 @@ from conftest import add_weights
 import onnxq
 from onnxq import graph as graphs
 from onnxq import model as models
+from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration.channels import ChannelStatistics
 from onnxq.calibration.shortcuts import gain_of, powers_of_two
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.errors import OnnxqError
-from onnxq.formats import fake_quantize, scale_and_zero_point
 from onnxq.learning.channel_scales import round_matrix
 from onnxq.passes.smooth_activations import SmoothActivations
 from onnxq.passes.split_shortcuts import SplitShortcuts, find_shortcuts

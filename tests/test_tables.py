@@ -11,9 +11,10 @@ import pytest
 from conftest import DATA, add_weights
 
 import onnxq
+from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration.weight_ranges import least_error
 from onnxq.errors import OnnxqError
-from onnxq.formats import fake_quantize, parse_format, scale_and_zero_point
+from onnxq.formats import parse_format
 from onnxq.weights.tables import fit, least_exponent, power_table, row_errors, widest_scale
 from onnxq.weights.thresholds import under, widths
 

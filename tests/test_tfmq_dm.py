@@ -13,6 +13,7 @@ from test_temporal_features import NETWORK, SHAPES
 
 import onnxq
 from onnxq import model as models
+from onnxq.arithmetic import fake_quantize
 from onnxq.autograd.blocks import Block
 from onnxq.config import make_settings
 from onnxq.diffusion.source import open_sampler
@@ -20,7 +21,7 @@ from onnxq.diffusion.temporal_error import TemporalError, temporal_error
 from onnxq.diffusion.temporal_region import find_region
 from onnxq.diffusion.temporal_tables import FeatureTable, tabulate
 from onnxq.errors import OnnxqError
-from onnxq.formats import FORMATS, fake_quantize
+from onnxq.formats import FORMATS
 from onnxq.recipes import tfmq_dm
 
 OPTIONS = {"steps": 10, "samples": 48, "weights": "int4", "activations": "int8"}

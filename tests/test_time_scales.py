@@ -18,7 +18,8 @@ import onnxq
 from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq.calibration import observers, timesteps
-from onnxq.calibration.data import Npz, input_specs
+from onnxq.calibration.archives import Npz
+from onnxq.calibration.data import input_specs
 from onnxq.calibration.timesteps import StepStatistics
 from onnxq.config import make_settings
 from onnxq.diffusion.comparison import sample

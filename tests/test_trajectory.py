@@ -16,7 +16,7 @@ from test_cli_errors import assert_two_lines, run
 import onnxq
 from onnxq import OnnxqError
 from onnxq import model as models
-from onnxq.calibration.data import Npz
+from onnxq.calibration.archives import Npz
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion import schedule as schedules
 from onnxq.diffusion.selection import ndtc, select

@@ -11,9 +11,10 @@ from conftest import DATA, add_weights
 
 import onnxq
 from onnxq import graph as graphs
+from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration.weight_ranges import extremes
 from onnxq.errors import OnnxqError
-from onnxq.formats import fake_quantize, parse_format, scale_and_zero_point
+from onnxq.formats import parse_format
 from onnxq.passes.normalise_tokens import NormaliseTokens
 from onnxq.recipes.zeroquant import ZeroQuant
 from onnxq.runtime import Session

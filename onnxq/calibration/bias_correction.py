@@ -17,8 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq.arithmetic import fake_quantize
 from onnxq.biases import bias_place
-from onnxq.formats import fake_quantize, parse_format
+from onnxq.formats import parse_format
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS
 from onnxq.targets.placement import Site
 

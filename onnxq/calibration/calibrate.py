@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq.arithmetic import scale_and_zero_point
 from onnxq.calibration.observers import Observer, Range, Statistics, minmax, with_headroom
-from onnxq.formats import NumberFormat, one_sided, parse_format, scale_and_zero_point
+from onnxq.formats import NumberFormat, one_sided, parse_format
 from onnxq.passes.insert_qdq import CLIP, FORMAT, STATISTICS, SYMMETRIC
 from onnxq.passes.normalise_tokens import NORMALISED
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.errors import OnnxqError
-from onnxq.formats import NumberFormat, fake_quantize, scale_and_zero_point
+from onnxq.formats import NumberFormat
 
 Array = np.ndarray[Any, Any]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration.channels import Array, ChannelStatistics, record_channels
 from onnxq.errors import OnnxqError
 from onnxq.folding import array_of
-from onnxq.formats import fake_quantize, scale_and_zero_point
 from onnxq.job import Job
 from onnxq.learning.channel_scales import round_matrix
 from onnxq.passes.smooth_activations import SmoothActivations

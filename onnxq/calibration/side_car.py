@@ -14,7 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.calibration.data import Source, batches, input_specs, inputs_of, read_arrays
+from onnxq.calibration.archives import read_arrays
+from onnxq.calibration.data import Source, batches, input_specs, inputs_of
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session, serialize
 from onnxq.writing import atomic_folder

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.errors import OnnxqError
-from onnxq.formats import NumberFormat, fake_quantize, scale_and_zero_point
+from onnxq.formats import NumberFormat
 
 Array = np.ndarray[Any, Any]
 
@@ -43,7 +44,7 @@ def least_error(rows: Array, number_format: NumberFormat, symmetric: bool, power
         power: 2 is the squared error; above it, large errors count more.
 
     Returns:
-        Both ends of the range [rows], ready for ``formats.scale_and_zero_point``. Where the format is symmetric they
+        Both ends of the range [rows], ready for ``scale_and_zero_point``. Where the format is symmetric they
         are the same on either side, so that the scale is one end over the highest code.
     """
     low, high = (np.asarray(end, np.float64) for end in extremes(rows, number_format, symmetric))
@@ -72,7 +73,7 @@ def best_of_few(rows: Array, number_format: NumberFormat, symmetric: bool) -> tu
         symmetric: Whether the zero point is the middle of the format.
 
     Returns:
-        Both ends of the range [rows], ready for ``formats.scale_and_zero_point``.
+        Both ends of the range [rows], ready for ``scale_and_zero_point``.
     """
     low, high = (np.asarray(end, np.float64) for end in extremes(rows, number_format, symmetric))
     low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.calibration.data import Array, read_arrays
+from onnxq.calibration.archives import read_arrays
+from onnxq.calibration.data import Array
 from onnxq.diffusion.denoiser import Runnable
 from onnxq.diffusion.trajectory import Sampler
 from onnxq.errors import OnnxqError

@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.calibration.data import Array, InputSpec, input_specs, read_arrays
+from onnxq.calibration.archives import read_arrays
+from onnxq.calibration.data import Array, InputSpec, input_specs
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Feed
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxq.calibration.data import STEP_KEY, Array, Npz, Sample
+from onnxq.calibration.archives import Npz
+from onnxq.calibration.data import STEP_KEY, Array, Sample
 from onnxq.diffusion.denoiser import Denoiser, Runnable
 from onnxq.diffusion.schedule import Schedule
 from onnxq.diffusion.selection import by_influence, select

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration.channels import KEPT_ROWS, ChannelStatistics
-from onnxq.formats import fake_quantize, scale_and_zero_point
 from onnxq.passes.smooth_activations import Group
 from onnxq.scheme import Spec
 from onnxq.targets import Placement

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.formats import fake_quantize, scale_and_zero_point
+from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.learning.channel_scales import as_rows, from_rows
 from onnxq.scheme import Spec
 

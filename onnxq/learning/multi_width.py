@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onnxq.arithmetic import scale_and_zero_point
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
 from onnxq.calibration.weight_ranges import least_error
-from onnxq.formats import parse_format, scale_and_zero_point
+from onnxq.formats import parse_format
 from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
 from onnxq.learning.cache import ActivationCache

@@ -15,11 +15,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq.arithmetic import quantize, scale_and_zero_point
 from onnxq.calibration.calibrate import rows_of
 from onnxq.calibration.weight_ranges import least_error
 from onnxq.errors import OnnxqError
 from onnxq.folding import array_of, new_initializer
-from onnxq.formats import parse_format, quantize, scale_and_zero_point
+from onnxq.formats import parse_format
 
 Array = np.ndarray[Any, Any]
 

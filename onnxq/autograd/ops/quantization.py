@@ -1,6 +1,6 @@
 """Quantization: exact codes forwards, straight-through gradients backwards.
 
-Forwards every code has the bits of :func:`onnxq.formats.quantize`. Backwards rounding counts as the identity, so that
+Forwards every code has the bits of :func:`onnxq.arithmetic.quantize`. Backwards rounding is the identity, so that
 
     d code / d x          = 1 / scale        inside the range, 0 where it saturates
     d code / d scale      = -x / scale**2    inside, 0 where it saturates
