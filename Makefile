@@ -29,7 +29,8 @@ test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 coverage: $(READY)
-	$(VENV)/bin/python -m coverage run -m pytest
+	$(VENV)/bin/python -m coverage erase
+	$(VENV)/bin/python -m coverage run -m pytest -n 2 --dist loadfile
 	$(VENV)/bin/python -m coverage combine --quiet
 	$(VENV)/bin/python -m coverage report
 
