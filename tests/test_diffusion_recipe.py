@@ -13,8 +13,10 @@ from test_denoiser_recipes import NETWORK, SHAPES, held_out_error
 import onnxq
 from onnxq import graph as graphs
 from onnxq import model as models
+from onnxq.diffusion import subgraphs
 from onnxq.diffusion.router import Router
 from onnxq.errors import OnnxqError
+from onnxq.recipes import diffusion
 from onnxq.runtime import Session
 
 OPTIONS = {"steps": 8, "weights": "int4", "activations": "int8", "exclude": ["first", "last"]}
@@ -91,12 +93,12 @@ def test_the_first_steps_can_run_the_float_network(denoiser: Path, tmp_path: Pat
 def test_a_large_float_network_has_its_weights_in_a_file(
     denoiser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outside: bool
 ) -> None:
-    """Where protobuf would not hold it, or where its weights lay in a file before."""
+    """Where it would be long to read, or where its weights lay in a file before."""
     source = tmp_path / "source" / "denoiser.onnx"
     source.parent.mkdir()
     models.save(models.load(denoiser), source, external_data=outside)
     if not outside:
-        monkeypatch.setattr(models, "EXTERNAL_DATA_LIMIT_BYTES", 1000)
+        monkeypatch.setattr(subgraphs, "INLINE_BYTES", 1000)
     output = tmp_path / "quantized.onnx"
     knobs = KNOBS | {"float_steps": 2, "iterations": 1, "start": "nearest"}
     onnxq.quantize(source, output=output, recipe="diffusion", knobs=knobs, **OPTIONS)
@@ -107,6 +109,15 @@ def test_a_large_float_network_has_its_weights_in_a_file(
     feed = {"x": x, "t": np.full(2, 999)}
     found = Session(tmp_path / "quantized.group0.onnx").run(feed)[0]
     np.testing.assert_allclose(found, Session(denoiser).run(feed)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_float_network_is_kept_open_only_where_it_is_asked(denoiser: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr(diffusion, "Session", lambda *given, **options: opened.append(1) or Session(*given, **options))
+    for correct in (False, True):
+        knobs = KNOBS | ALL_LAYERS | {"correct": correct, "iterations": 1, "start": "nearest"}
+        onnxq.quantize(denoiser, recipe="diffusion", knobs=knobs, **OPTIONS)
+        assert len(opened) == correct
 
 
 def test_the_same_seed_gives_the_same_bytes(denoiser: Path) -> None:

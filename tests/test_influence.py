@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from onnxq.calibration import observers
 from onnxq.diffusion.image_layers import error_shares, keep_images
 from onnxq.diffusion.influence import image_influence
 from onnxq.diffusion.selection import by_influence, select
-from onnxq.runtime import Session
+from onnxq.runtime import Feed, Session
 from onnxq.sensitivity import ErrorPower
 
 DDIM = {
@@ -42,6 +43,26 @@ def test_a_constant_velocity_moves_the_image_by_its_share_of_the_path() -> None:
     np.testing.assert_allclose(influence[probed], expected[probed], rtol=1e-2)
     assert influence[0] < 1e-6 * influence[1]  # nothing of a prediction of 0 is disturbed
     assert influence[2] < influence[3] < influence[4]
+
+
+def test_the_network_runs_only_where_a_sampler_goes_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine steps undisturbed; disturbed in step 0, 1, 2, 4 and 8, those that come after it."""
+
+    class Counting:
+        def __init__(self) -> None:
+            self.session, self.count = Session(model), 0
+
+        def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[np.ndarray]:
+            self.count += 1
+            return self.session.run(feed, outputs)
+
+    model = ir.from_onnx_text(CLOCK)
+    counting = Counting()
+    sampler = sampler_of(model, {"_class_name": "FlowMatching"}, 9)
+    influence = image_influence(sampler, counting)
+    assert counting.count == 9 + 8 + 7 + 6 + 4
+    monkeypatch.setattr(type(sampler), "batch", 3)
+    np.testing.assert_allclose(image_influence(sampler, Session(model)), influence, rtol=1e-5)
 
 
 def test_a_first_step_without_signal_counts_most() -> None:

@@ -15,6 +15,7 @@ from onnxq.writing import atomic_folder
 
 INDEX_ENDING = ".groups.json"
 SMALLEST_SHARED_BYTES = 256  # onnx-ir leaves smaller tensors in the graph's own file
+INLINE_BYTES = 1 << 20  # of weights in a subgraph's own file: who opens an index reads that file of every subgraph
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _move_out(values: Sequence[ir.Value], folder: Path, name: str) -> bool:
     """Write weights that a graph has for itself into a file, where they are too many for its own or lie in another."""
     pairs = [(value, value.const_value) for value in values if value.const_value is not None]
     elsewhere = any(isinstance(tensor, ir.ExternalTensor) for _, tensor in pairs)
-    if not elsewhere and sum(tensor.nbytes for _, tensor in pairs) <= models.EXTERNAL_DATA_LIMIT_BYTES:
+    if not elsewhere and sum(tensor.nbytes for _, tensor in pairs) <= INLINE_BYTES:
         return False
     large = [(value, tensor) for value, tensor in pairs if tensor.nbytes >= SMALLEST_SHARED_BYTES]
     moved = ir.external_data.convert_tensors_to_external([tensor for _, tensor in large], folder, name)

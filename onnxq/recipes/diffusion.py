@@ -106,9 +106,11 @@ class Diffusion(BlockKnobs):
                 hint=f"the sampler has {len(times)} steps, the last of which is quantized at least",
             )
         whole = job.model.clone() if self.float_steps else None
-        exact = Session(job.model, device=job.settings.device)
         influence = getattr(job.source, "influence", None)
-        if influence is None and self.image_gain_db > 0:
+        measures = influence is None and self.image_gain_db > 0
+        corrects = self.correct and STEP_KEY in next(iter(job.source), {})
+        exact = Session(job.model, device=job.settings.device) if measures or corrects else None
+        if measures and exact is not None:
             influence = image_influence(sampler, exact)
         job.prepare()
         if self.cache:
@@ -142,7 +144,7 @@ class Diffusion(BlockKnobs):
         if scales is not None and chosen is not None:
             job.measurements["time_scales"] = {"values": len(scales.tables), "moving": len(chosen.tables)}
             time_scales.lower(job, sampler, chosen.tables, "rescale")
-        if self.correct and STEP_KEY in next(iter(job.source), {}):
+        if corrects and exact is not None:
             Ptqd().correct(job, exact, sampler.denoiser, influence)
         if whole is not None:
             first = self.float_steps
