@@ -1,16 +1,19 @@
 """What each part of a denoiser's quantization brings, one row each on the same model.
 
-    python tests/benchmarks/diffusion_ablation.py FOLDER [NAME …] [--weights int8 int4] [--rows ROW …]
+    python tests/benchmarks/diffusion_ablation.py FOLDER [NAME …] [--weights int8 int4] [--rows ROW …] [--beside FILE …]
 
 FOLDER holds NAME.onnx with NAME.scheduler.json (or a schedule in the metadata). Every row is calibrated on the model's
 own trajectories of one seed and judged on those of another: SQNR of the prediction in each step of the float trajectory
 (worst and mean over the steps, dB), and the error of the images that the same noise ends in (squared, over float's
-power, the mean over `--seeds`; and as a ratio to the first row's). Seconds are relative to the first row's.
+power, the mean over `--seeds`; and as a ratio to the first row's). Seconds are relative to the first row's. With
+several `--quantizing-seeds` a row is the mean over them, and says how far apart they are. `--beside` judges what other
+tools have made of the same denoiser, in rows of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 from pathlib import Path
@@ -67,6 +70,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1000], help="of the noise that images start from")
+    parser.add_argument("--quantizing-seeds", type=int, nargs="+", default=[0], help="of calibration and learning")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="quantized models of other tools")
     parser.add_argument("--inputs", type=int, default=256, help="that every recipe calibrates on and learns from")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budget", default="quick")
@@ -80,6 +85,9 @@ def main() -> None:
             first: dict[str, float] = {}
             for row in arguments.rows:
                 judge(arguments, name, weights, row, first)
+            for file in arguments.beside:
+                literal = models.get_metadata(models.read(file)).get("target", "tensorrt") != "cpu"
+                line(file.stem, [images(arguments, name, Session(file, optimize=not literal))], first)
 
 
 def judge(arguments: argparse.Namespace, name: str, weights: str, row: str, first: dict[str, float]) -> None:
@@ -90,38 +98,67 @@ def judge(arguments: argparse.Namespace, name: str, weights: str, row: str, firs
         return
     if arguments.iterations and recipe in ("q-diffusion", "tfmq-dm", "diffusion"):
         knobs = knobs | {"iterations": arguments.iterations}
-    path = arguments.folder / f"{name}.onnx"
-    scheduler = arguments.folder / f"{name}.scheduler.json"
-    common: dict[str, Any] = {"steps": arguments.steps}
-    if scheduler.is_file():
-        common["scheduler"] = str(scheduler)
-    model = models.load(path)
-    samplers = [open_sampler(model, path, make_settings(common | {"seed": seed}))[0] for seed in arguments.seeds]
     options: dict[str, Any] = {"weights": weights, "activations": arguments.activations, "target": arguments.target}
     options["samples"] = arguments.inputs
+    found: list[Judged] = []
+    layers, seconds = set(), []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "quantized.onnx"
-        try:
-            made = onnxq.quantize(
-                path, output=output, recipe=recipe, knobs=knobs, budget=arguments.budget, **options, **common
-            )
-        except OnnxqError as error:
-            print(f"{row:28} {error}")
-            return
-        quantized = Session(output, optimize=arguments.target == "cpu")
-        exact = Session(path)
-        found = [
-            comparison.sample({"float": (item, exact), "quantized": (item, quantized)}, arguments.samples, 0).numbers
-            for item in samplers
-        ]
-    steps = [value for numbers in found for value in numbers["trajectory_sqnr_db"]]
-    error = statistics.mean(10 ** (-numbers["same_seed_image_sqnr_db"] / 10) for numbers in found)
-    seconds = made.numbers["seconds"]["total"]
+        for seed in arguments.quantizing_seeds:
+            try:
+                made = onnxq.quantize(
+                    arguments.folder / f"{name}.onnx", output=output, recipe=recipe, knobs=knobs, seed=seed,
+                    budget=arguments.budget, **options, **schedule(arguments, name),
+                )  # fmt: skip
+            except OnnxqError as error:
+                print(f"{row:28} {error}")
+                return
+            found.append(images(arguments, name, Session(output, optimize=arguments.target == "cpu")))
+            layers.add(f"{made.numbers['quantized_nodes']} of {made.numbers['weighted_nodes']}")
+            seconds.append(made.numbers["seconds"]["total"])
+    first.setdefault("seconds", statistics.mean(seconds))
+    line(row, found, first, f"{statistics.mean(seconds) / first['seconds']:6.1f}  {', '.join(sorted(layers))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """SQNR of each step on the float trajectory, dB, for each noise; error of the images, the mean over noises."""
+
+    steps_db: list[float]
+    error: float
+
+
+def schedule(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Settings of the sampler."""
+    scheduler = arguments.folder / f"{name}.scheduler.json"
+    return {"steps": arguments.steps} | ({"scheduler": str(scheduler)} if scheduler.is_file() else {})
+
+
+def images(arguments: argparse.Namespace, name: str, quantized: Session) -> Judged:
+    """Judge a quantized denoiser beside the float one."""
+    path = arguments.folder / f"{name}.onnx"
+    exact, model = Session(path), models.load(path)
+    steps: list[float] = []
+    errors = []
+    for seed in arguments.seeds:
+        sampler = open_sampler(model, path, make_settings(schedule(arguments, name) | {"seed": seed}))[0]
+        pair = {"float": (sampler, exact), "quantized": (sampler, quantized)}
+        numbers = comparison.sample(pair, arguments.samples, 0).numbers
+        steps += numbers["trajectory_sqnr_db"]
+        errors.append(10 ** (-numbers["same_seed_image_sqnr_db"] / 10))
+    return Judged(steps, statistics.mean(errors))
+
+
+def line(row: str, found: list[Judged], first: dict[str, float], rest: str = "") -> None:
+    """Print one line."""
+    steps = [value for item in found for value in item.steps_db]
+    errors = [item.error for item in found]
+    error = statistics.mean(errors)
     first.setdefault("error", error)
-    first.setdefault("seconds", seconds)
+    spread = f" ({min(errors):.2e} to {max(errors):.2e})" if len(errors) > 1 else ""
     print(
         f"{row:28} {min(steps):6.1f} {statistics.mean(steps):6.1f} {error:12.2e} {error / first['error']:6.2f} "
-        f"{seconds / first['seconds']:6.1f}  {made.numbers['quantized_nodes']} of {made.numbers['weighted_nodes']}",
+        f"{rest}{spread}",
         flush=True,
     )
 

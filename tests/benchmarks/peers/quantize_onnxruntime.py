@@ -2,6 +2,7 @@
 
 symmetric*: int8 with zero point 0 and float biases, the only placement of these that TensorRT takes.
 uint8*: unsigned activations with a zero point, what onnxruntime's x86 kernels are fastest with.
+products*: symmetric, but of Conv, Gemm and MatMul alone; with all operators it refuses some denoisers.
 operator: the same written as QLinear operators instead of Q/DQ pairs.
 defaults: quantize_static as it comes, but per channel.
 """
@@ -23,10 +24,12 @@ def quantize(model: Path, samples: Samples, out: Path, method: str) -> None:
     quant_pre_process(str(model), str(prepared))
     kind, _, ranges = method.partition("_")
     options = dict(per_channel=True, calibrate_method=RANGES.get(ranges, CalibrationMethod.MinMax))
-    if kind == "symmetric":
+    if kind in ("symmetric", "products"):
         options |= dict(extra_options=TENSORRT, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8)
     elif kind in ("uint8", "operator"):
         options |= dict(activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+    if kind == "products":
+        options |= dict(op_types_to_quantize=["Conv", "Gemm", "MatMul"])
     if kind == "operator":
         options |= dict(quant_format=QuantFormat.QOperator)
     try:
@@ -39,6 +42,8 @@ METHODS = [
     "symmetric",
     "symmetric_entropy",
     "symmetric_percentile",
+    "products_entropy",
+    "products_percentile",
     "uint8",
     "uint8_percentile",
     "operator",
