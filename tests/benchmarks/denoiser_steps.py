@@ -28,6 +28,7 @@ from onnxq.runtime import Session
 FLOORLESS: dict[str, Any] = {"step_floor_db": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "diffusion": {"recipe": "diffusion", "budget": "quick"},
     "no floor for steps": {"knobs": FLOORLESS},
     "weights alone": {"activations": "float", "knobs": FLOORLESS},
     "activations alone": {"weights": "float", "activations": "8 bits", "knobs": FLOORLESS},
