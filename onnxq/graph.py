@@ -148,6 +148,9 @@ DATA_MOVEMENT = (
 )  # fmt: skip
 
 
+AVERAGES = ("GlobalAveragePool", "AveragePool", "ReduceMean")
+
+
 def nearest_behind(
     value: ir.Value | None, wanted: Callable[[ir.Node], bool], through: Callable[[ir.Node], bool]
 ) -> Iterator[ir.Node]:
@@ -179,6 +182,22 @@ def last_sums(graph: ir.Graph) -> set[str]:
         for value in node.outputs
         if value not in read
     }
+
+
+def pooled_features(graph: ir.Graph) -> set[str]:
+    """Names of the means over a map from which a last layer computes what :func:`last_sums` names."""
+    last, found = last_sums(graph), set[str]()
+    for item in weighted_nodes(graph):
+        value: ir.Value | None = item.activation
+        names, node = set[str](), None
+        while value is not None and (node := value.producer()) is not None:
+            names.add(value.name or "")
+            if not (is_quantize(node) or is_dequantize(node) or is_op(node, *DATA_MOVEMENT)):
+                break
+            value = node.inputs[0]
+        if node is not None and is_op(node, *AVERAGES) and item.node.outputs[0].name in last:
+            found |= names
+    return found
 
 
 def let_go(value: ir.Value) -> None:

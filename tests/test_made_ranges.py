@@ -7,12 +7,16 @@ value seen. Which values a target has on codes is no matter of the inputs, and w
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MODELS
+from conftest import MODELS, add_weights
 
+import onnxq
+from onnxq import graph as graphs
 from onnxq import model as models
+from onnxq.calibration.data import RANGE_RULE_KEY
 
 torch = pytest.importorskip("torch", reason="synthesis needs torch: pip install 'onnxq[learn]'")
 
@@ -136,3 +140,47 @@ def test_slack_makes_samples_less_alike(inputs: dict[str, np.ndarray]) -> None:
         return float((cosines.sum() - len(rows)) / (len(rows) * (len(rows) - 1)))
 
     assert alike(inputs["dsg"]) < 0.9 * alike(inputs["zeroq"])
+
+
+def test_means_over_a_map_get_headroom(tmp_path: Path) -> None:
+    """Of inputs that were made alone, also when they come out of a file that says so."""
+    rows = np.random.default_rng(0).standard_normal((8, 1, 28, 28)).astype(np.float32)
+    np.savez(tmp_path / "given.npz", x=rows)
+    arrays = {"x": rows, RANGE_RULE_KEY: np.array("minmax")}
+    np.savez(tmp_path / "made.npz", **arrays)  # type: ignore[arg-type]
+    scales = {}
+    for name in ("given", "made"):
+        output, knobs = tmp_path / f"{name}.onnx", {"observer": "minmax"} if name == "given" else {}
+        onnxq.quantize(
+            MODELS / "fashion_resnet.onnx", tmp_path / f"{name}.npz", output=output, target="cpu", knobs=knobs
+        )
+        scales[name] = {
+            node.inputs[0].name: float(node.inputs[1].const_value.numpy())
+            for node in models.load(output).graph
+            if node.op_type == "QuantizeLinear"
+        }
+    ratios = {value: scales["made"][value] / scales["given"][value] for value in scales["given"]}
+    assert {value for value, ratio in ratios.items() if ratio != 1} == {"avg_pool2d", "view"}  # the latter is it, flat
+    assert 2 <= ratios["avg_pool2d"] <= 4  # twice as far to the side that reaches further, and as far to the other
+
+
+def test_only_what_last_layers_read_is_a_feature() -> None:
+    """Neither the mean inside a block of attention over channels, nor a map that was never averaged."""
+    graph = add_weights(
+        """
+        <ir_version: 10, opset_import: ["" : 21]>
+        two_heads (float[N,3,8,8] x) => (float[N,10] classes, float[N,4,8,8] boxes) {
+            c = Conv <pads=[1,1,1,1]> (x, first)
+            squeezed = GlobalAveragePool (c)
+            gate = Conv (squeezed, between)
+            y = Mul (c, gate)
+            boxes = Conv (y, head)
+            pooled = GlobalAveragePool (y)
+            flat = Flatten (pooled)
+            classes = Gemm (flat, last)
+        }
+        """,
+        {"first": (8, 3, 3, 3), "between": (8, 8, 1, 1), "head": (4, 8, 1, 1), "last": (8, 10)},
+    ).graph
+    assert graphs.last_sums(graph) == {"classes", "boxes"}
+    assert graphs.pooled_features(graph) == {"pooled", "flat"}

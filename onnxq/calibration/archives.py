@@ -12,9 +12,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from onnxq.calibration.data import LABEL_KEYS, STEP_KEY, Array, InputSpec, Sample
+from onnxq.calibration.data import LABEL_KEYS, RANGE_RULE_KEY, STEP_KEY, Array, InputSpec, Sample
 from onnxq.errors import OnnxqError
 
+LONGEST_TEXT = 64  # characters
 # What zipfile raises at files that are none, are cut off, or hold what it cannot read: encrypted or of another version.
 # And numpy at headers that are none, which it takes for Python's literals.
 DAMAGED_ARCHIVE = (
@@ -43,7 +44,13 @@ def read_arrays(path: Path, *, what: str, hint: str) -> dict[str, Array]:
 
 
 class Npz:
-    """Rows of an ``.npz`` file, read array by array in step, never as a whole and never unpickled."""
+    """Rows of an ``.npz`` file, read array by array in step, never as a whole and never unpickled.
+
+    Attributes:
+        path: The file.
+        is_made_up: Whether `onnxq synthesize` made the rows.
+        observer: The range rule that suits them then, as the file says; else ``None``.
+    """
 
     def __init__(self, path: Path, specs: Sequence[InputSpec]) -> None:
         self.path = path
@@ -56,6 +63,7 @@ class Npz:
                     if key in (*names, *LABEL_KEYS, STEP_KEY):
                         with archive.open(member) as stream:
                             headers[key] = _read_header(stream, key, path)
+                rule = _read_text(archive, members[RANGE_RULE_KEY], path) if RANGE_RULE_KEY in members else None
         except DAMAGED_ARCHIVE as error:
             raise OnnxqError(
                 f"expected an .npz file, found one that cannot be read: {path} ({error})",
@@ -77,6 +85,7 @@ class Npz:
         self._members = {key: members[key] for key in headers}
         self._headers = headers
         self._length = next(iter(lengths.values()))
+        self.is_made_up, self.observer = rule is not None, rule
 
     def __len__(self) -> int:
         return self._length
@@ -110,6 +119,16 @@ class Npz:
                 hint="the file is truncated; write it again",
             )
         return np.frombuffer(chunk, dtype, count).reshape(shape[1:])
+
+
+def _read_text(archive: zipfile.ZipFile, member: str, path: Path) -> str:
+    with archive.open(member) as stream:
+        shape, dtype = _read_header(stream, member, path)
+        if shape or dtype.kind != "U" or dtype.itemsize > 4 * LONGEST_TEXT:
+            raise OnnxqError(
+                f"expected a short text in {member} of {path}, found {dtype}{list(shape)}", hint="write the file again"
+            )
+        return str(np.frombuffer(stream.read(dtype.itemsize), dtype, 1)[0])
 
 
 def _read_header(stream: IO[bytes], key: str, path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -25,6 +25,7 @@ Sample = dict[str, Array]
 
 LABEL_KEYS = ("labels", "label")
 STEP_KEY = "step"
+RANGE_RULE_KEY = "onnxq.observer"  # of inputs that were made: the range rule that suits them
 LARGEST_INPUT_BYTES = 4 << 30
 
 

@@ -59,13 +59,14 @@ def synthesize(
 ) -> None:
     """Make calibration inputs for MODEL from the statistics that its BatchNormalization nodes remember.
 
-    No data is needed. The file is what `quantize --data` takes. An interrupted run goes on with its next batch.
+    No data is needed. The file is what `quantize --data` takes; it says that its inputs were made, and what range rule
+    suits them. An interrupted run goes on with its next batch.
     """
     import numpy as np
 
     from onnxq import model as models
     from onnxq.calibration import side_car
-    from onnxq.calibration.data import input_specs
+    from onnxq.calibration.data import RANGE_RULE_KEY, input_specs
     from onnxq.config import make_settings
     from onnxq.inputs import default_count
     from onnxq.pipeline import checkpoint_folder
@@ -92,7 +93,7 @@ def synthesize(
         progress=progress(quiet),
     )
     with atomic_folder(output) as folder:
-        arrays: dict[str, Any] = {made.name: made.inputs}
+        arrays: dict[str, Any] = {made.name: made.inputs, RANGE_RULE_KEY: np.array(made.observer)}
         np.savez(folder / "made.npz", **arrays)
         (folder / "made.npz").replace(output)
     shutil.rmtree(checkpoint_folder(output), ignore_errors=True)

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/data_free.py --models ../shared/data/models --data FOLDER \
         [--only resnet20_cifar10 …] [--methods noise zeroq …] [--seeds 0 1 2] [--rows 1000] [--budget default] \
-        [--widths int4/int4] [--rule minmax] [--target cpu] [--learned]
+        [--widths int4/int4] [--rule minmax] [--targets tensorrt cpu] [--learned]
 
 FOLDER holds NAME.calib.npz and NAME.test.npz with labels, as ``prepare.py`` of the shared data writes them. Made inputs
 never see either; top-1, SQNR and the share of inputs with the float network's answer are those of the test rows. A seed
@@ -27,7 +27,7 @@ import numpy as np
 import onnxq
 from onnxq import model as models
 from onnxq.calibration import observers
-from onnxq.calibration.data import input_specs
+from onnxq.calibration.data import RANGE_RULE_KEY, input_specs
 from onnxq.calibration.noise import Noise
 from onnxq.inputs import default_count
 from onnxq.recipes.genie import Genie
@@ -39,8 +39,8 @@ CLASSIFIERS = (
 )  # fmt: skip
 METHODS = ("real", "noise", "zeroq", "dsg", "genie", "pixels")
 HEADER = (
-    f"{'model':26} {'widths':10} {'inputs':10} {'seed':>4} {'float':>7} {'top-1':>7} {'agree':>7} {'SQNR dB':>8} "
-    f"{'made s':>7} {'all s':>7}"
+    f"{'model':26} {'widths':10} {'target':8} {'inputs':10} {'seed':>4} {'float':>7} {'top-1':>7} {'agree':>7} "
+    f"{'SQNR dB':>8} {'made s':>7} {'all s':>7}"
 )
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--widths", nargs="*", help="WEIGHTS/ACTIVATIONS")
     parser.add_argument("--rule", help="how a range follows from what was seen; the default suits the inputs")
     parser.add_argument("--iterations", type=int, default=0, help="of --learned, for each block")
-    parser.add_argument("--target", default="tensorrt")
+    parser.add_argument("--targets", nargs="*", default=("tensorrt",))
     parser.add_argument("--learned", action="store_true")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -81,18 +81,18 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> Iterator[
         started = time.perf_counter()
         data, rule = inputs(method, seed, count, model, arguments, folder)
         made = time.perf_counter() - started
-        for width in widths:
+        for width, target in itertools.product(widths, arguments.targets):
             weights, activations = width.split("/")
             options: dict[str, Any] = {"knobs": {"observer": arguments.rule or rule}}
             if arguments.learned:
                 knobs = {"observer": arguments.rule or "mse", "iterations": arguments.iterations}
                 options = {"recipe": "genie", "first_last": "int8", "knobs": knobs}
-            options |= {"weights": weights, "activations": activations, "target": arguments.target, "seed": seed}
+            options |= {"weights": weights, "activations": activations, "target": target, "seed": seed}
             options |= {"device": arguments.device}
             onnxq.quantize(model, data, output=output, budget=arguments.budget, **options)
             found = onnxq.compare(model, output, folder / "test.npz", latency=False, layers=False)
             yield (
-                f"{name:26} {weights[3:] + '/' + activations[3:]:10} {method:10} {seed:4} "
+                f"{name:26} {weights[3:] + '/' + activations[3:]:10} {target:8} {method:10} {seed:4} "
                 f"{100 * found.top1_float:7.2f} {100 * found.top1_quantized:7.2f} {100 * found.agreement:7.2f} "
                 f"{found.sqnr_db:8.2f} {made:7.0f} {time.perf_counter() - started:7.0f}"
             )
@@ -113,10 +113,10 @@ def inputs(
             made = {name: archive[name][:count] for name in archive.files}
     elif method == "noise":
         noise = list(Noise(specs, count=count, seed=seed))
-        made = {specs[0].name: np.stack([sample[specs[0].name] for sample in noise])}
+        made = {specs[0].name: np.stack([sample[specs[0].name] for sample in noise]), RANGE_RULE_KEY: np.array(rule)}
     else:
         found = synthesise(loaded, method, count=count, budget=arguments.budget, seed=seed, device=arguments.device)
-        made, rule = {found.name: found.inputs}, found.observer
+        made, rule = {found.name: found.inputs, RANGE_RULE_KEY: np.array(found.observer)}, found.observer
     np.savez(path, **made)  # type: ignore[arg-type]
     return path, rule
 
