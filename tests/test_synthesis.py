@@ -19,11 +19,12 @@ from onnxq.progress import Progress
 torch = pytest.importorskip("torch", reason="synthesis needs torch: pip install 'onnxq[learn]'")
 
 from onnxq.autograd.interpreter import TorchGraph  # noqa: E402
-from onnxq.synthesis.scale import input_scale  # noqa: E402
+from onnxq.synthesis.scale import input_scale, picture_noise, pixel_bounds  # noqa: E402
 from onnxq.synthesis.statistics import Remembered, distance, moments, remembered  # noqa: E402
 from onnxq.synthesis.swing import swing  # noqa: E402
 from onnxq.synthesis.synthesize import synthesise  # noqa: E402
 from onnxq.synthesis.terms import MatchStatistics, Slack, slack_of  # noqa: E402
+from onnxq.synthesis.variables import Pixels  # noqa: E402
 
 FASHION = MODELS / "fashion_resnet.onnx"
 
@@ -109,7 +110,8 @@ def test_swing_lets_every_pixel_count_and_leaves_the_graph_alone() -> None:
     assert torch.equal(graph.run({"x": x}, ["y"])["y"], graph.run({"x": x}, ["y"])["y"])
 
 
-def test_a_network_that_reads_bytes_is_recognised() -> None:
+@pytest.mark.parametrize("picture", [False, True])
+def test_a_network_that_reads_bytes_is_recognised(picture: bool) -> None:
     """The first filters of the shipped classifier, made for 0 … 255 instead of -1 … 1."""
     model = fashion()
     first = next(node for node in model.graph if node.op_type == "Conv")
@@ -127,10 +129,48 @@ def test_a_network_that_reads_bytes_is_recognised() -> None:
     for name, network in (("bytes", model), ("normalised", fashion())):
         layers = remembered(network)
         source = torch.Generator().manual_seed(0)
-        scale, shift = input_scale(TorchGraph(network), "x", (1, 28, 28), layers, source)
+        scale, shift = input_scale(TorchGraph(network), "x", (1, 28, 28), layers, source, picture=picture)
         found[name] = float(scale), float(shift)
     assert found["bytes"][0] == pytest.approx(127.5 * found["normalised"][0], rel=0.25)
     assert found["bytes"][1] == pytest.approx(127.5 * (found["normalised"][1] + 1), rel=0.25)
+
+
+def test_noise_of_pictures_is_smooth_and_nearly_grey() -> None:
+    source = torch.Generator().manual_seed(0)
+    made = picture_noise((16, 3, 32, 48), source)
+    assert float(made.std()) == pytest.approx(1, abs=1e-5)
+    assert float((made[..., 1:] - made[..., :-1]).square().mean()) < 0.3  # 2 in white noise
+    colours = torch.corrcoef(made.transpose(0, 1).flatten(1))
+    assert float(colours[0, 1]) == pytest.approx(0.9, abs=0.03)
+    waves = torch.fft.rfft2(made).abs().square().mean((0, 1))
+    assert float(waves[2, 0] / waves[8, 0]) == pytest.approx(4**2.4, rel=0.5)
+    sequence = picture_noise((16, 3, 32), source)  # has no spectrum of pictures
+    assert float((sequence[..., 1:] - sequence[..., :-1]).square().mean()) == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("deviation", "mean", "bounds"),
+    [
+        (41.0, 127.0, (0, 255)),  # what the networks of MLPerf Tiny and of ImageNet are found to be fed with
+        (70.0, 10.0, (-124, 151)),
+        (0.2, 0.5, (0, 1)),
+        (0.59, 0.0, (-1, 1)),
+        (1.13, -0.1, (-2.12, 2.64)),
+    ],
+)
+def test_pixels_stay_between_black_and_white(deviation: float, mean: float, bounds: tuple[float, float]) -> None:
+    scale, shift = torch.full((1, 3, 1, 1), deviation), torch.full((1, 3, 1, 1), mean)
+    found = pixel_bounds(scale, shift)
+    assert found is not None
+    for bound, wanted in zip(found, bounds, strict=True):
+        torch.testing.assert_close(scale * bound + shift, torch.full((1, 3, 1, 1), float(wanted)))
+    assert pixel_bounds(scale[:, :1], shift[:, :1]) is None  # a spectrogram, perhaps
+    pixels = Pixels(100 * torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), 1.0, 5, found)
+    for step in range(2):
+        assert bool((pixels.made() >= found[0]).all() and (pixels.made() <= found[1]).all())
+        if not step:
+            pixels.inputs().sum().backward()
+            pixels.step(torch.tensor(0.0))
 
 
 @pytest.mark.parametrize("method", ["pixels", "zeroq", "dsg", "genie"])
@@ -204,7 +244,8 @@ def test_the_command_writes_what_quantize_reads(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert sorted(tmp_path.iterdir()) == [grid, made, report]  # finished batches are no longer kept
     assert grid.is_file() and "BatchNorm statistics are off by" in done.output
-    assert onnxq.quantize(FASHION, made).numbers["samples"] == 8
+    result = onnxq.quantize(FASHION, made)
+    assert result.numbers["samples"] == 8 and result.numbers["knobs"]["observer"] == "widened"
     page = report.read_text()
     assert "data:image/png;base64," in page and "<h2>Loss</h2>" in page and "<td>0</td><td>5</td>" in page
 

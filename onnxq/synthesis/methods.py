@@ -34,7 +34,7 @@ class Method:
         small: What differs for images below 64 pixels a side.
         jitter: Whether pixels are seen through random shifts and flips.
         noise: The part of the inputs that stays noise, at the end: it reaches what made images leave out.
-        smooth: Whether pixels start smooth, as pictures are, and not white.
+        picture: Whether pixels start with the spectrum of pictures, and not white, and stay between black and white.
         observer: The range rule that suits the inputs. Made ones have lighter tails than real data: a clip at what
             they seldom reach would cut off what real data needs.
     """
@@ -60,7 +60,7 @@ class Method:
     small: Mapping[str, float] = field(default_factory=dict)
     jitter: bool = False
     noise: float = 0.0
-    smooth: bool = False
+    picture: bool = False
     observer: str = "widened"
 
 
@@ -77,7 +77,7 @@ METHODS = {
         rate=0.1,
         per_sample=False,
         mean_of_channels=True,
-        smooth=True,
+        picture=True,
     ),
     "genie": Method(
         "a generator and its codes, learned for each batch, with swing convolutions (GENIE-D, arXiv 2212.04780)",

@@ -14,7 +14,7 @@ from onnxq import graph as graphs
 from onnxq.autograd.interpreter import TorchGraph
 from onnxq.calibration.data import input_specs
 from onnxq.learning.outputs import compared
-from onnxq.synthesis.scale import input_scale
+from onnxq.synthesis.scale import input_scale, pixel_bounds
 from onnxq.synthesis.statistics import Remembered, remembered
 
 Array = np.ndarray[Any, Any]
@@ -30,15 +30,17 @@ class Network:
         model: The float model, with one float input of known size.
         seed: Of the noise that units are found with.
         device: Where it runs.
+        picture: Whether units are found with noise of a picture's spectrum, and pixels have bounds.
 
     Attributes:
         graph: The network in torch.
         input: The name of the file's input.
         shape: Of one made input, [channels, …].
         layers: What BatchNormalization remembers, in graph order.
+        bounds: The least and the largest value of a made pixel; ``None``: there are none.
     """
 
-    def __init__(self, model: ir.Model, seed: int, device: str) -> None:
+    def __init__(self, model: ir.Model, seed: int, device: str, *, picture: bool = False) -> None:
         spec = input_specs(model)[0]
         self.graph, self.input = TorchGraph(model, device), spec.name
         self.name, self.axes = _channels_first(model, spec.name)
@@ -47,7 +49,8 @@ class Network:
         self.layers: list[Remembered] = remembered(model, device)
         self.model = model
         source = torch.Generator().manual_seed(seed)
-        self.scale, self.shift = input_scale(self.graph, self.name, self.shape, self.layers, source)
+        self.scale, self.shift = input_scale(self.graph, self.name, self.shape, self.layers, source, picture=picture)
+        self.bounds = pixel_bounds(self.scale, self.shift) if self.layers and picture else None
 
     @cached_property
     def logits(self) -> str | None:

@@ -21,7 +21,7 @@ from onnxq.runtime import Session
 from onnxq.synthesis.attention import PatchEntropy, attention_outputs, taken_apart
 from onnxq.synthesis.methods import Method, get
 from onnxq.synthesis.network import Network
-from onnxq.synthesis.scale import smooth_noise
+from onnxq.synthesis.scale import picture_noise
 from onnxq.synthesis.statistics import distance, remembered
 from onnxq.synthesis.swing import swing
 from onnxq.synthesis.terms import (
@@ -209,7 +209,7 @@ class _Maker:
     """A network that inputs are made for by one method."""
 
     def __init__(self, model: ir.Model, recipe: Method, seed: int, device: str) -> None:
-        self.network, self.model, self.seed = Network(model, seed, device), model, seed
+        self.network, self.model, self.seed = Network(model, seed, device, picture=recipe.picture), model, seed
         small = len(self.network.shape) == 3 and max(self.network.shape[1:]) < SMALL_SIDE
         self.recipe = recipe = replace(recipe, **recipe.small) if small else recipe  # type: ignore[arg-type]
         self.shape, self.layers, self.graph = self.network.shape, self.network.layers, self.network.graph
@@ -274,11 +274,11 @@ class _Maker:
         if self.recipe.generator and len(self.shape) == 3 and min(self.shape[1:]) >= 4:
             channels, height, width = self.shape
             return Generator(size, (channels, height, width), source, steps=steps, device=device)
-        draw = smooth_noise if self.recipe.smooth else _normal
+        draw = picture_noise if self.recipe.picture else _normal
         start = draw((size, *self.shape), source).to(device)
         if self.recipe.jitter:
             return JitteredPixels(start, self.recipe.rate, steps, BOUNDS, source)
-        return Pixels(start, self.recipe.rate, patience=max(5, steps // 5))
+        return Pixels(start, self.recipe.rate, max(5, steps // 5), self.network.bounds)
 
     def _terms(self, size: int, first: int, source: torch.Generator) -> list[tuple[float, Term]]:
         """What is minimised, with weights."""

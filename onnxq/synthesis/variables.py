@@ -41,10 +41,12 @@ class Pixels:
         start: The first batch.
         rate: Adam's rate.
         patience: Steps without progress before the rate is cut to a tenth.
+        bounds: The least and the largest value of a pixel, [1, channels, 1, 1] each; ``None``: there are none.
     """
 
-    def __init__(self, start: Tensor, rate: float, patience: int) -> None:
-        self.values = start.clone().requires_grad_(True)
+    def __init__(self, start: Tensor, rate: float, patience: int, bounds: tuple[Tensor, Tensor] | None = None) -> None:
+        self.values, self.bounds = start.clone().requires_grad_(True), bounds
+        self._keep_to_bounds()
         self.optimizer = Adam([self.values], rate)
         self.schedule = ReduceLROnPlateau(self.optimizer, patience=patience, min_lr=SMALLEST_RATE)
 
@@ -61,9 +63,15 @@ class Pixels:
         self.optimizer.zero_grad()
 
     def step(self, loss: Tensor) -> None:
-        """One step of Adam."""
+        """One step of Adam; pixels stay in their bounds."""
         self.optimizer.step()
         self.schedule.step(float(loss))
+        self._keep_to_bounds()
+
+    def _keep_to_bounds(self) -> None:
+        if self.bounds is not None:
+            with torch.no_grad():
+                self.values.clamp_(*self.bounds)
 
 
 class JitteredPixels:
