@@ -6,8 +6,7 @@
 `--prepared` holds NAME.calib.npz and NAME.test.npz, keyed by input name, with labels. Only `adaround` sees the
 calibration inputs: the others need the weights alone, but for the means that biases are corrected with, which come
 from inputs made from the model itself; NAME.made.npz, as `onnxq synthesize` writes it, saves making them for each row.
-Activations stay float, so that nothing else is compared, unless `--activations` and `--target` say otherwise; then each
-row makes its own inputs.
+Activations stay float, so that nothing else is compared, unless `--activations` and `--target` say otherwise.
 Bits are those of the codes for each weight; scales and tables come on top.
 """
 
@@ -51,8 +50,6 @@ def measure(
     recipe, knobs = ROWS[name]
     made = prepared / f"{model.stem}.made.npz"
     inputs = prepared / f"{model.stem}.calib.npz" if recipe == "adaround" else made if made.exists() else None
-    if inputs == made and activations != "float":
-        inputs = None  # given as data, they would be taken for real ones, whose ranges need no headroom
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "quantized.onnx"
         result = onnxq.quantize(
