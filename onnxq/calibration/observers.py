@@ -312,7 +312,7 @@ def with_headroom(found: Range, statistics: Statistics, number_format: NumberFor
 
     Inputs that are made, or random, hardly show any class: a classifier's logits reach 1.3 to 2.3 times as far on real
     images, and up where made ones only reach down. Cut off, the likely classes are all equally likely. The means over
-    a map that logits are computed from reach 1.2 to 1.5 times as far on real images, whose maps are alike all over
+    a map that logits are computed from reach 1.1 to 1.4 times as far on real images, whose maps are alike all over
     where they show a class; what BatchNormalization remembers are single places. Eight bits have the room: twice the
     range of those means costs 0.1 dB on real images and brings up to 7 dB on made ones. Fewer bits have not.
     """

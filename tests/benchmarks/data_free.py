@@ -39,7 +39,7 @@ CLASSIFIERS = (
 )  # fmt: skip
 METHODS = ("real", "noise", "zeroq", "dsg", "genie", "pixels")
 HEADER = (
-    f"{'model':26} {'widths':10} {'target':8} {'inputs':10} {'seed':>4} {'float':>7} {'top-1':>7} {'agree':>7} "
+    f"{'model':26} {'widths':13} {'target':8} {'inputs':10} {'seed':>4} {'float':>7} {'top-1':>7} {'agree':>7} "
     f"{'SQNR dB':>8} {'made s':>7} {'all s':>7}"
 )
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000, help="test rows")
     parser.add_argument("--samples", type=int, default=0, help="inputs to calibrate on; 0: the default of quantize")
     parser.add_argument("--budget", default="default")
-    parser.add_argument("--widths", nargs="*", help="WEIGHTS/ACTIVATIONS")
+    parser.add_argument("--widths", nargs="*", help="WEIGHTS/ACTIVATIONS; `target`: the target's own")
     parser.add_argument("--rule", help="how a range follows from what was seen; the default suits the inputs")
     parser.add_argument("--iterations", type=int, default=0, help="of --learned, for each block")
     parser.add_argument("--targets", nargs="*", default=("tensorrt",))
@@ -76,13 +76,13 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> Iterator[
     with np.load(arguments.data / f"{name}.test.npz") as archive:
         np.savez(folder / "test.npz", **{key: archive[key][: arguments.rows] for key in archive.files})
     count = arguments.samples or (Genie.images if arguments.learned else default_count(input_specs(models.load(model))))
-    widths = arguments.widths or (("int4/int8", "int4/int4") if arguments.learned else ("int8/int8",))
+    widths = arguments.widths or (("int4/int8", "int4/int4") if arguments.learned else ("target/target",))
     for method, seed in itertools.product(arguments.methods, arguments.seeds):
         started = time.perf_counter()
         data, rule = inputs(method, seed, count, model, arguments, folder)
         made = time.perf_counter() - started
         for width, target in itertools.product(widths, arguments.targets):
-            weights, activations = width.split("/")
+            weights, activations = (None if part == "target" else part for part in width.split("/"))
             options: dict[str, Any] = {"knobs": {"observer": arguments.rule or rule}}
             if arguments.learned:
                 knobs = {"observer": arguments.rule or "mse", "iterations": arguments.iterations}
@@ -92,7 +92,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> Iterator[
             onnxq.quantize(model, data, output=output, budget=arguments.budget, **options)
             found = onnxq.compare(model, output, folder / "test.npz", latency=False, layers=False)
             yield (
-                f"{name:26} {weights[3:] + '/' + activations[3:]:10} {target:8} {method:10} {seed:4} "
+                f"{name:26} {width:13} {target:8} {method:10} {seed:4} "
                 f"{100 * found.top1_float:7.2f} {100 * found.top1_quantized:7.2f} {100 * found.agreement:7.2f} "
                 f"{found.sqnr_db:8.2f} {made:7.0f} {time.perf_counter() - started:7.0f}"
             )
