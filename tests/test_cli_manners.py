@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from test_cli_errors import assert_two_lines, run
 
+from onnxq import recipes
+from onnxq.cli import app
+
 
 @pytest.mark.parametrize(
     ("arguments", "word", "tip"),
@@ -51,6 +54,23 @@ def test_two_outputs_are_two_files(network: Path, calibration: Path, capsys: pyt
     output = network.with_name("q.onnx")
     code, stderr = run(capsys, "quantize", network, "--data", calibration, "-o", output, "--json", output)
     assert_two_lines(code, stderr, "q.onnx twice")
+
+
+def test_recipes_are_listed_and_each_shows_its_paper_formats_and_knobs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    app(["recipes"], standalone_mode=False)
+    listed = capsys.readouterr().out
+    for name, entry in recipes.RECIPES.items():
+        assert f"{name} " in listed and entry.line in listed
+        app(["recipes", name, "--json", str(tmp_path / "recipe.json")], standalone_mode=False)
+        shown, numbers = capsys.readouterr().out, json.loads((tmp_path / "recipe.json").read_text())
+        assert numbers["recipe"] == name and numbers["knobs"]
+        assert all(f"  {knob} = " in shown for knob in numbers["knobs"])
+        assert "Formats (--weights, --activations):" in shown and "Source:" in shown
+    app(["recipes", "--json", str(tmp_path / "all.json")], standalone_mode=False)
+    assert set(json.loads((tmp_path / "all.json").read_text())) == set(recipes.RECIPES)
+    assert_two_lines(*run(capsys, "recipes", "int9"), "int9")
 
 
 def command(*arguments: object) -> list[str]:

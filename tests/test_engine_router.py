@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 from conftest import add_weights
 
+from onnxq.cli import app
 from onnxq.diffusion.router import Router
 from onnxq.engines.execute import EngineSession
 from onnxq.engines.groups import build_groups
@@ -93,3 +94,17 @@ def test_graphs_of_another_denoiser_are_refused_before_anything_runs(graphs: Pat
     ir.save(add_weights(text, {"w": (16, 16, 3, 3)}), graphs.parent / "unet.group1.onnx")
     with pytest.raises(OnnxqError, match=r"in unet\.group1\.onnx as in unet\.group0\.onnx"):
         Router(graphs)
+
+
+def test_the_command_builds_an_engine_for_each_group_of_steps(graphs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT-RTX: pip install 'onnxq[tensorrt]'")
+    folder, numbers, page = (graphs.parent / name for name in ("engines", "numbers.json", "page.html"))
+    app(["build", *map(str, (graphs, "-o", folder, "--json", numbers, "--report", page))], standalone_mode=False)
+    entries = json.loads((folder / graphs.name).read_text())["groups"]
+    assert [entry["steps"] for entry in entries] == [[0], [1]]
+    assert all((folder / entry["engine"]).stat().st_size > 1000 for entry in entries)
+    assert (
+        len(json.loads(numbers.read_text())["engines"]) == 2
+        and page.read_text().count("<h2>Products in unet.group") == 2
+    )
+    assert "which engine serves which steps" in capsys.readouterr().out
