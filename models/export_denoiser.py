@@ -82,6 +82,8 @@ def export(network: torch.nn.Module, scheduler: dict[str, Any], output: Path, si
         )  # fmt: skip
     assert program is not None
     model = program.model
+    for node in model.graph:
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of the machine that exports
     models.set_metadata(model, scheduler=json.dumps(scheduler, sort_keys=True))
     with tempfile.TemporaryDirectory() as folder:
         checked = models.save(model, Path(folder) / "model.onnx")
