@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -184,9 +184,9 @@ def last_sums(graph: ir.Graph) -> set[str]:
     }
 
 
-def pooled_features(graph: ir.Graph) -> set[str]:
-    """Names of the means over a map from which a last layer computes what :func:`last_sums` names."""
-    last, found = last_sums(graph), set[str]()
+def pooled_features(graph: ir.Graph, last: Collection[str]) -> set[str]:
+    """Names of the means over a map from which a layer computes what :func:`last_sums` names."""
+    found = set[str]()
     for item in weighted_nodes(graph):
         value: ir.Value | None = item.activation
         names, node = set[str](), None

@@ -208,8 +208,8 @@ class Job:
             axes = bias_correction.channel_axes(self.model.graph) if self._wants_means else {}
             self.recording = self._run_float(self._taps, axes)
         if getattr(self.source, "is_made_up", False):
-            graph = self.model.graph
-            short = graphs.last_sums(graph) | graphs.pooled_features(graph)
+            last = graphs.last_sums(self.model.graph)
+            short = last | graphs.pooled_features(self.model.graph, last)
             for name in short & self.recording.statistics.keys():
                 self.recording.statistics[name].is_short = True
         return self.recording.statistics

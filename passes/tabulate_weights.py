@@ -11,16 +11,17 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration.calibrate import rows_of, set_weight_scales
 from onnxq.folding import array_of, new_initializer
 from onnxq.formats import parse_format
+from onnxq.learning.channel_scales import round_matrix
 from onnxq.passes.insert_qdq import FORMAT
+from onnxq.scheme import Spec
 from onnxq.weights.tables import Table
 
 Array = np.ndarray[Any, Any]
 STORAGES = ("table", "int8")
-INT8, _ = parse_format("int8")
+INT8 = Spec(parse_format("int8")[0], "channel", True)
 
 
 class TabulateWeights(InPlacePass):
@@ -86,8 +87,7 @@ class TabulateWeights(InPlacePass):
         rows, shape, axis = _layout(node)
         levelled = table.rounded(rows, scale)
         if self.storage == "int8":
-            step, zero_point = scale_and_zero_point(levelled.min(axis=1), levelled.max(axis=1), INT8, symmetric=True)
-            levelled = fake_quantize(levelled, step, zero_point, INT8, axis=0)
+            levelled = round_matrix(levelled, INT8)
         return _unrolled(levelled, shape, axis).astype(weight.dtype)
 
 

@@ -41,7 +41,7 @@ def model_of(body: str) -> ir.Model:
 def test_biases_are_found_where_they_can_be_changed(body: str) -> None:
     (item,) = graphs.weighted_nodes(model_of(body).graph)
     place = bias_place(item)
-    assert (None if place is None else (place[0].op_type, place[1])) == PLACES[body]
+    assert (None if place is None else (place.node.op_type, place.index)) == PLACES[body]
 
 
 @pytest.mark.parametrize("body", [body for body in PLACES if "(w, x)" not in body])  # that stays float

@@ -182,5 +182,6 @@ def test_only_what_last_layers_read_is_a_feature() -> None:
         """,
         {"first": (8, 3, 3, 3), "between": (8, 8, 1, 1), "head": (4, 8, 1, 1), "last": (8, 10)},
     ).graph
-    assert graphs.last_sums(graph) == {"classes", "boxes"}
-    assert graphs.pooled_features(graph) == {"pooled", "flat"}
+    last = graphs.last_sums(graph)
+    assert last == {"classes", "boxes"}
+    assert graphs.pooled_features(graph, last) == {"pooled", "flat"}

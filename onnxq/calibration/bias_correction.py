@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.arithmetic import fake_quantize
-from onnxq.biases import bias_place
+from onnxq.biases import BiasPlace, bias_place
 from onnxq.formats import parse_format
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS
 from onnxq.targets.placement import Site
@@ -52,10 +52,7 @@ def read_in_float(graph: ir.Graph, sites: Sequence[Site]) -> set[ir.Value]:
 def _has_bias(item: graphs.WeightedNode) -> bool:
     """Whether there is a bias to correct, or a place for one."""
     place = bias_place(item)
-    if place is None:
-        return False
-    bias = place[0].inputs[place[1]] if len(place[0].inputs) > place[1] else None
-    return bias is None or graphs.is_constant(bias)
+    return place is not None and (place.value is None or graphs.is_constant(place.value))
 
 
 def correct_biases(model: ir.Model, means: Mapping[str, Array], rounding: Rounding | None = None) -> int:
@@ -152,27 +149,24 @@ def _add_to_bias(graph: ir.Graph, item: graphs.WeightedNode, shift: Array) -> bo
     place = bias_place(item)
     if place is None:
         return False
-    node, index = place
-    if len(node.inputs) > index and node.inputs[index] is not None:
-        return _replace_bias(graph, node, index, shift)
-    weight = item.weight
+    if place.value is not None:
+        return _replace_bias(graph, place, shift)
+    output, weight = place.node.outputs[0], item.weight
     assert weight is not None
-    if len(node.inputs) <= index:
-        node.resize_inputs(index + 1)
-    dtype = node.outputs[0].dtype or weight.dtype or ir.DataType.FLOAT
-    node.replace_input_with(index, _initializer(graph, f"{node.outputs[0].name}_bias", shift, dtype))
+    dtype = output.dtype or weight.dtype or ir.DataType.FLOAT
+    place.put(_initializer(graph, f"{output.name}_bias", shift, dtype))
     return True
 
 
-def _replace_bias(graph: ir.Graph, node: ir.Node, index: int, shift: Array) -> bool:
-    bias = node.inputs[index]
+def _replace_bias(graph: ir.Graph, place: BiasPlace, shift: Array) -> bool:
+    bias = place.value
     if bias is None or not graphs.is_constant(bias) or bias.const_value is None or bias.dtype is None:
         return False
     values = bias.const_value.numpy()
     if values.shape[-1:] != shift.shape or values.size != shift.size:
         return False
     corrected = (values.astype(np.float64).reshape(-1) + shift).reshape(values.shape)
-    node.replace_input_with(index, _initializer(graph, f"{bias.name}_corrected", corrected, bias.dtype))
+    place.put(_initializer(graph, f"{bias.name}_corrected", corrected, bias.dtype))
     return True
 
 

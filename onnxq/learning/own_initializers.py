@@ -51,20 +51,17 @@ def own_biases(graph: ir.Graph, readers: Mapping[str, Sequence[Layer]]) -> dict[
         place = bias_place(layers[0].item)
         if place is None:
             continue
-        node, index = place
         rows = layers[0].shape[layers[0].item.channel_axis]
-        bias = node.inputs[index] if index < len(node.inputs) else None
+        bias = place.value
         if bias is None:
-            if len(node.inputs) <= index:
-                node.resize_inputs(index + 1)
-            name, like = f"{node.outputs[0].name}_bias", layers[0].item.weight
+            name, like = f"{place.node.outputs[0].name}_bias", layers[0].item.weight
             dtype = (like.dtype if like is not None else None) or ir.DataType.FLOAT
-            node.replace_input_with(index, new_initializer(graph, name, np.zeros(rows, dtype.numpy()), dtype))
+            place.put(new_initializer(graph, name, np.zeros(rows, dtype.numpy()), dtype))
         elif not graphs.is_constant(bias) or {array_of(bias).size, *array_of(bias).shape[-1:]} != {rows}:
             continue
         elif len(bias.uses()) > 1:
-            node.replace_input_with(index, _copy(graph, f"{bias.name}_own", bias))
-        own = node.inputs[index]
+            place.put(_copy(graph, f"{bias.name}_own", bias))
+        own = place.value
         assert own is not None and own.name is not None
         found[output] = own.name
     return found

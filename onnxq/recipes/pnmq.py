@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxq.calibration import bias_correction, calibrate, observers
+from onnxq.calibration import observers
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.passes.equalize_layers import EqualizeLayers
-from onnxq.passes.tabulate_weights import STORAGES, TabulateWeights
+from onnxq.passes.tabulate_weights import STORAGES
 from onnxq.weights.float_weights import FloatWeight, float_weights, in_int8, storage_of
+from onnxq.weights.levels import insert_levels
 from onnxq.weights.tables import Fit, Measure, fit
 from onnxq.weights.thresholds import widths
 
@@ -96,12 +97,8 @@ class Pnmq:
             for weight in weights:
                 width = next(iter(fits[weight.name]))
                 job.exceptions |= {node: in_int8(job.scheme, width) for node in weight.nodes}
-        job.insert(means=self.bias_correction)
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observer)
         tables = {name: (found.table, found.scale) for name, by_width in fits.items() for found in by_width.values()}
-        levels = TabulateWeights(tables, storage, packed=job.target.packs_codes)
-        bias_correction.correct_biases(job.model, job.channel_means, levels.rounded)
-        levels(job.model)
+        insert_levels(job, tables, storage, observer, corrects_biases=self.bias_correction)
         job.lower()
 
     def _measures(self, job: Job, weights: list[FloatWeight]) -> Mapping[str, Measure]:

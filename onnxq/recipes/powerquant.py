@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxq.calibration import bias_correction, calibrate, observers
+from onnxq.calibration import observers
 from onnxq.job import Job
 from onnxq.knobs import choice
 from onnxq.passes.power_activations import PowerActivations
-from onnxq.passes.tabulate_weights import STORAGES, TabulateWeights
+from onnxq.passes.tabulate_weights import STORAGES
 from onnxq.weights.float_weights import FloatWeight, float_weights, storage_of
+from onnxq.weights.levels import insert_levels
 from onnxq.weights.tables import least_exponent, power_table, widest_scale
 
 
@@ -68,11 +69,7 @@ class PowerQuant:
             exponent = self._exponent([weight]) if self.scope == "tensor" else exponents[weight.bits]
             table = power_table(weight.bits, 1 / exponent, nearest=self.nearest)
             tables[weight.name] = (table, widest_scale(weight.rows(), weight.bits))
-        job.insert(means=self.bias_correction)
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observer)
-        levels = TabulateWeights(tables, storage, packed=job.target.packs_codes)
-        bias_correction.correct_biases(job.model, job.channel_means, levels.rounded)
-        levels(job.model)
+        insert_levels(job, tables, storage, observer, corrects_biases=self.bias_correction)
         if self.power_activations:
             PowerActivations(min(exponents.values()))(job.model)
         job.lower()

@@ -63,7 +63,7 @@ def output_importance(job: Job, rounded: Mapping[str, Array], samples: int, corr
 def _shifted_bias(item: graphs.WeightedNode, error: Array, means: Array | None) -> Iterator[None]:
     """The layer's bias without the mean of what an error in its weight adds, for a while."""
     place = bias_place(item)
-    bias = place[0].inputs[place[1]] if place is not None and len(place[0].inputs) > place[1] else None
+    bias = None if place is None else place.value
     shift = None if means is None else mean_shift(item, error.astype(np.float64), means)
     if bias is None or bias.const_value is None or shift is None or shift.size != bias.const_value.size:
         yield
