@@ -25,11 +25,11 @@ class SplitGemmBias(InPlacePass):
     """
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite every Gemm with a bias and every two-dimensional MatMul whose weight is constant."""
+        """Rewrite every Gemm with a bias and every two-dimensional MatMul; weights may be behind Q/DQ already."""
         modified = False
         for item in list(graphs.weighted_nodes(model.graph)):
             node = item.node
-            if item.weight is None or not graphs.is_constant(item.weight) or item.weight_index != 1:
+            if item.weight is None or item.weight_index != 1:
                 continue
             if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None and _is_plain(node):
                 _split(model.graph, node)

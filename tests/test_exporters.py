@@ -8,6 +8,7 @@ import pytest
 
 import onnxq
 from onnxq import model as models
+from onnxq.runtime import optimized_nodes
 
 torch = pytest.importorskip("torch", reason="exporting needs torch: pip install 'onnxq[learn]'")
 
@@ -37,3 +38,15 @@ def test_exports_of_any_opset_are_quantized(name: str, exporter: str, opset: int
         assert numbers["quantized_nodes"] > 0
         assert numbers["sqnr_db"] > LEAST_DB
         assert not {key for key, reason in numbers["left_float"].items() if "unknown" in reason}
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["free", "fixed"])
+@pytest.mark.parametrize("name", ["vit", "gpt", "dit"])
+def test_every_layer_of_a_transformer_has_an_integer_kernel(name: str, dynamic: bool, tmp_path: Path) -> None:
+    path, batch = tmp_path / "network.onnx", 2
+    export(name, "dynamo", path, dynamic=dynamic)
+    feed = {f"input{index}": tensor.numpy() for index, tensor in enumerate(NETWORKS[name][1](batch))}
+    result = onnxq.quantize(path, [feed], target="cpu")
+    nodes = optimized_nodes(result.model)
+    integer = sum(count for op, count in nodes.items() if op.startswith(("QLinearConv", "QGemm", "MatMulInteger")))
+    assert integer == result.numbers["quantized_nodes"] > 0

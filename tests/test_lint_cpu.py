@@ -106,6 +106,8 @@ CASES = {
     ),
     "C10 int16": ("C10", GOOD.replace(", u)", ", i16)"), GOOD, IMAGE, {"i16": np.int16(0)}),
     "C10 fp8": ("C10", fp8(f"{X} {W} y = Conv(xd, wd)"), GOOD, IMAGE, {}),
+    "C11": ("C11", f"{X} {M} c = MatMul(xd, md) y = Add(c, m_scale)", f"{X} {M} c = MatMul(xd, md) y = Add(c, row)",
+            ("float[2,7,32] x", "float[2,7,48] y"), {"row": ARRAYS["m_scale"][None]}),
 }  # fmt: skip
 
 ALSO = {"C10 fp8": {"C1"}}

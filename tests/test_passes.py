@@ -19,6 +19,7 @@ from onnxq.passes.fold_affine import FoldAffine
 from onnxq.passes.fold_batchnorm import FoldBatchNorm
 from onnxq.passes.fuse_activations import FuseActivations
 from onnxq.passes.insert_qdq import InsertQDQ
+from onnxq.passes.keep_biases_apart import KeepBiasesApart
 from onnxq.passes.lower_weights import LowerWeights
 from onnxq.passes.pad_codes import PadCodes
 from onnxq.passes.split_gemm_bias import SplitGemmBias
@@ -101,6 +102,23 @@ gemm (float[N,3,16,16] x) => (float[N,10] y, float[N,10] z)
 """
 
 
+TOKENS = """
+<ir_version: 10, opset_import: ["" : 21]>
+tokens (float[2,3,16,16] x) => (float[2,3,16,8] y, float[2,3,16,8] z)
+<float scale = {0.05}, uint8 zero = {128}, float step = {0.01}, int8 none = {0}>
+{
+    [q] q = QuantizeLinear (x, scale, zero)
+    [d] d = DequantizeLinear (q, scale, zero)
+    [wq] wq = QuantizeLinear (w, step, none)
+    [wd] wd = DequantizeLinear (wq, step, none)
+    [first] f = MatMul (d, wd)
+    [bias] y = Add (b, f)
+    [second] s = MatMul (d, w)
+    [float_bias] z = Add (s, b)
+}
+"""
+
+
 def network() -> ir.Model:
     model = add_weights(NETWORK, SHAPES)
     models.normalise(model)
@@ -119,6 +137,7 @@ def outputs(model: ir.Model, *, optimize: bool = True) -> list[np.ndarray]:
         (FoldBatchNorm, NETWORK, SHAPES, "BatchNormalization"),
         (FoldBatchNorm, PADDED, PADDED_SHAPES, "Pad"),
         (SplitGemmBias, GEMM, {"w": (10, 768), "b": (10,)}, None),
+        (KeepBiasesApart, TOKENS, {"w": (16, 8), "b": (8,)}, None),
     ],
 )
 def test_rewrites_keep_the_function(rewrite: type, text: str, shapes: dict, removed: str | None) -> None:

@@ -113,13 +113,18 @@ class Cpu:
         return Placement(sites, left_float)
 
     def lower(self, model: ir.Model) -> None:
-        """Weights become codes, Pads move to the codes' side, and scales after a Clip stay inside it.
+        """Weights become codes, Pads move to codes, scales after a Clip stay inside it, and biases stay apart.
 
-        A Clip is absorbed by the kernel before it only if its bounds are never cut by the quantizer's own range.
+        A Clip is absorbed by the kernel before it only if its bounds are never cut by the quantizer's own range. What
+        bias correction gave a Gemm is split off again.
         """
+        from onnxq.passes.keep_biases_apart import KeepBiasesApart
         from onnxq.passes.lower_weights import LowerWeights
+        from onnxq.passes.split_gemm_bias import SplitGemmBias
 
+        SplitGemmBias()(model)
         LowerWeights()(model)
+        KeepBiasesApart()(model)
         PadCodes()(model)
         _keep_ranges_inside_clips(model.graph)
 

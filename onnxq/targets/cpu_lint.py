@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq.passes.keep_biases_apart import fused_bias
 from onnxq.targets.cpu import ABSORBED, ARITHMETIC, DATA_MOVEMENT
 from onnxq.targets.findings import Finding
 from onnxq.targets.reading import Product, Quantizer, Reading, channel_axis, name_of, scale_axis, scale_shape, spelled
@@ -191,6 +192,16 @@ def format_native(reading: Reading) -> Broken:
             yield quantizer.node, f"expected int8 or uint8 activations, found {found}: simulated, runs in float"
 
 
+def bias_apart(reading: Reading) -> Broken:
+    """C11: a bias behind a product of codes with more than two dimensions, all of them fixed, has two itself."""
+    for product in reading.products:
+        item = graphs.weighted(product.node)
+        shape = product.node.outputs[0].shape
+        if item is None or shape is None or not shape.is_static() or fused_bias(item) is None:
+            continue
+        yield product.node, "expected a bias with two dimensions, found one: both become a float Gemm"
+
+
 ERRORS: dict[str, Rule] = {
     "C2": scale_usable,
     "C3": format_accepted,
@@ -204,6 +215,7 @@ WARNINGS: dict[str, Rule] = {
     "C7": signed_activations,
     "C9": kernel_exists,
     "C10": format_native,
+    "C11": bias_apart,
 }
 
 

@@ -3,7 +3,8 @@
     python tests/benchmarks/recipe_matrix.py --data ../shared/data --out matrix.json
 
 Learning is cut to a few steps, so this is no measure of quality: a cell is the SQNR in dB, `-` with a reason where a
-recipe refuses the model in two lines, and CRASH or HANG where something is wrong. Started again, it goes on.
+recipe refuses the model in two lines, and CRASH or HANG where something is wrong. Each cell takes one core, `--workers`
+of them at once. Started again, it goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", default=list(recipes.RECIPES))
     parser.add_argument("--models", nargs="*")
     parser.add_argument("--limit", type=float, default=240, help="seconds for each")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="cells at once")
     arguments = parser.parse_args()
     results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     models = [
@@ -86,17 +89,23 @@ def main() -> None:
         for path in sorted((arguments.data / folder).glob("*.onnx"))
     ]
     models = [path for path in models if "without_weights" not in path.name and "features" not in path.name]
-    for model in models:
-        if arguments.models and model.stem not in arguments.models:
-            continue
-        for recipe in arguments.recipes:
-            for target in targets.names():
-                key = f"{model.stem} {recipe} {target}"
-                if key not in results:
-                    results[key] = run(model, recipe, target, arguments.limit)
-                    arguments.out.write_text(json.dumps(results, indent=1))
-                    if results[key]["state"] in ("CRASH", "HANG"):
-                        print(f"{key}: {results[key]['state']} {results[key].get('reason', '')[-300:]}", flush=True)
+    wanted = {
+        f"{model.stem} {recipe} {target}": (model, recipe, target)
+        for model in models
+        if not arguments.models or model.stem in arguments.models
+        for recipe in arguments.recipes
+        for target in targets.names()
+    }
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        missing = {
+            pool.submit(run, *choice, arguments.limit): key for key, choice in wanted.items() if key not in results
+        }
+        for done in as_completed(missing):
+            key = missing[done]
+            results[key] = done.result()
+            arguments.out.write_text(json.dumps(results, indent=1))
+            if results[key]["state"] in ("CRASH", "HANG"):
+                print(f"{key}: {results[key]['state']} {results[key].get('reason', '')[-300:]}", flush=True)
     width = max(len(path.stem) for path in models) + 1
     for target in targets.names():
         print(f"\n{target:{width}}" + "".join(f"{name[:9]:>10}" for name in arguments.recipes))
