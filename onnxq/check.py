@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnxq import graph as graphs
+from onnxq.calibration.data import row_count
 from onnxq.calibration.recording import thinned
 from onnxq.calibration.text import without_padding
 from onnxq.errors import OnnxqError
@@ -131,7 +132,7 @@ def bare_float_run(job: Job, path: Path, checked: Check) -> dict[str, float]:
         return {}
     session = Session(path, device=job.settings.device, spin=True)
     feeds = [feed for feed, _ in job.recording.kept]
-    rows = sum(len(next(iter(feed.values()))) for feed in feeds)
+    rows = sum(row_count(feed, job.specs) for feed in feeds)
     session.run(feeds[0])
     start = time.perf_counter()
     for feed in feeds:

@@ -17,6 +17,7 @@ WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 QUANTIZED_OPS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm")
 
 # Ops that hand on what they read, at least in inference.
+RECURRENT = ("LSTM", "GRU", "RNN")
 HANDED_ON = ("Identity", "Dropout", "Cast", "QuantizeLinear", "DequantizeLinear")
 
 
@@ -140,6 +141,27 @@ def weighted_nodes(graph: ir.Graph) -> Iterator[WeightedNode]:
         found = weighted(node)
         if found is not None:
             yield found
+
+
+def layers_without_codes(graph: ir.Graph) -> Iterator[tuple[str, str]]:
+    """Layers with weights that no target gives Q/DQ, and why: in branches and loops, recurrent, of other domains."""
+    for node in graph:
+        for attribute in node.attributes.values():
+            for inner in graphs_in(attribute):
+                names = [item.node.name or item.node.op_type for item in weighted_nodes(inner)]
+                names += [name for name, _ in layers_without_codes(inner)]
+                yield from (
+                    (name, f"inside the {node.op_type} {node.name!r}; Q/DQ go into the main graph") for name in names
+                )
+        if is_op(node, *RECURRENT):
+            yield node.name or "", f"the weights of {node.op_type} have no form with Q/DQ"
+        has_matrix = any(
+            is_constant(value) and is_float(value) and (rank(value) or 0) > 1 for value in node.inputs if value
+        )
+        if has_matrix and is_op(node, "Einsum"):
+            yield node.name or "", "an Einsum has no kernel for codes; export it as MatMul"
+        elif has_matrix and node.domain not in ONNX_DOMAINS:
+            yield node.name or "", f"it is of the domain {node.domain}; start from the exporter's model"
 
 
 # Ops that hand on what they read, so that Q/DQ before them still means the op after them.

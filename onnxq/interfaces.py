@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -26,7 +27,7 @@ def common_inputs(original: ir.Model, quantized: ir.Model) -> list[InputSpec]:
             )
         _check_shapes("input", spec.name, spec.shape, other.shape)
         fixed = tuple(a if a is not None else b for a, b in zip(spec.shape, other.shape, strict=True))
-        common.append(InputSpec(spec.name, spec.dtype, fixed))
+        common.append(replace(spec, shape=fixed))
     return common
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 import onnxq
+from onnxq import graph as graphs
 from onnxq import kinds, recipes, targets
 from onnxq import model as models
 from onnxq.calibration import observers, side_car, weight_ranges
@@ -187,6 +188,9 @@ def _with_range_rule(recipe: Recipe, source: Source, given: Mapping[str, Any]) -
 def _numbers(job: Job, path: Path, checked: Check, recipe: Any, kind: kinds.Kind) -> dict[str, Any]:
     quantized, weighted = quantized_counts(job.model.graph)
     warnings = list(job.warnings)
+    beyond = list(graphs.layers_without_codes(job.model.graph))
+    if beyond:
+        warnings.append(f"{len(beyond)} of {weighted} layers stay float; {beyond[0][0]}: {beyond[0][1]}")
     if checked.sqnr_db < LOW_SQNR_DB:
         warnings.append(f"the output's error is large: SQNR {checked.sqnr_db:.1f} dB against the float model")
     return {

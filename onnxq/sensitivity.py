@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxq.calibration.data import STEP_KEY, InputSpec, Source, Spread, batches, inputs_of
+from onnxq.calibration.data import STEP_KEY, InputSpec, Source, Spread, batches, inputs_of, row_count
 from onnxq.calibration.observers import Observer, Statistics
 from onnxq.errors import OnnxqError
 from onnxq.learning.outputs import Compared, difference
@@ -133,7 +133,7 @@ def judged_samples(
     found = []
     for batch in batches(Spread(source, rows, None if steps is None else set(steps)), specs, batch_size=BATCH):
         feed = inputs_of(batch, specs)
-        keys = np.atleast_1d(batch.get(STEP_KEY, np.zeros(len(next(iter(feed.values()))), np.int64)))
+        keys = np.atleast_1d(batch.get(STEP_KEY, np.zeros(row_count(feed, specs), np.int64)))
         found.append(Judged(feed, keys, session.run(feed, session.own_output_names), batch.get("labels")))
     return found
 
@@ -161,7 +161,7 @@ class Distance:
         """Judge a batch."""
         values = dict(zip(self.names, found, strict=False))
         expected = dict(zip(self.names, sample.expected, strict=True))
-        rows = len(next(iter(sample.feed.values())))
+        rows = len(sample.steps)
         return rows * sum(difference(item, expected[item.output], values[item.output]) for item in self.outputs)
 
 
@@ -246,7 +246,7 @@ class Probe:
     ) -> list[float]:
         """How far the outputs are from the float model's with each of some sets of layers quantized."""
         judge = Distance(tuple(self.outputs), tuple(self.output_names))
-        rows = sum(len(next(iter(sample.feed.values()))) for sample in self.samples)
+        rows = sum(len(sample.steps) for sample in self.samples)
         return [sum(found) / max(rows, 1) for found in self._each(self.board(layers), sets, on_set, judge)]
 
     def _each(

@@ -42,7 +42,7 @@ def test_a_fixed_batch_drops_what_does_not_fill_it_but_never_everything() -> Non
 
 
 def test_scalar_inputs_are_not_stacked() -> None:
-    scalar = data.InputSpec("t", np.dtype(np.int64), ())
+    scalar = data.InputSpec("t", np.dtype(np.int64), (), is_whole=True)
     source = data.open_source([{"x": np.zeros((2, 3, 8, 8), np.float32), "t": np.arange(2)}], [SPEC, scalar])
     feeds = list(data.batches(source, [SPEC, scalar], batch_size=8))
     assert [(feed["x"].shape[0], feed["t"].shape, int(feed["t"])) for feed in feeds] == [(1, (), 0), (1, (), 1)]

@@ -46,6 +46,8 @@ def read_arrays(path: Path, *, what: str, hint: str) -> dict[str, Array]:
 class Npz:
     """Rows of an ``.npz`` file, read array by array in step, never as a whole and never unpickled.
 
+    An input that has no batch axis may have one array of its own shape, for all samples, instead of a row for each.
+
     Attributes:
         path: The file.
         is_made_up: Whether `onnxq synthesize` made the rows.
@@ -76,8 +78,10 @@ class Npz:
                 f"expected arrays {', '.join(missing)} in {path}, found {found}",
                 hint="key the arrays by the model's input names",
             )
-        lengths = {key: (shape[0] if shape else 0) for key, (shape, _) in headers.items()}
-        if len(set(lengths.values())) > 1 or min(lengths.values()) == 0:
+        axes = {spec.name: len(spec.shape) for spec in specs if spec.is_whole}
+        self._constant = {key for key, (shape, _) in headers.items() if len(shape) == axes.get(key)}
+        lengths = {key: shape[0] if shape else 0 for key, (shape, _) in headers.items() if key not in self._constant}
+        if len(set(lengths.values())) != 1 or min(lengths.values()) == 0:
             raise OnnxqError(
                 f"expected the same number of rows (at least one) for every array in {path}, found {lengths}",
                 hint="one row per sample along the first axis of every array",
@@ -97,8 +101,9 @@ class Npz:
                 for key, member in self._members.items():
                     streams[key] = archive.open(member)
                     _read_header(streams[key], key, self.path)
+                constant = {key: self._read_all(streams.pop(key), key) for key in sorted(self._constant)}
                 for row in range(self._length):
-                    yield {key: self._read_row(streams[key], key, row) for key in streams}
+                    yield constant | {key: self._read_row(streams[key], key, row) for key in streams}
             except DAMAGED_ARCHIVE as error:
                 raise OnnxqError(
                     f"expected {self._length} rows in {self.path}, found a damaged file ({error})",
@@ -110,15 +115,23 @@ class Npz:
 
     def _read_row(self, stream: IO[bytes], key: str, row: int) -> Array:
         shape, dtype = self._headers[key]
-        count = int(np.prod(shape[1:], dtype=np.int64))
+        return self._read(stream, shape[1:], dtype, f"{shape[0]} rows of {key}", f"only {row}")
+
+    def _read_all(self, stream: IO[bytes], key: str) -> Array:
+        with stream:
+            return self._read(stream, *self._headers[key], f"all of {key}", "less")
+
+    def _read(
+        self, stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], expected: str, found: str
+    ) -> Array:
+        count = int(np.prod(shape, dtype=np.int64))
         size = count * dtype.itemsize
         chunk = stream.read(size)
         if len(chunk) != size:
             raise OnnxqError(
-                f"expected {shape[0]} rows of {key} in {self.path}, found only {row}",
-                hint="the file is truncated; write it again",
+                f"expected {expected} in {self.path}, found {found}", hint="the file is truncated; write it again"
             )
-        return np.frombuffer(chunk, dtype, count).reshape(shape[1:])
+        return np.frombuffer(chunk, dtype, count).reshape(shape)
 
 
 def _read_text(archive: zipfile.ZipFile, member: str, path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxq.calibration.data import InputSpec, Source, batches, inputs_of
+from onnxq.calibration.data import InputSpec, Source, batches, inputs_of, row_count
 from onnxq.runtime import Session
 
 Array = np.ndarray[Any, Any]
@@ -104,7 +104,7 @@ def record_channels(
         values = dict(zip(inner, session.run(feed, inner), strict=True)) if inner else {}
         for name, statistics in found.items():
             statistics.update(values[name] if name in values else feed[name], axes[name])
-        done += len(next(iter(feed.values())))
+        done += row_count(feed, specs)
         if on_batch is not None:
             on_batch(done)
     return found

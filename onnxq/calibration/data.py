@@ -1,8 +1,9 @@
 """Where calibration inputs come from: npz files, folders of images, any iterable of dicts. Always streamed.
 
 A source yields one sample at a time, as a dict from input name to an array without the batch axis, so that
-memory does not grow with the number of samples. Labels, where a source has them, come under ``labels``; inputs of a
-denoiser carry under ``step`` which step of the sampler they were seen in (0 is the first, the noisiest).
+memory does not grow with the number of samples; of an input that has no batch axis, a sample holds the whole. Labels,
+where a source has them, come under ``labels``; inputs of a denoiser carry under ``step`` which step of the sampler
+they were seen in (0 is the first, the noisiest).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
+from onnxq.calibration.batch_axis import whole_inputs
 from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
@@ -45,24 +47,31 @@ class InputSpec:
         name: The input's name.
         dtype: Its numpy dtype.
         shape: Its dimensions; ``None`` where they are free.
+        is_whole: Whether it has no batch axis: one for all rows of a batch, as a timestep of rank 0.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | None, ...]
+    is_whole: bool = False
 
     @property
     def batch(self) -> int | None:
-        """The fixed batch size, or ``None`` where the first axis is free (or there is none)."""
-        return self.shape[0] if self.shape else None
+        """The fixed batch size, or ``None`` where the first axis is free (or none is the batch)."""
+        return None if self.is_whole else self.shape[0]
+
+    @property
+    def row_shape(self) -> tuple[int | None, ...]:
+        """The dimensions of one sample."""
+        return self.shape if self.is_whole else self.shape[1:]
 
 
 def input_specs(model: ir.Model) -> list[InputSpec]:
     """The inputs that a run of the model must be given."""
     specs = []
-    for value in model.graph.inputs:
-        if value.is_initializer() or value.name is None:
-            continue
+    inputs = [value for value in model.graph.inputs if not value.is_initializer() and value.name is not None]
+    whole = whole_inputs(inputs)
+    for value in inputs:
         # Some exporters write -1 or 0 for what is free.
         dimensions = tuple(size if isinstance(size, int) and size > 0 else None for size in value.shape or ())
         dtype = np.dtype((value.dtype or ir.DataType.FLOAT).numpy())
@@ -71,7 +80,8 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
                 f"expected inputs below {LARGEST_INPUT_BYTES >> 30} GiB, found {value.name!r} of shape {value.shape}",
                 hint="check the shapes that the model was exported for",
             )
-        specs.append(InputSpec(value.name, dtype, dimensions))
+        assert value.name is not None
+        specs.append(InputSpec(value.name, dtype, dimensions, value.name in whole or not dimensions))
     return specs
 
 
@@ -88,7 +98,7 @@ def open_source(
     from onnxq.calibration.archives import Npz
 
     if not isinstance(data, (str, os.PathLike)):
-        return Iterables(data)
+        return Iterables(data, specs)
     path = Path(data)
     if path.is_dir():
         return _open_folder(path, specs, preprocessing)
@@ -175,34 +185,37 @@ class Spread:
 class Iterables:
     """Any iterable of dicts; each holds one batch (with the batch axis) of every input.
 
-    What has no axis, as a timestep of rank 0, belongs to every row of its batch.
+    What has no axis for the batch, as a timestep of rank 0, belongs to every row of its batch.
     """
 
-    def __init__(self, batches: Iterable[Mapping[str, Array]]) -> None:
+    def __init__(self, batches: Iterable[Mapping[str, Array]], specs: Sequence[InputSpec] = ()) -> None:
+        self._axes = {spec.name: len(spec.shape) for spec in specs if spec.is_whole}
         if iter(batches) is batches:
             batches = list(batches)  # a generator can be read once only, and results are checked on the same data
         self.batches = batches
 
     def __len__(self) -> int:
-        return sum(_rows({key: np.asarray(value) for key, value in batch.items()}) for batch in self.batches)
+        return sum(self._rows({key: np.asarray(value) for key, value in batch.items()}) for batch in self.batches)
 
     def __iter__(self) -> Iterator[Sample]:
         for batch in self.batches:
             arrays = {key: np.asarray(value) for key, value in batch.items()}
-            for row in range(_rows(arrays)):
-                yield {key: array[row] if array.ndim else array for key, array in arrays.items()}
+            for row in range(self._rows(arrays)):
+                yield {key: array[row] if self._has_rows(key, array) else array for key, array in arrays.items()}
 
+    def _has_rows(self, key: str, array: Array) -> bool:
+        return array.ndim > self._axes.get(key, 0)
 
-def _rows(arrays: Mapping[str, Array]) -> int:
-    """How many samples a batch holds."""
-    lengths = {key: len(array) for key, array in arrays.items() if array.ndim}
-    if len(set(lengths.values())) > 1:
-        raise OnnxqError(
-            "expected batches with as many rows of each input, found "
-            + ", ".join(f"{length} of {key}" for key, length in lengths.items()),
-            hint="the first axis of every array counts the samples",
-        )
-    return next(iter(lengths.values()), 1)
+    def _rows(self, arrays: Mapping[str, Array]) -> int:
+        """How many samples a batch holds."""
+        lengths = {key: len(array) for key, array in arrays.items() if self._has_rows(key, array)}
+        if len(set(lengths.values())) > 1:
+            raise OnnxqError(
+                "expected batches with as many rows of each input, found "
+                + ", ".join(f"{length} of {key}" for key, length in lengths.items()),
+                hint="the first axis of every array counts the samples",
+            )
+        return next(iter(lengths.values()), 1)
 
 
 @dataclass(frozen=True)
@@ -241,22 +254,34 @@ def batches(
         OnnxqError: a name, dtype or shape does not fit the model, or a value is not finite.
     """
     fixed = next((spec.batch for spec in specs if spec.batch is not None), None)
-    has_scalar = any(not spec.shape for spec in specs)  # one timestep for the whole batch: samples go one by one
-    size = 1 if has_scalar else fixed or batch_size
+    whole = [spec.name for spec in specs if spec.is_whole]
+    size = fixed or (1 if whole else batch_size)  # one timestep for the whole batch: samples go one by one
     rows: list[Sample] = []
     count = 0
     for sample in itertools.islice(source, samples):
-        rows.append(_checked(sample, specs, count))
+        checked = _checked(sample, specs, count)
+        if rows and not all(np.array_equal(rows[0][name], checked[name]) for name in whole):
+            yield _stack(_filled(rows, size), specs)
+            rows = []
+        rows.append(checked)
         count += 1
         if len(rows) == size:
             yield _stack(rows, specs)
             rows = []
     if count == 0:
         raise OnnxqError("expected at least one sample, found none", hint="check --data and --samples")
-    if rows and (fixed is None or count < size):
-        if fixed is not None:
-            rows = [rows[index % len(rows)] for index in range(size)]
-        yield _stack(rows, specs)
+    if rows and (fixed is None or whole or count < size):
+        yield _stack(rows if fixed is None else _filled(rows, size), specs)
+
+
+def _filled(rows: Sequence[Sample], size: int) -> list[Sample]:
+    """As many rows as the model reads, which repeat."""
+    return [rows[index % len(rows)] for index in range(size)]
+
+
+def row_count(feed: Mapping[str, Array], specs: Sequence[InputSpec]) -> int:
+    """How many samples a feed holds."""
+    return next((len(feed[spec.name]) for spec in specs if not spec.is_whole), 1)
 
 
 def inputs_of(batch: Mapping[str, Array], specs: Sequence[InputSpec]) -> dict[str, Array]:
@@ -265,9 +290,9 @@ def inputs_of(batch: Mapping[str, Array], specs: Sequence[InputSpec]) -> dict[st
 
 
 def _stack(rows: Sequence[Sample], specs: Sequence[InputSpec]) -> dict[str, Array]:
-    scalars = {spec.name for spec in specs if not spec.shape}
+    whole = {spec.name for spec in specs if spec.is_whole}
     try:
-        return {key: rows[0][key] if key in scalars else np.stack([row[key] for row in rows]) for key in rows[0]}
+        return {key: rows[0][key] if key in whole else np.stack([row[key] for row in rows]) for key in rows[0]}
     except ValueError as error:
         shapes = ", ".join(sorted({str(list(row[spec.name].shape)) for row in rows for spec in specs}))
         raise OnnxqError(
@@ -295,15 +320,22 @@ def _checked(sample: Sample, specs: Sequence[InputSpec], index: int) -> Sample:
                     hint="convert the array, and preprocess it as the model expects",
                 )
             value = value.astype(spec.dtype)
-        expected = spec.shape[1:]
+        expected = spec.row_shape
         fits = len(value.shape) == len(expected) and all(
             want is None or want == have for want, have in zip(expected, value.shape, strict=True)
         )
         if not fits:
-            wanted = ["batch", *("any" if size is None else size for size in expected)]
+            wanted, found = (
+                ", ".join(
+                    (
+                        "batch" if not spec.is_whole else "samples",
+                        *("any" if size is None else str(size) for size in shape),
+                    )
+                )
+                for shape in (expected, value.shape)
+            )
             raise OnnxqError(
-                f"expected shape [{', '.join(map(str, wanted))}] for input {spec.name!r}, "
-                f"found [batch, {', '.join(map(str, value.shape))}] (sample {index})",
+                f"expected shape [{wanted}] for input {spec.name!r}, found [{found}] (sample {index})",
                 hint="check the layout (NCHW or NHWC) and the size",
             )
         if value.dtype.kind == "f" and not np.isfinite(value).all():

@@ -20,7 +20,7 @@ class Images:
     def __init__(
         self, folder: Path, files: Sequence[Path], specs: Sequence[InputSpec], preprocessing: Preprocessing
     ) -> None:
-        images = [spec for spec in specs if len(spec.shape) == 4 and spec.dtype == np.float32]
+        images = [spec for spec in specs if len(spec.row_shape) == 3 and spec.dtype == np.float32]
         if len(specs) != 1 or not images:
             raise OnnxqError(
                 f"expected a model with one float image input for the image folder {folder}, "
@@ -28,7 +28,7 @@ class Images:
                 hint="write an .npz keyed by the model's input names instead",
             )
         self.spec = images[0]
-        _, *size = self.spec.shape
+        size = self.spec.row_shape
         if size[0] in (1, 3):
             self.planar, self.channel_count, height, width = True, size[0], size[1], size[2]
         elif size[2] in (1, 3):

@@ -26,7 +26,7 @@ class Noise:
                     f"expected calibration data for the {spec.dtype} input {spec.name!r}, found no --data",
                     hint="give --data FILE.npz keyed by input name",
                 )
-            if None in spec.shape[1:]:
+            if None in spec.row_shape:
                 raise OnnxqError(
                     f"expected calibration data for input {spec.name!r}, whose size is free, found no --data",
                     hint="give --data FILE.npz keyed by input name",
@@ -42,6 +42,6 @@ class Noise:
         generator = np.random.default_rng(self.seed)
         for _ in range(self.count):
             yield {
-                spec.name: generator.standard_normal([size or 1 for size in spec.shape[1:]]).astype(spec.dtype)
+                spec.name: generator.standard_normal([size or 1 for size in spec.row_shape]).astype(spec.dtype)
                 for spec in self.specs
             }

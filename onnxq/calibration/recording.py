@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.calibration.data import STEP_KEY, InputSpec, Source, batches, inputs_of
+from onnxq.calibration.data import STEP_KEY, InputSpec, Source, batches, inputs_of, row_count
 from onnxq.calibration.observers import Statistics
 from onnxq.errors import OnnxqError
 from onnxq.parallel import SharedModel, Workers
@@ -186,7 +186,7 @@ def _observe_shard(
     part = Recording({name: Statistics() for name in plan.taps})
     for batch, outputs in session.run_each(shard, plan.wanted):
         feed = inputs_of(batch, plan.specs)
-        rows = len(next(iter(feed.values())))
+        rows = row_count(feed, plan.specs)
         tapped = dict(zip(plan.wanted, outputs, strict=True)) | feed
         observed = [(part.statistics[name], tapped[name], plan.per_sample * rows) for name in plan.taps]
         list(pool.map(_observe, [observed[index::THREADS] for index in range(THREADS)]))
@@ -203,7 +203,8 @@ def _observe_shard(
         else:
             chosen = list(range(rows)) if position < KEPT_SAMPLES else []
         if chosen:
-            part.kept.append(_rows_of(feed, outputs[: plan.own], chosen, rows))
+            whole = any(spec.is_whole for spec in plan.specs)
+            part.kept.append(_rows_of(feed, outputs[: plan.own], range(rows) if whole else chosen, rows))
         part.samples += rows
         del outputs, tapped, observed  # before another run allocates its own
         if on_batch is not None:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.calibration.archives import read_arrays
-from onnxq.calibration.data import Source, batches, input_specs, inputs_of
+from onnxq.calibration.data import Source, batches, input_specs, inputs_of, row_count
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session, serialize
 from onnxq.writing import atomic_folder
@@ -59,7 +59,7 @@ def record(
         feed = inputs_of(batch, specs)
         for name, value in zip(names, session.run(feed, names), strict=True):
             moments.add(name, value)
-        done += len(next(iter(feed.values())))
+        done += row_count(feed, specs)
         if on_batch is not None:
             on_batch(done)
     return moments.arrays()

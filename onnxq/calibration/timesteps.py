@@ -81,7 +81,7 @@ def record(
     """
     names = {spec.name for spec in specs}
     inner = [name for name in taps if name not in names]
-    shared = any(not spec.shape or spec.batch == 1 for spec in specs)  # one timestep, one step, for the whole run
+    shared = any(spec.is_whole or spec.batch == 1 for spec in specs)  # one timestep, one step, for the whole run
     total = min(len(source), samples or len(source))
     sampled = max(LEAST_SAMPLED, SAMPLED_VALUES // max(total, 1))
 
@@ -114,7 +114,7 @@ def record(
 
 def _fewer(feed: dict[str, Array], specs: Sequence[InputSpec]) -> dict[str, Array] | None:
     """Another number of rows, to see what of the network has one for each; ``None`` where the export fixed it."""
-    if any(spec.batch is not None or not spec.shape for spec in specs):
+    if any(spec.batch is not None or spec.is_whole for spec in specs):
         return None
     rows = len(feed[specs[0].name])
     return {name: np.repeat(array, 2, axis=0) if rows == 1 else array[: rows // 2] for name, array in feed.items()}

@@ -71,10 +71,15 @@ class Denoiser:
     channels: int
     timestep_rows: int | None = None
 
+    @property
+    def whole(self) -> set[str]:
+        """Names of the inputs without a batch axis."""
+        return {spec.name for spec in self.specs if spec.is_whole}
+
     def timesteps(self, value: float, count: int) -> Array:
         """The timestep input for ``count`` samples; an integer input gets the nearest integer."""
         number = round(value) if self.timestep.dtype.kind in "iu" else value
-        return np.full(() if not self.timestep.shape else (count,), number, self.timestep.dtype)
+        return np.full(() if self.timestep.is_whole else (count,), number, self.timestep.dtype)
 
     def predict(self, session: Runnable, feed: Mapping[str, Array]) -> Array:
         """The network's prediction for a batch of any size, whatever batch the export is fixed to.
@@ -83,10 +88,12 @@ class Denoiser:
             OnnxqError: its output is none of the sample's shape.
         """
         fixed = next((spec.batch for spec in self.specs if spec.batch is not None), None)
-        total = len(feed[self.sample.name])
+        whole, total = self.whole, len(feed[self.sample.name])
         parts = []
         for start in range(0, total, fixed or total):
-            part = {name: _rows(array, start, fixed or total) for name, array in feed.items()}
+            part = {
+                name: array if name in whole else _rows(array, start, fixed or total) for name, array in feed.items()
+            }
             parts.append(session.run(part, [self.output])[0])
         predicted, wanted = np.concatenate([np.atleast_1d(part) for part in parts]), feed[self.sample.name].shape
         if predicted.ndim < 2 or len(predicted) < total or predicted.shape[2:] != wanted[2:]:
@@ -198,8 +205,6 @@ def _readers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
 
 def _rows(array: Array, start: int, count: int) -> Array:
     """Some rows; the last is repeated where there are too few."""
-    if not array.ndim:
-        return array
     index = np.minimum(np.arange(start, start + count), len(array) - 1)
     return array[start : start + count] if start + count <= len(array) else array[index]
 
@@ -232,10 +237,11 @@ def open_conditions(path: Path | None, denoiser: Denoiser) -> dict[str, Array]:
     for spec in needed:
         array = found.get(spec.name)
         fits = array is not None and len(array.shape) == len(spec.shape) and len(array) > 0
-        if array is None or not fits or any(a not in (None, b) for a, b in zip(spec.shape[1:], array.shape[1:])):  # noqa: B905
+        sizes = () if array is None else array.shape if spec.is_whole else array.shape[1:]
+        if array is None or not fits or any(a not in (None, b) for a, b in zip(spec.row_shape, sizes, strict=True)):
             raise OnnxqError(
-                f"expected rows of shape {_shown(spec.shape)} under {spec.name!r} in {path}, "
-                f"found {'nothing' if array is None else list(array.shape)}",
-                hint="one row for each condition along the first axis",
+                f"expected {'an array' if spec.is_whole else 'rows'} of shape {_shown(spec.shape)} under "
+                f"{spec.name!r} in {path}, found {'nothing' if array is None else list(array.shape)}",
+                hint="one row for each condition along the first axis; one array where the input has no batch axis",
             )
     return {name: np.asarray(array) for name, array in found.items()}

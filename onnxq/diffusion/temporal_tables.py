@@ -5,18 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from onnxq import graph as graphs
+from onnxq.calibration.data import Array, InputSpec
 from onnxq.diffusion.denoiser import Denoiser
 from onnxq.diffusion.temporal_region import TemporalRegion
 from onnxq.runtime import Session
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,11 @@ def tabulate(
 
     def run(time: float, chosen: Sequence[int], count: int) -> list[Array]:
         feed = {
-            denoiser.sample.name: np.zeros((count, *_sizes(denoiser.sample.shape)), denoiser.sample.dtype),
+            denoiser.sample.name: _zeros(denoiser.sample, count),
             denoiser.timestep.name: denoiser.timesteps(time, denoiser.timestep.batch or count),
         }
         for item in denoiser.conditions:
-            feed[item.spec.name] = np.zeros((count, *_sizes(item.spec.shape)), item.spec.dtype)
+            feed[item.spec.name] = _zeros(item.spec, count)
         for item, label in zip(labels, chosen, strict=True):
             feed[item.spec.name][:] = label
         return session.run({name: array for name, array in feed.items() if name in session.input_names}, names)
@@ -96,8 +94,9 @@ def _kinds(one: list[Array], two: list[Array], denoiser: Denoiser, fixed: int | 
     return found
 
 
-def _sizes(shape: Sequence[int | None]) -> list[int]:
-    return [size or 1 for size in shape[1:]]
+def _zeros(spec: InputSpec, count: int) -> Array:
+    sizes = [size or 1 for size in spec.row_shape]
+    return np.zeros(sizes if spec.is_whole else (count, *sizes), spec.dtype)
 
 
 def _only(model: ir.Model, names: Sequence[str]) -> ir.Model:

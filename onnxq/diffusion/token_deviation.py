@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxq.calibration.data import batches, inputs_of
+from onnxq.calibration.data import batches, inputs_of, row_count
 from onnxq.job import Job
 from onnxq.passes.normalise_attention import Operand
 from onnxq.runtime import Session
@@ -24,7 +24,7 @@ def token_deviations(job: Job, items: Sequence[Operand]) -> dict[str, float]:
     sums, rows = dict.fromkeys(names, 0.0), 0
     for batch in batches(job.source, job.specs, batch_size=ROWS, samples=SAMPLES):
         feed = inputs_of(batch, job.specs)
-        count = len(next(iter(feed.values())))
+        count = row_count(feed, job.specs)
         for name, value in zip(names, session.run(feed, names), strict=True):
             sums[name] += count * float(np.mean(np.std(value, axis=axes[name], dtype=np.float64)))
         rows += count

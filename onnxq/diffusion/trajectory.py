@@ -81,7 +81,9 @@ class Sampler:
         missing = [
             item.spec.name
             for item in self.denoiser.conditions
-            if item.null_class is None and f"{item.spec.name}.unconditional" not in (self.conditions or {})
+            if item.null_class is None
+            and not item.spec.is_whole
+            and f"{item.spec.name}.unconditional" not in (self.conditions or {})
         ]
         if missing or not self.denoiser.conditions:
             found = f"none for {', '.join(missing)}" if missing else "a model without conditions"
@@ -127,6 +129,7 @@ class Run:
         self.sample: Array = noise * np.float32(scale)
         self.conditional: dict[str, Array] = {}
         self.unconditional: dict[str, Array] = {}
+        self.shared: dict[str, Array] = {}  # for all samples
         given = sampler.conditions or {}
         for item in denoiser.conditions:
             name = item.spec.name
@@ -135,6 +138,8 @@ class Run:
                 labels = [generator.integers(max(classes, 1)) for generator in generators]
                 self.conditional[name] = np.asarray(labels, item.spec.dtype)
                 self.unconditional[name] = np.full(len(labels), item.null_class, item.spec.dtype)
+            elif item.spec.is_whole:
+                self.shared[name] = given[name].astype(item.spec.dtype)
             else:
                 rows = given[name]
                 self.conditional[name] = rows[np.asarray(indices) % len(rows)].astype(item.spec.dtype)
@@ -152,6 +157,7 @@ class Run:
                 rows, seen = 2 * count, np.concatenate([seen, seen])
                 conditions = {name: np.concatenate([conditions[name], self.unconditional[name]]) for name in conditions}
             feed = {denoiser.sample.name: seen, denoiser.timestep.name: denoiser.timesteps(time, rows), **conditions}
+            feed |= self.shared
             raw = denoiser.predict(self.session, feed).astype(np.float32, copy=False)
             if raw.shape != seen.shape:
                 raise OnnxqError(
@@ -248,7 +254,7 @@ def _positions(sampler: Sampler, chosen: Array) -> Array:
 def _visited(session: Session, sampler: Sampler, indices: Array, positions: Array, last: int) -> Iterator[_Kept]:
     """What is kept of each step of a batch; ``positions`` is [samples, steps, branches]."""
     for visit in sampler.run(session, [int(index) for index in indices]):
-        yield _kept(visit, positions[:, visit.step])
+        yield _kept(visit, positions[:, visit.step], sampler.denoiser.whole)
         if visit.step >= last:
             break
 
@@ -259,17 +265,20 @@ def _record_task(task: tuple[SharedModel, Sampler, Array, Array, int]) -> list[_
     return list(_visited(shared.session(), sampler, indices, positions, last))
 
 
-def _kept(visit: Visit, positions: Array) -> _Kept:
+def _kept(visit: Visit, positions: Array, whole: set[str]) -> _Kept:
     """The rows of the file that hold inputs of one visit, and the inputs; ``positions`` is [samples, branches]."""
     count = len(positions)
     rows = np.concatenate([positions[:, 0], positions[:, 1]])
     kept = np.flatnonzero(rows >= 0)
     if not kept.size:
         return rows[kept], {}
-    first = next(array for array in visit.feed.values() if array.ndim)
-    assert kept.max() < len(first) and len(first) in (count, 2 * count)
-    arrays = {name: array if array.ndim else np.broadcast_to(array, len(first)) for name, array in visit.feed.items()}
-    arrays[STEP_KEY] = np.full(len(first), visit.step, np.int64)
+    total = len(visit.raw)
+    assert kept.max() < total and total in (count, 2 * count)
+    arrays = {
+        name: np.broadcast_to(array, (total, *array.shape)) if name in whole else array
+        for name, array in visit.feed.items()
+    }
+    arrays[STEP_KEY] = np.full(total, visit.step, np.int64)
     return rows[kept], {name: array[kept] for name, array in arrays.items()}
 
 

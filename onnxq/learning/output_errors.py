@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from onnxq import graph as graphs
-from onnxq.calibration.data import batches, inputs_of
+from onnxq.calibration.data import batches, inputs_of, row_count
 from onnxq.job import Job
 from onnxq.learning.hessian import Hessian, Layer, layer
 from onnxq.runtime import Session
@@ -85,7 +85,7 @@ def output_errors(job: Job, weights: Sequence[FloatWeight], samples: int) -> dic
             values = dict(zip(taps, session.run(feed, taps), strict=True)) | feed
             for reader, hessian in shared.values():
                 hessian.update(reader, torch.from_numpy(values[reader.activation].astype(np.float32)))
-            done += len(next(iter(feed.values())))
+            done += row_count(feed, job.specs)
             advance(min(done, samples))
     axes = {weight.name: weight.axis for weight in weights}
     return {

@@ -64,7 +64,8 @@ class TemporalInputs:
         for spec in denoiser.specs:
             if spec.name not in tensors:  # only its shape can matter
                 zero = torch.from_numpy(np.zeros((), spec.dtype))
-                tensors[spec.name] = zero.expand(len(rows), *(size or 1 for size in spec.shape[1:]))
+                sizes = [size or 1 for size in spec.row_shape]
+                tensors[spec.name] = zero.expand(sizes if spec.is_whole else (len(rows), *sizes))
         return tensors
 
     def groups(self, rows: Array) -> list[Array]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
-from onnxq.calibration.data import InputSpec, Source, batches, inputs_of
+from onnxq.calibration.data import InputSpec, Source, batches, inputs_of, row_count
 from onnxq.errors import OnnxqError
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.quantizers import Quantizer, as_float
@@ -49,17 +49,17 @@ class Walk:
 
     def fill(self, source: Source, specs: Sequence[InputSpec], samples: int) -> None:
         """Read the calibration inputs."""
-        scalars = [spec.name for spec in specs if not spec.shape]
-        if scalars:
+        whole = [spec.name for spec in specs if spec.is_whole]
+        if whole:
             raise OnnxqError(
-                f"expected inputs with a row for each sample, found {', '.join(map(repr, scalars))} of rank 0",
+                f"expected inputs with a row for each sample, found {', '.join(map(repr, whole))} without a batch axis",
                 hint="export the timestep with shape [batch] to learn in batches, or use --recipe default",
             )
         self.samples = samples
         start = 0
         for batch in batches(source, specs, batch_size=ROWS, samples=samples):
             feed = inputs_of(batch, specs)
-            rows = len(next(iter(feed.values())))
+            rows = row_count(feed, specs)
             for name, array in feed.items():
                 values = torch.from_numpy(array[:, None])
                 if start == 0:

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.calibration.data import batches, inputs_of
+from onnxq.calibration.data import batches, inputs_of, row_count
 from onnxq.calibration.observers import Statistics
 from onnxq.calibration.recording import record
 from onnxq.errors import OnnxqError
@@ -176,7 +176,7 @@ def _groups(job: Job) -> list[Group]:
 def _sizes(job: Job, names: Sequence[str]) -> dict[str, int]:
     """Numbers in each value for one sample."""
     feed = inputs_of(next(batches(job.source, job.specs, batch_size=1, samples=1)), job.specs)
-    rows = len(next(iter(feed.values())))
+    rows = row_count(feed, job.specs)
     wanted = list(dict.fromkeys(names))
     session = Session(job.model, taps=wanted, device=job.settings.device)
     return {name: value.size // rows for name, value in zip(wanted, session.run(feed, wanted), strict=True)}

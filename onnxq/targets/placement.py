@@ -71,7 +71,7 @@ def choose(
 ) -> tuple[list[graphs.WeightedNode], dict[str, str]]:
     """The weighted nodes to quantize, and why the others stay in float (``why_float`` gives a reason or nothing)."""
     chosen: list[graphs.WeightedNode] = []
-    left_float: dict[str, str] = {}
+    left_float = dict(graphs.layers_without_codes(graph))
     for item in graphs.weighted_nodes(graph):
         name = item.node.name or ""
         reason = "excluded" if name in skipped else why_float(item)
