@@ -24,7 +24,7 @@ class FuseActivations(InPlacePass):
         x ─► Gelu ─► y
 
     onnxruntime does the same when it loads a model, but not across Q/DQ: left alone, the arithmetic inside would be
-    rounded to codes step by step. The rules for HardSwish are onnxscript's.
+    rounded to codes step by step. Of the rules for HardSwish, onnxscript has those for torch's ways of writing it.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -34,7 +34,7 @@ class FuseActivations(InPlacePass):
         from onnxscript.rewriter import pattern
         from onnxscript.rewriter.rules.common import _fuse_hardswish
 
-        rules = [pattern.RewriteRule(shape, replacement) for shape, replacement in GELUS]
+        rules = [pattern.RewriteRule(shape, replacement) for shape, replacement in (*GELUS, *HARD_SWISHES)]
         count = pattern.RewriteRuleSet(rules, commute=True).apply_to_model(model)
         count += _fuse_hardswish.fuse_hardswish_rules().apply_to_model(model)
         if count:
@@ -63,6 +63,18 @@ def _one_plus_tanh(op: Any, x: Any) -> Any:
     return op.Add(op.Tanh(op.Mul(cubic, math.sqrt(2 / math.pi))), 1.0)
 
 
+def _hard_swish(op: Any, x: Any) -> Any:
+    return op.HardSwish(x)
+
+
+def _scaled_then_clipped(op: Any, x: Any) -> Any:
+    return op.Mul(x, op.Clip(op.Add(op.Mul(x, 1 / 6), 0.5), 0.0, 1.0))
+
+
+def _clipped_then_scaled(op: Any, x: Any) -> Any:
+    return op.Mul(x, op.Mul(op.Clip(op.Add(x, 3.0), 0.0, 6.0), 1 / 6))
+
+
 def _halved_last(gate: Any) -> Any:
     return lambda op, x: op.Mul(op.Mul(x, gate(op, x)), 0.5)
 
@@ -84,3 +96,5 @@ GELUS = [
     )
     for form in (_halved_last, _halved_gate, _halved_first)
 ]
+
+HARD_SWISHES = [(_scaled_then_clipped, _hard_swish), (_clipped_then_scaled, _hard_swish)]

@@ -31,9 +31,11 @@ class KeepBiasesApart(InPlacePass):
         """Rewrite every bias that qualifies."""
         places = [place for item in graphs.weighted_nodes(model.graph) if (place := fused_bias(item)) is not None]
         for place in places:
-            row = array_of(place.value).reshape(1, -1)
-            assert place.value is not None and place.value.dtype is not None
-            place.put(new_initializer(model.graph, f"{place.value.name}_row", row, place.value.dtype))
+            bias = place.value
+            assert bias is not None and bias.dtype is not None
+            place.put(new_initializer(model.graph, f"{bias.name}_row", array_of(bias).reshape(1, -1), bias.dtype))
+            if not bias.uses():
+                model.graph.initializers.pop(bias.name or "")
         return PassResult(model, bool(places))
 
 

@@ -169,7 +169,7 @@ def _let_read(graph: ir.Graph, codes: ir.Value, value: ir.Value, scale: float, z
     """Let whoever reads codes read the number that they mean, also behind ops that move codes."""
     for reader, index in graphs.consumers(codes):
         if graphs.is_dequantize(reader) and index == 0:
-            _bypass(graph, reader, value)
+            _bypass(graph, reader, _scaled(graph, reader, value, scale))
             continue
         padding = reader.inputs[2] if graphs.is_op(reader, "Pad") and len(reader.inputs) > 2 else None
         if not graphs.is_op(reader, *MOVES) or (padding is not None and not graphs.is_constant(padding)):
@@ -185,6 +185,21 @@ def _let_read(graph: ir.Graph, codes: ir.Value, value: ir.Value, scale: float, z
             number = (array_of(padding).astype(np.float64) - zero_point) * scale
             float_padding = new_initializer(graph, f"{moved.name}_padding", number.astype(dtype.numpy()), dtype)
             reader.replace_input_with(2, float_padding)
+
+
+def _scaled(graph: ir.Graph, dequantize: ir.Node, value: ir.Value, scale: float) -> ir.Value:
+    """The value, or a multiple of it where DequantizeLinear gives the codes another step than they were made with."""
+    steps, output = _parameters(dequantize)[0], dequantize.outputs[0]
+    if steps.size != 1 or float(steps.reshape(())) == scale:
+        return value
+    dtype = value.dtype or ir.DataType.FLOAT
+    ratio = np.asarray(float(steps.reshape(())) / scale, dtype.numpy())
+    tape = ir.tape.Tape()
+    product = tape.op("Mul", [value, new_initializer(graph, f"{output.name}_ratio", ratio, dtype)])
+    product.name, product.type, product.shape = f"{output.name}_scaled", ir.TensorType(dtype), value.shape
+    tape.nodes[0].name = dequantize.name
+    graph.insert_before(dequantize, tape.nodes)
+    return product
 
 
 def _bypass(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:

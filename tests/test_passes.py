@@ -22,6 +22,7 @@ from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.keep_biases_apart import KeepBiasesApart
 from onnxq.passes.lower_weights import LowerWeights
 from onnxq.passes.pad_codes import PadCodes
+from onnxq.passes.pool_means import PoolMeans
 from onnxq.passes.split_gemm_bias import SplitGemmBias
 from onnxq.runtime import Session
 
@@ -119,6 +120,17 @@ tokens (float[2,3,16,16] x) => (float[2,3,16,8] y, float[2,3,16,8] z)
 """
 
 
+MEANS = """
+<ir_version: 10, opset_import: ["" : 21]>
+means (float[N,3,16,16] x) => (float[N,3,1,1] y, float[N,3] z)
+<int64[2] sides = {2, 3}, int64[2] last = {-1, -2}>
+{
+    [kept] y = ReduceMean (x, sides)
+    [dropped] z = ReduceMean <keepdims = 0> (x, last)
+}
+"""
+
+
 def network() -> ir.Model:
     model = add_weights(NETWORK, SHAPES)
     models.normalise(model)
@@ -137,6 +149,7 @@ def outputs(model: ir.Model, *, optimize: bool = True) -> list[np.ndarray]:
         (FoldBatchNorm, NETWORK, SHAPES, "BatchNormalization"),
         (FoldBatchNorm, PADDED, PADDED_SHAPES, "Pad"),
         (SplitGemmBias, GEMM, {"w": (10, 768), "b": (10,)}, None),
+        (PoolMeans, MEANS, {}, "ReduceMean"),
         (KeepBiasesApart, TOKENS, {"w": (16, 8), "b": (8,)}, None),
     ],
 )

@@ -25,6 +25,9 @@ from onnxq.targets.placement import Placement, Schemes, Site, choose, excluded, 
 # One kernel each between DequantizeLinear and QuantizeLinear.
 ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
 
+# Several kernels, once it is taken apart: see passes/lower_hard_swish.py.
+TAKEN_APART = ("HardSwish",)
+
 # The codes pass through unchanged, so input and output share one scale.
 DATA_MOVEMENT = (
     "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Expand", "Tile",
@@ -78,11 +81,12 @@ class Cpu:
         return Scheme(weight_spec, activation_spec)
 
     def prepare(self, model: ir.Model) -> None:
-        """Leave float16, fold BatchNormalization and Pad, and free Gemm of its bias, so that integer kernels match."""
+        """Leave float16, fold BatchNormalization and Pad, and write the rest in the ops that integer kernels match."""
         from onnxq.passes.change_precision import ChangePrecision
         from onnxq.passes.fold_affine import FoldAffine
         from onnxq.passes.fold_batchnorm import FoldBatchNorm
         from onnxq.passes.fuse_activations import FuseActivations
+        from onnxq.passes.pool_means import PoolMeans
         from onnxq.passes.split_gemm_bias import SplitGemmBias
 
         ChangePrecision(ir.DataType.FLOAT16, ir.DataType.FLOAT)(model)  # integer kernels read float32 alone
@@ -90,6 +94,7 @@ class Cpu:
         FoldBatchNorm()(model)
         FoldAffine()(model)  # what stood behind a BatchNormalization
         FuseActivations()(model)
+        PoolMeans()(model)
         SplitGemmBias()(model)
 
     def place(
@@ -119,12 +124,14 @@ class Cpu:
         bias correction gave a Gemm is split off again.
         """
         from onnxq.passes.keep_biases_apart import KeepBiasesApart
+        from onnxq.passes.lower_hard_swish import LowerHardSwish
         from onnxq.passes.lower_weights import LowerWeights
         from onnxq.passes.split_gemm_bias import SplitGemmBias
 
         SplitGemmBias()(model)
         LowerWeights()(model)
         KeepBiasesApart()(model)
+        LowerHardSwish()(model)
         PadCodes()(model)
         _keep_ranges_inside_clips(model.graph)
 
@@ -174,7 +181,9 @@ class _Regions:
         useful: set[ir.Node] = set()
         for node in reversed(list(self.graph)):
             for reader, _ in graphs.consumers(node.outputs[0]):
-                passes = reader in useful and (graphs.is_op(reader, *ARITHMETIC, *ABSORBED) or _moves_data(reader))
+                passes = reader in useful and (
+                    graphs.is_op(reader, *ARITHMETIC, *TAKEN_APART, *ABSORBED) or _moves_data(reader)
+                )
                 if reader in self.core or passes:
                     useful.add(node)
                     break
@@ -186,7 +195,7 @@ class _Regions:
         if node in self.core:
             if node.op_type == "Conv":
                 self._hold(_after_activation(node))
-        elif node in self.useful and graphs.is_op(node, *ARITHMETIC) and self._reads_codes(node):
+        elif node in self.useful and graphs.is_op(node, *ARITHMETIC, *TAKEN_APART) and self._reads_codes(node):
             for value in node.inputs:
                 if value is not None and value not in self.codes:
                     self._hold(value)
