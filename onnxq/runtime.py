@@ -36,6 +36,8 @@ TAPPED_VALUES = 2 << 20  # numbers of inner values that are returned at once
 LARGE_TENSOR_BYTES = 1 << 20  # kept out of the serialised model, which protobuf limits to 2 GiB
 IN_MEMORY_LIMIT_BYTES = 1 << 29
 SPINNING = "session.intra_op.allow_spinning"
+# What onnxruntime says where its layout for convolutions lost a value that is an output too, as taps are.
+LOST_OUTPUT = "Failed to find node output"
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # What onnxruntime calls integer kernels: they read codes and never see a float activation.
@@ -237,7 +239,17 @@ class Session:
 
 
 def _inference_session(source: bytes | str, options: onnxruntime.SessionOptions, device: str) -> Any:
-    session = onnxruntime.InferenceSession(source, options, providers=PROVIDERS[device])
+    def opened() -> Any:
+        return onnxruntime.InferenceSession(source, options, providers=PROVIDERS[device], enable_fallback=0)
+
+    levels = onnxruntime.GraphOptimizationLevel
+    try:
+        session = opened()
+    except RuntimeError as error:
+        if LOST_OUTPUT not in str(error) or options.graph_optimization_level != levels.ORT_ENABLE_ALL:
+            raise
+        options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
+        session = opened()
     session._model_bytes = None  # kept only to start over on another provider, which we never do
     if device == "cuda":
         cuda.require_on_gpu(session)

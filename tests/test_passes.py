@@ -278,3 +278,17 @@ def test_a_batchnorm_of_another_size_is_named(name: str) -> None:
     model = add_weights(NETWORK, {**SHAPES, name: (4,)})
     with pytest.raises(OnnxqError, match="found 4, 32"):
         FoldBatchNorm()(model)
+
+
+def test_a_bias_that_comes_back_is_split_off_under_another_name() -> None:
+    model = add_weights(GEMM, {"w": (10, 768), "b": (10,)})
+    SplitGemmBias()(model)
+    product = next(node for node in model.graph if node.name == "fc2")
+    product.resize_inputs(3)
+    product.replace_input_with(2, model.graph.initializers["b"])  # as correction does
+    expected = outputs(model)
+    assert SplitGemmBias()(model).modified
+    names = [node.name for node in model.graph]
+    assert len(set(names)) == len(names)
+    for found, wanted in zip(outputs(model), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)

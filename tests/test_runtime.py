@@ -7,10 +7,12 @@ import weakref
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
+from conftest import add_weights
 
 from onnxq.errors import OnnxqError
-from onnxq.runtime import Session
+from onnxq.runtime import LOST_OUTPUT, Session, serialize
 
 TEXT = """<ir_version: 10, opset_import: ["": 21]>
 g (float[n, 8] x) => (float[n, 8] y) { h = Exp(x)  y = Relu(h) }
@@ -61,3 +63,29 @@ def test_an_error_of_one_run_is_the_callers(at_once: int) -> None:
     given = [*batches(3), {"x": np.zeros((2, 9), np.float32)}]
     with pytest.raises(OnnxqError, match=r"float32\[2, 9\]"):
         list(Session(ir.from_onnx_text(TEXT), at_once=at_once).run_each(given))
+
+
+def test_a_tap_that_onnxruntime_loses_is_returned() -> None:
+    """Its layout for convolutions fuses the sum into one whose output is an output of the model too, and loses that."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    g (float[1,64,16,16] x) => (float[1,128,8,8] y)
+    {
+        a = Conv <group=64, pads=[3,3,3,3], strides=[2,2]> (x, w1, c1)
+        b = Conv <group=64, pads=[1,1,1,1], strides=[2,2]> (x, w2, c2)
+        y = Add (a, b)
+    }
+    """
+    model = add_weights(text, {"w1": (128, 1, 7, 7), "w2": (128, 1, 3, 3), "c1": (128,), "c2": (128,)})
+    x = np.random.default_rng(0).normal(size=(1, 64, 16, 16)).astype(np.float32)
+    data = serialize(model, ["a"]).model.SerializeToString()
+    try:
+        onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except RuntimeError as error:
+        assert LOST_OUTPUT in str(error)
+    else:
+        pytest.skip("this onnxruntime does not lose it")
+    for found, expected in zip(
+        Session(model, taps=["a"]).run({"x": x}), Session(model, taps=["a"], optimize=False).run({"x": x}), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
