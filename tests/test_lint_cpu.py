@@ -5,7 +5,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from conftest import ONNXRUNTIME
-from lint_graphs import ARRAYS, IMAGE, MATRIX, build, pair, small_network
+from lint_graphs import ARRAYS, GENERATOR, IMAGE, MATRIX, build, pair, small_network
 
 from onnxq import model as models
 from onnxq import targets
@@ -191,6 +191,20 @@ def test_weight_axis_is_ignored_by_the_kernel():
     assert rules(good) == set()
     assert error_db(good, feed) > 40
     assert error_db(bad, feed) < 20
+
+
+def test_scales_of_several_matrices_are_refused():
+    weight = GENERATOR.integers(-127, 127, (3, 32, 48)).astype(np.int8)
+    interface = ("float[3,7,32] x", "float[3,7,48] y")
+    body = f"{X} wd = DequantizeLinear<axis = 2>(several, m_scale, m_zero) c = MatMul(xd, wd) y = Softmax(c)"
+    (finding,) = lint(build(body, interface, 21, several=weight))
+    assert (finding.rule, finding.severity) == ("C8", "error")
+    feed = {"x": np.zeros((3, 7, 32), np.float32)}
+    with pytest.raises(OnnxqError):
+        Session(build(body, interface, 21, several=weight)).run(feed)
+    one = build(body.replace("<axis = 2>(several, m_scale, m_zero)", "(several, s, z)"), interface, 21, several=weight)
+    assert lint(one) == []
+    Session(one).run(feed)
 
 
 def test_signed_activations_are_said_once():

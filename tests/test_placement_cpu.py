@@ -11,6 +11,7 @@ from conftest import add_weights
 
 import onnxq
 from onnxq import graph as graphs
+from onnxq.runtime import Session
 
 JOINED = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -56,3 +57,64 @@ def test_a_convolution_can_be_the_output(tmp_path: Path, outputs: list[str]) -> 
     result = onnxq.quantize(tmp_path / "model.onnx", [{"x": x}], target="cpu")
     assert [value.name for value in result.model.graph.outputs] == outputs
     assert 30 < result.numbers["sqnr_db"] < 60
+
+
+STREAM = """
+<ir_version: 10, opset_import: ["" : 21]>
+stream (float[2,32,8,8] x, float[2,1,32] token) => (float[2,1,64] y, float[2,32,8,8] z)
+<int64[3] flat = {2, 32, 64}, int64[3] map = {2, 32, 1}, int64 first = {0}, int64[1] zero = {0}, int64[1] one = {1},
+ int64[1] axis = {1}, int64[1] end = {65}, int64[4] image = {2, 32, 8, 8}>
+{
+    [position] p = Conv <pads=[1,1,1,1], group=32> (x, w1)
+    [rows] r = Reshape (p, flat)
+    [turned] t = Transpose <perm=[0,2,1]> (r)
+    [join] j = Concat <axis=1> (token, t)
+    [norm] n = LayerNormalization (j, g1, b1)
+    [up] u = MatMul (n, w2)
+    [act] a = Gelu (u)
+    [down] d = MatMul (a, w3)
+    [shortcut] s = Add (j, d)
+    [last] l = LayerNormalization (s, g1, b1)
+    [picked] c = Slice (l, zero, one, axis)
+    [head] y = MatMul (c, w4)
+    [patches] e = Slice (s, one, end, axis)
+    [back] f = Transpose <perm=[0,2,1]> (e)
+    [grid] m = Reshape (f, image)
+    [again] z = Conv <pads=[1,1,1,1], group=32> (m, w1)
+}
+"""
+STREAM_SHAPES = {"w1": (32, 1, 3, 3), "w2": (32, 64), "w3": (64, 32), "w4": (32, 64), "g1": (32,), "b1": (32,)}
+
+
+def test_a_residual_stream_behind_a_convolution_stays_float(tmp_path: Path) -> None:
+    """In codes, a class token that is a hundredth of the patches would be gone."""
+    ir.save(add_weights(STREAM, STREAM_SHAPES), tmp_path / "model.onnx")
+    generator = np.random.default_rng(0)
+    token = 0.005 * generator.standard_normal((2, 1, 32)).astype(np.float32)
+    x = generator.standard_normal((2, 32, 8, 8)).astype(np.float32)
+    result = onnxq.quantize(tmp_path / "model.onnx", [{"x": x, "token": token}], target="cpu")
+    quantized = {node.inputs[0].name for node in result.model.graph if graphs.is_quantize(node) and node.inputs[0]}
+    assert not quantized & {"j", "s"}
+    assert result.numbers["quantized_nodes"] == 5
+    session, feed = Session(result.model), {"x": x, "token": token}
+    found, expected = session.run(feed)[0], Session(tmp_path / "model.onnx").run(feed)[0]
+    assert 10 * np.log10(np.sum(expected**2) / np.sum((expected - found) ** 2)) > 25
+
+
+def test_several_matrices_have_one_scale(tmp_path: Path) -> None:
+    """onnxruntime knows scales per column of a single matrix alone."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    experts (float[N,1,20,64] x) => (float[N,4,20,32] y)
+    {
+        [up] u = MatMul (x, w1)
+        [act] a = Relu (u)
+        [down] y = MatMul (a, w2)
+    }
+    """
+    ir.save(add_weights(text, {"w1": (4, 64, 48), "w2": (4, 48, 32)}), tmp_path / "model.onnx")
+    x = np.random.default_rng(0).standard_normal((8, 1, 20, 64)).astype(np.float32)
+    result = onnxq.quantize(tmp_path / "model.onnx", [{"x": x}], target="cpu")
+    assert result.numbers["quantized_nodes"] == 2
+    assert result.numbers["integer_kernels"] >= 2
+    assert result.numbers["sqnr_db"] > 25

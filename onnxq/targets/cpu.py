@@ -25,6 +25,9 @@ from onnxq.targets.placement import Placement, Schemes, Site, choose, excluded, 
 # One kernel each between DequantizeLinear and QuantizeLinear.
 ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
 
+# Of those, what shortcuts end in.
+STREAMS = ("Add", "Concat")
+
 # Several kernels, once it is taken apart: see passes/lower_hard_swish.py.
 TAKEN_APART = ("HardSwish",)
 
@@ -106,7 +109,7 @@ class Cpu:
     ) -> Placement:
         """Q/DQ around every op with an integer kernel, as long as the region they form pays."""
         skipped = excluded(graph, exclude)
-        scheme_of = schemes_of(scheme, exceptions)
+        scheme_of = _one_scale_for_batches(schemes_of(scheme, exceptions))
         chosen, left_float = choose(graph, skipped, lambda item: _why_float(item, scheme_of(item.node)))
         if scheme.activations.enabled:
             for name in _thin_stem(graph, chosen):
@@ -140,6 +143,24 @@ class Cpu:
         from onnxq.targets.cpu_lint import lint
 
         return lint(model)
+
+
+def _one_scale_for_batches(scheme_of: Schemes) -> Schemes:
+    """The same schemes, but one scale where a MatMul has several matrices as its weight (experts, say).
+
+    The integer kernels know scales per column of a single matrix alone, and refuse to run otherwise.
+    """
+
+    def chosen(node: ir.Node) -> Scheme:
+        scheme, item = scheme_of(node), graphs.weighted(node)
+        weights = scheme.weights
+        if item is None or item.weight is None or node.op_type != "MatMul" or not scheme.activations.enabled:
+            return scheme
+        if weights.granularity != "channel" or (graphs.rank(item.weight) or 0) < 3:
+            return scheme
+        return replace(scheme, weights=replace(weights, granularity="tensor"))
+
+    return chosen
 
 
 def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
@@ -195,7 +216,7 @@ class _Regions:
         if node in self.core:
             if node.op_type == "Conv":
                 self._hold(_after_activation(node))
-        elif node in self.useful and graphs.is_op(node, *ARITHMETIC, *TAKEN_APART) and self._reads_codes(node):
+        elif node in self.useful and self._pays(node) and self._reads_codes(node):
             for value in node.inputs:
                 if value is not None and value not in self.codes:
                     self._hold(value)
@@ -208,6 +229,19 @@ class _Regions:
         elif node in self.useful and _moves_data(node) and node.inputs[0] in self.codes:
             self._hold(node.outputs[0])
             self.like[node.outputs[0]] = node.inputs[0]
+
+    def _pays(self, node: ir.Node) -> bool:
+        """Whether an integer kernel is worth it: for a sum or a Concat, if nothing reads its output as floats.
+
+        A norm or a residual stream would turn the codes into floats again, at the same cost, and the stream has lost
+        what eight bits cannot hold beside each other: a class token among patches, say.
+        """
+        if not graphs.is_op(node, *STREAMS):
+            return graphs.is_op(node, *ARITHMETIC, *TAKEN_APART)
+        return all(
+            reader in self.core or graphs.is_op(reader, *ARITHMETIC, *TAKEN_APART, *ABSORBED) or _moves_data(reader)
+            for reader, _ in graphs.consumers(_after_activation(node))
+        )
 
     def _tie(self, value: ir.Value, joined: ir.Value) -> None:
         """Give what only a Concat reads the scale of its output.

@@ -165,13 +165,20 @@ def signed_activations(reading: Reading) -> Broken:
 
 
 def weight_axis(reading: Reading) -> Broken:
-    """C8: weight scales run along output channels; onnxruntime does not look at the axis and computes wrongly."""
+    """C8: weight scales run along output channels, of which several matrices have none that onnxruntime would run.
+
+    It does not look at the axis and computes wrongly, or refuses to run.
+    """
     for product in reading.products:
         weight = product.weight
         if product.node.op_type not in ("Conv", "MatMul") or not product.is_quantized or weight is None:
             continue
         found, expected = scale_axis(weight), channel_axis(product, weight)
-        if found is not None and expected is not None and found != expected:
+        matrix = product.node.inputs[1]
+        several = matrix is not None and product.node.op_type == "MatMul" and (graphs.rank(matrix) or 0) > 2
+        if found is not None and several:
+            yield product.node, f"expected one scale for a weight of several matrices, found scales along axis {found}"
+        elif found is not None and expected is not None and found != expected:
             yield product.node, f"expected weight scales along axis {expected}, found axis {found}"
 
 
@@ -293,6 +300,7 @@ def _found_after(node: ir.Node) -> str:
 
 
 def _feeds_product(node: ir.Node) -> bool:
-    """Whether a Q/DQ pair or a product reads what the node makes, so that codes would have paid."""
+    """Whether Q/DQ pairs or products alone read what the node makes, so that codes would have paid."""
     readers = [reader for reader, _ in graphs.consumers(node.outputs[0])]
-    return any(graphs.is_quantize(reader) or graphs.is_op(reader, *graphs.WEIGHTED_OPS) for reader in readers)
+    fed = [graphs.is_quantize(reader) or graphs.is_op(reader, *graphs.WEIGHTED_OPS) for reader in readers]
+    return bool(fed) and all(fed)
