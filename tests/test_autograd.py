@@ -217,9 +217,16 @@ def test_runs_a_fixed_batch_at_any_multiple_of_it() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_refuses_a_batch_that_is_no_multiple() -> None:
-    with pytest.raises(OnnxqError, match="a multiple of 2 for 'x', found 3"):
-        fixed_batch().run({"x": torch.zeros(3, 3, 8, 8)}, ["y"])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_a_batch_that_is_no_multiple_is_filled(rows: int) -> None:
+    graph, x = fixed_batch(), torch.randn(6, 3, 8, 8)
+    whole = graph.run({"x": x}, ["y"])["y"]
+    torch.testing.assert_close(graph.run({"x": x[:rows]}, ["y"])["y"], whole[:rows], rtol=1e-5, atol=1e-6)
+
+
+def test_refuses_an_empty_batch() -> None:
+    with pytest.raises(OnnxqError, match="rows in batches of 2 for 'x', found 0"):
+        fixed_batch().run({"x": torch.zeros(0, 3, 8, 8)}, ["y"])
 
 
 def test_frees_values_that_nothing_reads_any_more(chain: TorchGraph) -> None:

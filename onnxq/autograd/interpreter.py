@@ -8,6 +8,7 @@ trains as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,8 @@ class TorchGraph:
 
         Args:
             given: Known values by name: graph inputs, inner values, or initializers to run with another tensor, on
-                any device. Their batch may differ from one that the export fixed, if it is a multiple of it.
+                any device. Their batch may differ from one that the export fixed: several of those run then, the
+                last filled with repeated rows.
             wanted: Names of the values to return.
             replaced: Values that are computed by a function instead of by their node.
 
@@ -104,13 +106,23 @@ class TorchGraph:
         if not batched:
             return self._run(given, names, replaced)
         rest = {name: tensor for name, tensor in given.items() if name not in batched}
-        chunks = {name: given[name].reshape(-1, size, *given[name].shape[1:]) for name, size in batched.items()}
+        chunks = {
+            name: _filled(given[name], size).reshape(-1, size, *given[name].shape[1:]) for name, size in batched.items()
+        }
 
         def one(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
             return self._run(rest | chunk, names, replaced)
 
         results = torch.func.vmap(one, randomness="different")(chunks)
-        return {name: value.flatten(0, 1) if value.ndim > 1 else value for name, value in results.items()}
+        first, size = next(iter(batched.items()))
+        rows = len(given[first])
+        total = rows + -rows % size
+
+        def joined(value: Tensor) -> Tensor:
+            """All rows of a value, of which there may be several for each sample."""
+            return value.flatten(0, 1)[: math.prod(value.shape[:2]) * rows // total] if value.ndim > 1 else value
+
+        return {name: joined(value) for name, value in results.items()}
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The graph's outputs for its inputs, in their order."""
@@ -282,20 +294,26 @@ class TorchGraph:
         return tensor.to(TORCH_TYPES[_code_type(producer)])
 
     def _batched(self, given: Mapping[str, Tensor]) -> dict[str, int]:
-        """Given values whose batch is a multiple of the one that the export fixed, and that fixed batch."""
+        """Given values whose batch is not the one that the export fixed, and that fixed batch."""
         found: dict[str, int] = {}
         for name, tensor in given.items():
             value = self._values.get(name)
             declared = None if value is None or value.is_initializer() or not value.shape else value.shape[0]
             if not isinstance(declared, int) or not tensor.ndim or tensor.shape[0] == declared:
                 continue
-            if declared < 1 or tensor.shape[0] % declared:
+            if declared < 1 or not len(tensor):
                 raise OnnxqError(
-                    f"expected a batch that is a multiple of {declared} for {name!r}, found {tensor.shape[0]}",
-                    hint="the export fixed that batch; export with a dynamic one, or give whole multiples",
+                    f"expected rows in batches of {declared} for {name!r}, found {len(tensor)}",
+                    hint="export the model with a free batch",
                 )
             found[name] = declared
         return found
+
+
+def _filled(tensor: Tensor, size: int) -> Tensor:
+    """The tensor with rows that repeat its last one, to a multiple of ``size``."""
+    missing = -len(tensor) % size
+    return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor
 
 
 def _code_type(node: ir.Node) -> ir.DataType:

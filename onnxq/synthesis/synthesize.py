@@ -100,7 +100,9 @@ class Synthesised:
 
 def can_synthesise(model: ir.Model, specs: Sequence[InputSpec], method: str) -> bool:
     """Whether the model has what a method needs: statistics or attention, and one float input of known size."""
-    if len(specs) != 1 or specs[0].dtype.kind != "f" or None in specs[0].shape[1:] or len(specs[0].shape) < 3:
+    if len(specs) != 1 or specs[0].is_whole or specs[0].dtype.kind != "f":
+        return False
+    if None in specs[0].shape[1:] or len(specs[0].shape) < 3:
         return False
     return _missing(model, get(method)) is None
 
