@@ -108,7 +108,9 @@ def _made_up(
             reason = "pip install 'onnxq[learn]' lets onnxq make inputs from the model itself"
         else:
             method = synthesize.default_method(model) if asked == "auto" else asked
-            if asked != "auto" or synthesize.can_synthesise(model, specs, method):
+            if asked == "auto" and not has_statistics and not _is_picture(specs[0]):
+                reason = "its input is no picture, whose patches could be told apart"
+            elif asked != "auto" or synthesize.can_synthesise(model, specs, method):
                 made = synthesize.synthesise(
                     model,
                     method,
@@ -126,6 +128,11 @@ def _made_up(
                 reason = "its inputs are none that can be made from BatchNormalization"
     noise = Noise(specs, count=settings.samples or 32, seed=settings.seed)
     return noise, [f"calibrated on random inputs, because no --data was given ({reason}): ranges are guesses"]
+
+
+def _is_picture(spec: InputSpec) -> bool:
+    """Whether an input has the axes of grey or coloured pictures; the latents of a decoder, say, do not."""
+    return len(spec.shape) == 4 and bool({spec.shape[1], spec.shape[3]} & {1, 3})
 
 
 def default_count(specs: Sequence[InputSpec]) -> int:

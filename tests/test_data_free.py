@@ -173,6 +173,27 @@ def test_entropy_rises_within_the_bounds_of_pixels(transformer: Path) -> None:
     assert made.inputs.tobytes() == again.inputs.tobytes()
 
 
+def test_what_reads_no_picture_gets_noise(tmp_path: Path) -> None:
+    """The latents that a decoder with attention reads have no patches; normal noise is what they are."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    decoder (float[N,32,8,8] latent) => (float[N,64,32] y)
+    <int64[3] rows = {0, 32, 64}>
+    {
+        [rows] r = Reshape (latent, rows)
+        [tokens] t = Transpose <perm=[0,2,1]> (r)
+        [q] q = MatMul (t, w1)
+        [scores] s = MatMul (q, r)
+        [softmax] a = Softmax (s)
+        [mix] m = MatMul (a, t)
+        [out] y = MatMul (m, w2)
+    }
+    """
+    path = models.save(add_weights(text, {"w1": (32, 32), "w2": (32, 32)}), tmp_path / "m.onnx")
+    (warning,) = onnxq.quantize(path, samples=4).numbers["warnings"]
+    assert "random inputs" in warning and "no picture" in warning
+
+
 def test_transformers_without_statistics_choose_it_by_themselves(transformer: Path) -> None:
     result = onnxq.quantize(transformer, samples=4, budget="quick", target="cpu")
     assert "psaq-vit" in result.numbers["samples_from"] and not result.numbers["warnings"]
