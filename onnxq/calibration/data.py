@@ -325,17 +325,11 @@ def _checked(sample: Sample, specs: Sequence[InputSpec], index: int) -> Sample:
             want is None or want == have for want, have in zip(expected, value.shape, strict=True)
         )
         if not fits:
-            wanted, found = (
-                ", ".join(
-                    (
-                        "batch" if not spec.is_whole else "samples",
-                        *("any" if size is None else str(size) for size in shape),
-                    )
-                )
-                for shape in (expected, value.shape)
-            )
+            axis = "samples" if spec.is_whole else "batch"
+            wanted = [axis, *("any" if size is None else size for size in expected)]
             raise OnnxqError(
-                f"expected shape [{wanted}] for input {spec.name!r}, found [{found}] (sample {index})",
+                f"expected shape [{', '.join(map(str, wanted))}] for input {spec.name!r}, "
+                f"found [{', '.join(map(str, (axis, *value.shape)))}] (sample {index})",
                 hint="check the layout (NCHW or NHWC) and the size",
             )
         if value.dtype.kind == "f" and not np.isfinite(value).all():

@@ -202,10 +202,7 @@ class _Regions:
         useful: set[ir.Node] = set()
         for node in reversed(list(self.graph)):
             for reader, _ in graphs.consumers(node.outputs[0]):
-                passes = reader in useful and (
-                    graphs.is_op(reader, *ARITHMETIC, *TAKEN_APART, *ABSORBED) or _moves_data(reader)
-                )
-                if reader in self.core or passes:
+                if reader in self.core or (reader in useful and _hands_on_codes(reader)):
                     useful.add(node)
                     break
         return useful
@@ -238,10 +235,8 @@ class _Regions:
         """
         if not graphs.is_op(node, *STREAMS):
             return graphs.is_op(node, *ARITHMETIC, *TAKEN_APART)
-        return all(
-            reader in self.core or graphs.is_op(reader, *ARITHMETIC, *TAKEN_APART, *ABSORBED) or _moves_data(reader)
-            for reader, _ in graphs.consumers(_after_activation(node))
-        )
+        readers = [reader for reader, _ in graphs.consumers(_after_activation(node))]
+        return all(reader in self.core or _hands_on_codes(reader) for reader in readers)
 
     def _tie(self, value: ir.Value, joined: ir.Value) -> None:
         """Give what only a Concat reads the scale of its output.
@@ -309,6 +304,11 @@ def _moves_data(node: ir.Node) -> bool:
     if graphs.is_op(node, "Resize"):
         return node.attributes.get_string("mode", "nearest") == "nearest"
     return graphs.is_op(node, *DATA_MOVEMENT) or pads_with_zero(node)
+
+
+def _hands_on_codes(node: ir.Node) -> bool:
+    """Whether the node can read codes and give codes."""
+    return graphs.is_op(node, *ARITHMETIC, *TAKEN_APART, *ABSORBED) or _moves_data(node)
 
 
 def _after_activation(node: ir.Node) -> ir.Value:
