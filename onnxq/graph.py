@@ -143,6 +143,11 @@ def weighted_nodes(graph: ir.Graph) -> Iterator[WeightedNode]:
             yield found
 
 
+def multiplies_several(node: ir.Node) -> bool:
+    """Whether the node is a MatMul with several matrices on its right, as the experts of a mixture are."""
+    return is_op(node, "MatMul") and node.inputs[1] is not None and (rank(node.inputs[1]) or 0) > 2
+
+
 def layers_without_codes(graph: ir.Graph) -> Iterator[tuple[str, str]]:
     """Layers with weights that no target gives Q/DQ, and why: in branches and loops, recurrent, of other domains."""
     for node in graph:

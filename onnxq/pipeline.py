@@ -189,6 +189,7 @@ def _numbers(job: Job, path: Path, checked: Check, recipe: Any, kind: kinds.Kind
     quantized, weighted = quantized_counts(job.model.graph)
     warnings = list(job.warnings)
     beyond = list(graphs.layers_without_codes(job.model.graph))
+    weighted += len(beyond)
     if beyond:
         warnings.append(f"{len(beyond)} of {weighted} layers stay float; {beyond[0][0]}: {beyond[0][1]}")
     if checked.sqnr_db < LOW_SQNR_DB:

@@ -42,6 +42,11 @@ SHAPES = {
 }  # fmt: skip
 
 
+def sqnr_db(expected: np.ndarray, found: np.ndarray) -> float:
+    """Signal over error in dB."""
+    return float(10 * np.log10(np.sum(expected**2) / max(np.sum((expected - found) ** 2), 1e-30)))
+
+
 def add_weights(text: str, shapes: dict[str, tuple[int, ...]], seed: int = 0) -> ir.Model:
     """A model from ONNX text whose undefined values become random initializers (variances positive)."""
     header, arrow, rest = text.partition(") =>")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import add_weights
+from conftest import add_weights, sqnr_db
 
 import onnxq
 from onnxq import model as models
@@ -54,7 +54,7 @@ def test_it_runs_on_integer_kernels(path: Path, activations: str) -> None:
 def test_the_graph_means_what_the_kernels_compute(path: Path) -> None:
     model = onnxq.quantize(path, [{"x": X}], target="cpu").model
     literal, optimized = (Session(model, optimize=flag).run({"x": X})[0] for flag in (False, True))
-    assert 10 * np.log10(np.sum(literal**2) / np.sum((literal - optimized) ** 2)) > 35
+    assert sqnr_db(literal, optimized) > 35
 
 
 def test_stripping_gives_the_function_back(path: Path) -> None:
@@ -62,7 +62,7 @@ def test_stripping_gives_the_function_back(path: Path) -> None:
     assert StripQDQ()(model).modified
     assert not any(node.op_type.endswith("quantizeLinear") for node in model.graph)
     (found,), (expected,) = Session(model).run({"x": X}), Session(path).run({"x": X})
-    assert 10 * np.log10(np.sum(expected**2) / np.sum((expected - found) ** 2)) > 35  # weights stay rounded
+    assert sqnr_db(expected, found) > 35  # weights stay rounded
 
 
 def test_it_changes_targets(path: Path, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_it_changes_targets(path: Path, tmp_path: Path) -> None:
     for target in ("tensorrt", "cpu"):
         model = retarget(result, target).model
         (found,), (expected,) = Session(model).run({"x": X}), Session(path).run({"x": X})
-        assert 10 * np.log10(np.sum(expected**2) / np.sum((expected - found) ** 2)) > 25
+        assert sqnr_db(expected, found) > 25
         assert optimized_nodes(model)["QLinearAdd"] == (target == "cpu")
 
 

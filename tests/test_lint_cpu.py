@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import ONNXRUNTIME
+from conftest import ONNXRUNTIME, sqnr_db
 from lint_graphs import ARRAYS, GENERATOR, IMAGE, MATRIX, build, pair, small_network
 
 from onnxq import model as models
@@ -169,7 +169,7 @@ def test_refused_formats(body, interface, arrays):
 def error_db(model, feed):
     """Distance of the optimised session from the literal one."""
     literal, optimized = (Session(model, optimize=flag).run(feed)[0] for flag in (False, True))
-    return 10 * np.log10(np.sum(literal**2) / max(np.sum((literal - optimized) ** 2), 1e-30))
+    return sqnr_db(literal, optimized)
 
 
 def test_bias_of_another_scale_is_computed_wrongly():

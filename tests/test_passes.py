@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import NETWORK, SHAPES, add_weights
+from conftest import NETWORK, SHAPES, add_weights, sqnr_db
 
 import onnxq
 from onnxq import OnnxqError, targets
@@ -253,7 +253,7 @@ def test_values_that_are_called_like_ours_keep_their_names(tmp_path: Path) -> No
             result = onnxq.quantize(path, [{"x": x}], target=target, activations=width)
             assert {"x_quantized", "w_quantized", "x_scale"} <= set(graphs.values(result.model.graph))
             found = Session(result.model, optimize=False).run({"x": x})[0]
-            assert 10 * np.log10(np.sum(expected**2) / np.sum((found - expected) ** 2)) > decibel
+            assert sqnr_db(expected, found) > decibel
 
 
 def test_pads_move_to_the_codes(shared_data: Path) -> None:

@@ -152,13 +152,12 @@ def _one_scale_for_batches(scheme_of: Schemes) -> Schemes:
     """
 
     def chosen(node: ir.Node) -> Scheme:
-        scheme, item = scheme_of(node), graphs.weighted(node)
-        weights = scheme.weights
-        if item is None or item.weight is None or node.op_type != "MatMul" or not scheme.activations.enabled:
+        scheme = scheme_of(node)
+        if scheme.weights.granularity != "channel" or not scheme.activations.enabled:
             return scheme
-        if weights.granularity != "channel" or (graphs.rank(item.weight) or 0) < 3:
+        if not graphs.multiplies_several(node):
             return scheme
-        return replace(scheme, weights=replace(weights, granularity="tensor"))
+        return replace(scheme, weights=replace(scheme.weights, granularity="tensor"))
 
     return chosen
 

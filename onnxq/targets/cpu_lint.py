@@ -174,9 +174,7 @@ def weight_axis(reading: Reading) -> Broken:
         if product.node.op_type not in ("Conv", "MatMul") or not product.is_quantized or weight is None:
             continue
         found, expected = scale_axis(weight), channel_axis(product, weight)
-        matrix = product.node.inputs[1]
-        several = matrix is not None and product.node.op_type == "MatMul" and (graphs.rank(matrix) or 0) > 2
-        if found is not None and several:
+        if found is not None and graphs.multiplies_several(product.node):
             yield product.node, f"expected one scale for a weight of several matrices, found scales along axis {found}"
         elif found is not None and expected is not None and found != expected:
             yield product.node, f"expected weight scales along axis {expected}, found axis {found}"
