@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -87,22 +88,25 @@ def test_torch_gives_what_the_cpu_gives(name: str) -> None:
         ("gptq", {}),
         ("genie", {"iterations": 50}),
         ("lsq", {"steps": 20}),
+        ("lsq", {"steps": 20, "distil": "network", "start": "gptq", "crop": 0.5}),
         ("hast", {"steps": 10, "hard_images": 16}),
         ("multiquant", {"steps": 10}),
     ],
 )
 def test_quantizing_gives_the_same_bytes_twice_and_the_quality_of_the_cpu(
-    recipe: str, knobs: dict[str, int], tmp_path: Path
+    recipe: str, knobs: dict[str, Any], tmp_path: Path
 ) -> None:
-    weights = "int8" if recipe in ("int8", "multiquant") else "int4"
-    decibels = {}
-    for run, device in (("first", "cuda"), ("second", "cuda"), ("cpu", "cpu")):
-        output = tmp_path / f"{run}.onnx"
-        result = onnxq.quantize(
-            CLASSIFIER, DATA, output=output, recipe=recipe, knobs=knobs, weights=weights, device=device
-        )
-        decibels[run] = result.numbers["sqnr_db"]
-    assert abs(decibels["first"] - decibels["cpu"]) < 1
+    options = {"recipe": recipe, "knobs": knobs, "weights": "int8" if recipe in ("int8", "multiquant") else "int4"}
+
+    def decibels(name: str, device: str, seed: int = 0) -> float:
+        result = onnxq.quantize(CLASSIFIER, DATA, output=tmp_path / f"{name}.onnx", device=device, seed=seed, **options)
+        return result.numbers["sqnr_db"]
+
+    found = decibels("first", "cuda")
+    assert decibels("second", "cuda") == found
+    # A GPU draws other random numbers: its result lies among those of the CPU's seeds, which are up to 2 dB apart.
+    on_cpu = [decibels("cpu", "cpu", seed) for seed in ((0, 1, 2) if knobs else (0,))]
+    assert min(on_cpu) - 1 < found < max(on_cpu) + 1
     one, other = load(tmp_path / "first.onnx"), load(tmp_path / "second.onnx")
     for name, value in one.graph.initializers.items():
         assert value.const_value is not None and other.graph.initializers[name].const_value is not None

@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=(0,))
     parser.add_argument("--rows", type=int, default=2500)
     parser.add_argument("--papers-start", action="store_true")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--set", nargs="*", default=(), help="further knobs of all recipes that fine-tune")
     arguments = parser.parse_args()
     with np.load(arguments.test) as archive:
@@ -79,6 +80,7 @@ def quantize(recipe: str, bits: int, seed: int, arguments: argparse.Namespace, p
         budget=arguments.budget,
         seed=seed,
         knobs=knobs,
+        device=arguments.device,
     )
 
 

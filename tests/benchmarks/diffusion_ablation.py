@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budget", default="quick")
     parser.add_argument("--iterations", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     names = arguments.names or sorted(file.name.split(".")[0] for file in arguments.folder.glob("*.scheduler.json"))
     for name in names:
@@ -87,7 +88,7 @@ def main() -> None:
                 judge(arguments, name, weights, row, first)
             for file in arguments.beside:
                 literal = models.get_metadata(models.read(file)).get("target", "tensorrt") != "cpu"
-                line(file.stem, [images(arguments, name, Session(file, optimize=not literal))], first)
+                line(file.stem, [images(arguments, name, opened(arguments, file, not literal))], first)
 
 
 def judge(arguments: argparse.Namespace, name: str, weights: str, row: str, first: dict[str, float]) -> None:
@@ -99,7 +100,7 @@ def judge(arguments: argparse.Namespace, name: str, weights: str, row: str, firs
     if arguments.iterations and recipe in ("q-diffusion", "tfmq-dm", "diffusion"):
         knobs = knobs | {"iterations": arguments.iterations}
     options: dict[str, Any] = {"weights": weights, "activations": arguments.activations, "target": arguments.target}
-    options["samples"] = arguments.inputs
+    options |= {"samples": arguments.inputs, "device": arguments.device}
     found: list[Judged] = []
     layers, seconds = set(), []
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +114,7 @@ def judge(arguments: argparse.Namespace, name: str, weights: str, row: str, firs
             except OnnxqError as error:
                 print(f"{row:28} {error}")
                 return
-            found.append(images(arguments, name, Session(output, optimize=arguments.target == "cpu")))
+            found.append(images(arguments, name, opened(arguments, output, arguments.target == "cpu")))
             layers.add(f"{made.numbers['quantized_nodes']} of {made.numbers['weighted_nodes']}")
             seconds.append(made.numbers["seconds"]["total"])
     first.setdefault("seconds", statistics.mean(seconds))
@@ -134,10 +135,15 @@ def schedule(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     return {"steps": arguments.steps} | ({"scheduler": str(scheduler)} if scheduler.is_file() else {})
 
 
+def opened(arguments: argparse.Namespace, path: Path, optimize: bool) -> Session:
+    """A quantized model's session; the CPU's kernels are judged on the CPU."""
+    return Session(path, optimize=optimize, device="cpu" if optimize else arguments.device)
+
+
 def images(arguments: argparse.Namespace, name: str, quantized: Session) -> Judged:
     """Judge a quantized denoiser beside the float one."""
     path = arguments.folder / f"{name}.onnx"
-    exact, model = Session(path), models.load(path)
+    exact, model = Session(path, device=arguments.device), models.load(path)
     steps: list[float] = []
     errors = []
     for seed in arguments.seeds:
