@@ -271,6 +271,37 @@ def test_lsq_beats_nearest_rounding_and_repeats_its_bytes(distil: str, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]  # no checkpoint is left
 
 
+def test_steps_that_learn_keep_codes_that_were_chosen_together() -> None:
+    job = perceptron("tensorrt", "int4", "int8")
+    graph, found = TorchGraph(job.model), quantizers.find(job.model.graph)
+    item = next(item for item in found if item.is_weight)
+    rounded = quantizers.Grid(graph, item).nearest().detach()
+    for starts, kept in (({item.source: rounded}, True), ({}, False)):
+        student = Student(graph, found, starts=starts)
+        weight, master = student.weights[item.output], student.masters[item.source]
+        assert torch.equal(master, rounded) == kept
+        with torch.no_grad():
+            before = weight(master) / weight.grid.spread(weight.step)
+            weight.log_step += 0.2
+            after = weight(master) / weight.grid.spread(weight.step)
+        assert torch.allclose(before, after, atol=1e-4) == kept
+
+
+def test_lsq_from_gptqs_codes_starts_where_gptq_ends_and_learns_on_crops(tmp_path: Path) -> None:
+    formats = {"weights": "int3", "activations": "int8", "samples": 32}
+    still = {"distil": "network", "steps": 1, "weight_rate": 1e-12, "step_rate": 1e-12, "start": "gptq"}
+    started = onnxq.quantize(*FASHION, recipe="lsq", knobs=still, **formats)
+    gptq = onnxq.quantize(*FASHION, recipe="gptq", knobs={"observer": "mse"}, **formats)
+    assert started.numbers["sqnr_db"] == pytest.approx(gptq.numbers["sqnr_db"], abs=0.2)
+    options = {"distil": "network", "steps": 60, "start": "gptq", "crop": 0.5, "mix": True, "step_rate": 3e-4}
+    found = []
+    for name in ("first", "second"):
+        learned = onnxq.quantize(*FASHION, recipe="lsq", knobs=options, output=tmp_path / name, **formats)
+        found.append(learned.numbers["sqnr_db"])
+    assert found[0] > gptq.numbers["sqnr_db"]
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
 def test_lsq_on_the_cpu_target_learns_zero_points(tmp_path: Path) -> None:
     found = onnxq.quantize(*FASHION, recipe="lsq", target="cpu", activations="uint4", knobs=KNOBS, samples=32)
     assert found.numbers["sqnr_db"] > 8
@@ -283,6 +314,7 @@ def test_lsq_on_the_cpu_target_learns_zero_points(tmp_path: Path) -> None:
         ({"distil": "blocks", "block_inputs": "both"}, "expected block_inputs of student, teacher, found 'both'"),
         ({"optimizer": "lion"}, "expected optimizer of adam, sgd, found 'lion'"),
         ({"weight_rate": 0.0, "step_rate": 0.0}, "expected weights or steps that learn, found neither"),
+        ({"crop": 0.5}, "expected distil=network with crop or mix, found distil=blocks"),
         ({"weight_rate": 1e30, "optimizer": "sgd"}, "expected a finite loss while fine-tuning, found"),
     ],
 )

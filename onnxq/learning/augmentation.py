@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,29 @@ from torch.nn import functional
 from onnxq.learning.finetune import Batch, Batches
 from onnxq.learning.losses import Loss
 from onnxq.learning.student import Student
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Other batches of batches of images.
+
+    Attributes:
+        axes: How the input's axes are turned for channels to come first; empty: they do.
+        crop: The smallest part of an image's area in a random crop; 1: images stay whole.
+        mix: Whether as many mixtures of pairs come along.
+        seed: Of both.
+    """
+
+    axes: tuple[int, ...]
+    crop: float
+    mix: bool
+    seed: int
+
+    def __call__(self, batches: Batches) -> Batches:
+        """The batches, augmented."""
+        if self.crop < 1:
+            batches = cropped(batches, self.axes, self.crop, self.seed)
+        return mixed(batches, self.seed) if self.mix else batches
 
 
 def cropped(batches: Batches, axes: Sequence[int], smallest: float, seed: int) -> Batches:

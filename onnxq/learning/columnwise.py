@@ -18,6 +18,7 @@ from onnxq.arithmetic import scale_and_zero_point
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
 from onnxq.calibration.weight_ranges import extremes
+from onnxq.folding import array_of
 from onnxq.formats import NumberFormat, parse_format
 from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
@@ -112,6 +113,29 @@ def round_layers(
             settled.update(item.source for item in weights)
             walk.advance(block)
             advance(position + 1)
+
+
+def rounded_apart(
+    job: Job, blocks: Sequence[Block], options: Columnwise, *, samples: int, cache_mib: int
+) -> dict[str, Tensor]:
+    """What :func:`round_layers` makes of weights and biases, by initializer; the graph keeps its float ones.
+
+    Steps that were found better stay in the graph.
+    """
+    graph = job.model.graph
+    separate_weights(graph)
+    quantizers = found_quantizers.find(graph)
+    own_biases(graph, readers_of(graph, quantizers))
+    steps = {item.scale for item in quantizers}
+    before = {name: value.const_value for name, value in graph.initializers.items() if name not in steps}
+    round_layers(job, blocks, options, samples=samples, cache_mib=cache_mib)
+    rounded = {}
+    for name, tensor in before.items():
+        value = graph.initializers[name]
+        if value.const_value is not tensor:
+            rounded[name] = torch.from_numpy(array_of(value))
+            value.const_value = tensor
+    return rounded
 
 
 class Network:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,10 +34,12 @@ def distil_network(
     samples: int,
     cache_mib: int,
     teacher: Session | None = None,
+    starts: Mapping[str, Tensor] | None = None,
+    augment: Callable[[Batches], Batches] | None = None,
 ) -> None:
     """Train the whole Q/DQ graph to give the float network's outputs; both run on the same samples.
 
-    The teacher runs once over the samples, and what it gives is kept.
+    The teacher runs once over the samples, and what it gives is kept; augmented batches are new to it in every step.
 
     Args:
         job: After ``insert`` and with all scales set.
@@ -47,10 +49,14 @@ def distil_network(
         samples: How many calibration samples to learn from.
         cache_mib: Memory for inputs and the teacher's outputs; beyond it they go to disk.
         teacher: The float network, where it is not the graph without its Q/DQ.
+        starts: See :class:`Student`.
+        augment: Makes other batches of batches of samples (:mod:`onnxq.learning.augmentation`).
     """
     graph = TorchGraph(job.model, job.settings.device)
     quantizers = found_quantizers.find(job.model.graph)
-    key = fingerprint(job.model, "network", outputs, options, temperature, samples, job.settings.seed)
+    key = fingerprint(
+        job.model, "network", outputs, options, temperature, samples, job.settings.seed, sorted(starts or ()), augment
+    )
     inputs = tuple(graph.input_names)
     whole = [Block(name, inputs, name, ()) for name in outputs]
     with (
@@ -60,14 +66,17 @@ def distil_network(
         walk = Walk(graph, quantizers, whole, cache)
         walk.fill(job.source, job.specs, samples)
         for block in whole:
+            if augment is not None:
+                break
             if teacher is None:
                 walk.prepare(block)
             else:
                 walk.prepare_from(block, teacher)
-        student = _student(graph, quantizers, options)
+        student = _student(graph, quantizers, options, starts=starts)
+        batches = sampled(walk, whole, FLOAT, options.batch, job.settings.seed, targets=augment is None)
         learned = finetune(
             student,
-            sampled(walk, whole, FLOAT, options.batch, job.settings.seed),
+            batches if augment is None else augment(batches),
             list(outputs),
             distillation(outputs, temperature),
             options,
@@ -78,7 +87,14 @@ def distil_network(
 
 
 def distil_blocks(
-    job: Job, blocks: Sequence[Block], options: FineTuning, *, inputs: str, samples: int, cache_mib: int
+    job: Job,
+    blocks: Sequence[Block],
+    options: FineTuning,
+    *,
+    inputs: str,
+    samples: int,
+    cache_mib: int,
+    starts: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Layer-by-layer knowledge distillation: each block in turn learns to give the float network's output of it.
 
@@ -94,6 +110,7 @@ def distil_blocks(
             finished part of the quantized network makes of the samples, so that its error is taken up.
         samples: How many calibration samples to learn from.
         cache_mib: Memory for activations; beyond it they go to disk.
+        starts: See :class:`Student`.
     """
     if inputs not in INPUTS:
         raise OnnxqError(
@@ -106,7 +123,10 @@ def distil_blocks(
         )
     graph = TorchGraph(job.model, job.settings.device)
     quantizers = found_quantizers.find(job.model.graph)
-    done = Checkpoint(job.checkpoint, fingerprint(job.model, "blocks", options, inputs, samples, job.settings.seed))
+    done = Checkpoint(
+        job.checkpoint,
+        fingerprint(job.model, "blocks", options, inputs, samples, job.settings.seed, sorted(starts or ())),
+    )
     whole_blocks = replace(options, save_every=options.steps + 1)  # a block is finished soon: kept whole or not at all
     settled: set[str] = set()  # an initializer that two blocks share is learned in the first
     with (
@@ -119,7 +139,7 @@ def distil_blocks(
             walk.prepare(block)
             finished = done.load(block.name)
             if finished is None:
-                student = _student(graph, quantizers, options, inside(graph, block), settled)
+                student = _student(graph, quantizers, options, inside(graph, block), settled, starts)
                 seed = zlib.crc32(block.name.encode()) ^ job.settings.seed
                 learned = {}
                 if student.masters or student.steps():
@@ -170,6 +190,7 @@ def _student(
     options: FineTuning,
     within: set[str] | None = None,
     frozen: set[str] | None = None,
+    starts: Mapping[str, Tensor] | None = None,
 ) -> Student:
     """What learns: a rate of 0 keeps weights or steps."""
     return Student(
@@ -177,6 +198,7 @@ def _student(
         quantizers,
         within,
         frozen or (),
+        starts,
         learn_weights=options.weight_rate > 0,
         learn_steps=options.step_rate > 0,
         scaled=options.optimizer == "sgd",

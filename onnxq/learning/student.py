@@ -27,10 +27,12 @@ class LearnedWeight:
         grid: The weight's grid.
         learn_step: Whether the step is learned.
         scaled: Whether the step's gradient is multiplied by LSQ's factor.
+        keep_codes: Whether the weight grows with its step, so that a step by itself changes no code: roundings that
+            were chosen together would fall apart.
     """
 
-    def __init__(self, grid: Grid, learn_step: bool, scaled: bool) -> None:
-        self.grid, self.scaled = grid, scaled
+    def __init__(self, grid: Grid, learn_step: bool, scaled: bool, keep_codes: bool = False) -> None:
+        self.grid, self.scaled, self.keep_codes = grid, scaled, keep_codes
         self.log_step = torch.zeros_like(grid.scale, requires_grad=learn_step)
 
     @property
@@ -43,6 +45,8 @@ class LearnedWeight:
         step = self.step
         if self.scaled:
             step = scale_gradient(step, gradient_factor(weight.numel() // max(1, step.numel()), self.grid.high))
+        if self.keep_codes:
+            weight = weight * self.grid.spread(self.log_step.exp())
         return self.grid.nearest(weight, step)
 
 
@@ -57,6 +61,7 @@ class Student:
         quantizers: All of its quantizers.
         within: Names of the values whose nodes train; ``None``: all.
         frozen: Names of initializers that stay as they are, because another block has learned them.
+        starts: Where weights and biases start that do not start at the float network's, by initializer.
         learn_weights: Whether weights, biases and the factors of normalisations learn.
         learn_steps: Whether steps of weights and activations learn.
         learn_zero_points: Whether zero points of asymmetric activations learn.
@@ -74,6 +79,7 @@ class Student:
         quantizers: Sequence[Quantizer],
         within: Collection[str] | None = None,
         frozen: Collection[str] = (),
+        starts: Mapping[str, Tensor] | None = None,
         *,
         learn_weights: bool = True,
         learn_steps: bool = True,
@@ -92,7 +98,7 @@ class Student:
                 continue  # the graph's own nodes round it, with a straight-through gradient
             learns = learn_steps and item.scale not in frozen
             if item.is_weight:
-                weight = LearnedWeight(Grid(graph, item), learns, scaled)
+                weight = LearnedWeight(Grid(graph, item), learns, scaled, item.source in (starts or {}))
                 self.weights[item.output] = weight
                 self._replaced[item.output] = Replacement((item.source,), weight)
                 continue
@@ -111,7 +117,9 @@ class Student:
             for name in dict.fromkeys([*names, *_float_parameters(graph.model.graph, within)]):
                 if name in frozen:
                     continue
-                self.masters[name] = read(graph, name).clone().requires_grad_(True)
+                start = (starts or {}).get(name)
+                start = read(graph, name).clone() if start is None else start.to(graph.device)
+                self.masters[name] = start.requires_grad_(True)
 
     def run(self, given: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
         """Values of the quantized network as it is now, with gradients."""

@@ -14,7 +14,7 @@ from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import TorchGraph
 from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.calibration.data import batches as batches_of
-from onnxq.calibration.data import input_specs, inputs_of
+from onnxq.calibration.data import inputs_of
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.knobs import choice
@@ -30,7 +30,7 @@ from onnxq.learning.walk import FLOAT, ROWS, Walk
 from onnxq.synthesis.centers import Centers
 from onnxq.synthesis.features import residual_branches, stage_ends
 from onnxq.synthesis.game import Game, GameTerm
-from onnxq.synthesis.network import Network
+from onnxq.synthesis.network import Network, require_images
 from onnxq.synthesis.player import Player
 from onnxq.synthesis.synthesize import Synthesised, synthesise
 from onnxq.synthesis.terms import MatchStatistics, PredictClasses
@@ -98,7 +98,7 @@ class ZeroShot:
         self, job: Job, knobs: ZeroShotKnobs, *, classes: bool, statistics: bool, made: tuple[str, int] | None = None
     ) -> None:
         self.job, self.knobs = job, knobs
-        _check_input(job)
+        require_images(job.model, job.settings.recipe, "use --recipe genie, or lsq with --data")
         observe, search = observers.get(knobs.observer), weight_ranges.get(knobs.weight_ranges)
         self.network = Network(job.model.clone(), job.settings.seed, job.settings.device)
         if statistics and not self.network.layers:
@@ -314,13 +314,3 @@ def labelled(loss: Loss, game: Game, logits: str, weight: float) -> Loss:
         return loss(student, teacher) + weight * torch.nn.functional.cross_entropy(student[logits], labels)
 
     return total
-
-
-def _check_input(job: Job) -> None:
-    specs = input_specs(job.model)
-    if len(specs) != 1 or specs[0].dtype.kind != "f" or len(specs[0].shape) != 4 or None in specs[0].shape[1:]:
-        found = ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in specs)
-        raise OnnxqError(
-            f"expected one float input of images of known size for {job.settings.recipe}, found {found}",
-            hint="use --recipe genie, or lsq with --data",
-        )

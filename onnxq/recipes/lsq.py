@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from onnxq.autograd.blocks import cut
 from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.knobs import choice
+from onnxq.learning.augmentation import Augmentation
+from onnxq.learning.columnwise import BEST, rounded_apart
 from onnxq.learning.distillation import distil_blocks, distil_network
 from onnxq.learning.finetune import FineTuning
 from onnxq.learning.losses import compared_outputs
+from onnxq.synthesis.network import channels_first, require_images
 
 # Steps of the optimiser: over the whole network, or for each block.
 STEPS = {
@@ -50,6 +55,9 @@ class Lsq:
 
     Attributes:
         distil: ``blocks`` or ``network``.
+        start: Where weights and biases start: ``nearest``, at the float network's; ``gptq``, at GPTQ's.
+        crop: With ``network``: the smallest part of an image in a random crop, half of them flipped; 1: whole images.
+        mix: With ``network``: whether as many mixtures of pairs of images come along.
         steps: Steps of the optimiser (for each block with ``blocks``); 0: what ``--budget`` says.
         batch: Samples in a step.
         optimizer: ``adam`` or ``sgd``.
@@ -65,6 +73,9 @@ class Lsq:
     """
 
     distil: str = choice("blocks", "network")
+    start: str = choice("nearest", "gptq")
+    crop: float = 1.0
+    mix: bool = False
     steps: int = 0
     batch: int = 32
     optimizer: str = choice("adam", "sgd")
@@ -80,6 +91,16 @@ class Lsq:
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
+        if self.distil != "network" and (self.crop < 1 or self.mix):
+            raise OnnxqError(
+                f"expected distil=network with crop or mix, found distil={self.distil}",
+                hint="use --set distil=network; blocks learn on what the network makes of the samples themselves",
+            )
+        augment = None
+        if self.crop < 1 or self.mix:
+            image = require_images(job.model, "crops and mixtures", "leave crop and mix out")
+            axes = channels_first(job.model, image.name)[1]
+            augment = Augmentation(axes, self.crop, self.mix, job.settings.seed)
         observe, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.prepare()
         blocks = cut(job.model.graph)
@@ -95,10 +116,12 @@ class Lsq:
             self.step_rate,
         )
         samples = min(self.samples, len(job.source), job.settings.samples or self.samples)
+        memory: dict[str, Any] = {"samples": samples, "cache_mib": self.cache_mib}
+        starts = rounded_apart(job, blocks, BEST, **memory) if self.start == "gptq" else {}
         if self.distil == "blocks":
-            distil_blocks(job, blocks, options, inputs=self.block_inputs, samples=samples, cache_mib=self.cache_mib)
+            distil_blocks(job, blocks, options, inputs=self.block_inputs, starts=starts, **memory)
         else:
             distil_network(
-                job, outputs, options, temperature=self.temperature, samples=samples, cache_mib=self.cache_mib
+                job, outputs, options, temperature=self.temperature, starts=starts, augment=augment, **memory
             )
         job.lower()

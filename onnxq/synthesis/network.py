@@ -12,7 +12,8 @@ from torch import Tensor
 
 from onnxq import graph as graphs
 from onnxq.autograd.interpreter import TorchGraph
-from onnxq.calibration.data import input_specs
+from onnxq.calibration.data import InputSpec, input_specs
+from onnxq.errors import OnnxqError
 from onnxq.learning.outputs import compared
 from onnxq.synthesis.scale import input_scale, pixel_bounds
 from onnxq.synthesis.statistics import Remembered, remembered
@@ -43,7 +44,7 @@ class Network:
     def __init__(self, model: ir.Model, seed: int, device: str, *, picture: bool = False) -> None:
         spec = input_specs(model)[0]
         self.graph, self.input = TorchGraph(model, device), spec.name
-        self.name, self.axes = _channels_first(model, spec.name)
+        self.name, self.axes = channels_first(model, spec.name)
         sizes = tuple(size or 1 for size in spec.shape[1:])
         self.shape = tuple(sizes[axis - 1] for axis in self.axes[1:]) if self.axes else sizes
         self.layers: list[Remembered] = remembered(model, device)
@@ -79,7 +80,7 @@ class Network:
         return found[self.logits].shape[-1]
 
 
-def _channels_first(model: ir.Model, name: str) -> tuple[str, tuple[int, ...]]:
+def channels_first(model: ir.Model, name: str) -> tuple[str, tuple[int, ...]]:
     """The value in which an input's channels are on axis 1, and how its axes are turned to make it; () if not at all.
 
     Networks from TensorFlow read [batch, height, width, channels] and turn it at once; inputs are made behind that.
@@ -91,3 +92,21 @@ def _channels_first(model: ir.Model, name: str) -> tuple[str, tuple[int, ...]]:
         if axes is not None and axes.as_ints()[0] == 0:
             return readers[0].outputs[0].name or "", tuple(axes.as_ints())
     return name, ()
+
+
+def require_images(model: ir.Model, wanted_by: str, hint: str) -> InputSpec:
+    """The one input of a model that reads images.
+
+    Args:
+        model: The model.
+        wanted_by: What needs images.
+        hint: What to do without.
+
+    Raises:
+        OnnxqError: it has several inputs, or one that holds no images of known size.
+    """
+    specs = input_specs(model)
+    if len(specs) != 1 or specs[0].dtype.kind != "f" or len(specs[0].shape) != 4 or None in specs[0].shape[1:]:
+        found = ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in specs)
+        raise OnnxqError(f"expected one float input of images of known size for {wanted_by}, found {found}", hint=hint)
+    return specs[0]
