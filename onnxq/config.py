@@ -74,7 +74,9 @@ def make_settings(entries: Mapping[str, Any]) -> Settings:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
         unknown = first["type"] == "extra_forbidden"
-        hint = f"settings are {', '.join(Settings.model_fields)}" if unknown else "`onnxq quantize --help` explains it"
+        hint = "`onnxq quantize --help` explains it"
+        if unknown:
+            hint = f"settings are {', '.join(Settings.model_fields)}; what a recipe can be told goes into knobs={{...}}"
         raise OnnxqError(
             f"expected another value for {where}: {first['msg'].lower()}, found {first.get('input')!r}",
             hint=hint,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxq.calibration.data import InputSpec
+from onnxq.calibration.data import InputSpec, fixed_batch
 from onnxq.calibration.random_tokens import vocabulary_size
 from onnxq.calibration.text import fixed_length, role_of, text_feed
 from onnxq.runtime import Session
@@ -47,7 +47,7 @@ def sees_what_follows(model: ir.Model, specs: Sequence[InputSpec], session: Sess
         return None
     known = vocabulary_size(model, specs) or 2
     length = fixed_length(specs) or LENGTH
-    batch = next((spec.batch for spec in specs if spec.batch is not None), None) or 1
+    batch = fixed_batch(specs) or 1
     tokens = np.random.default_rng(0).integers(0, known, (batch, length))
     other = tokens.copy()
     other[:, -1] = (tokens[:, -1] + max(known // 2, 1)) % known

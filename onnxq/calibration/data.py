@@ -85,6 +85,11 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
     return specs
 
 
+def fixed_batch(specs: Sequence[InputSpec]) -> int | None:
+    """The number of rows that an export was fixed to; ``None`` where it takes any."""
+    return next((spec.batch for spec in specs if spec.batch is not None), None)
+
+
 def open_source(
     data: str | os.PathLike[str] | Iterable[Mapping[str, Array]],
     specs: Sequence[InputSpec],
@@ -253,7 +258,7 @@ def batches(
     Raises:
         OnnxqError: a name, dtype or shape does not fit the model, or a value is not finite.
     """
-    fixed = next((spec.batch for spec in specs if spec.batch is not None), None)
+    fixed = fixed_batch(specs)
     whole = [spec.name for spec in specs if spec.is_whole]
     size = fixed or (1 if whole else batch_size)  # one timestep for the whole batch: samples go one by one
     rows: list[Sample] = []

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxq.calibration.data import InputSpec, Sample
+from onnxq.calibration.data import InputSpec, Sample, fixed_batch
 from onnxq.calibration.text import check_roles, fixed_length, text_feed
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
@@ -45,7 +45,7 @@ class GeneratedText:
         self.specs = list(specs)
         check_roles(specs, hint="give --data FILE.npz keyed by input name")
         self.fixed = fixed_length(specs)
-        self.batch = next((spec.batch for spec in specs if spec.batch is not None), None) or BATCH
+        self.batch = fixed_batch(specs) or BATCH
         self.length = self.fixed or length
         self.count, self.seed = count, seed
         self._session = Session(model)

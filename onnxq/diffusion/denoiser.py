@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.calibration.archives import read_arrays
-from onnxq.calibration.data import Array, InputSpec, input_specs
+from onnxq.calibration.data import Array, InputSpec, fixed_batch, input_specs
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Feed
 
@@ -87,7 +87,7 @@ class Denoiser:
         Raises:
             OnnxqError: its output is none of the sample's shape.
         """
-        fixed = next((spec.batch for spec in self.specs if spec.batch is not None), None)
+        fixed = fixed_batch(self.specs)
         whole, total = self.whole, len(feed[self.sample.name])
         parts = []
         for start in range(0, total, fixed or total):

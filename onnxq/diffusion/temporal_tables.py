@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from onnxq import graph as graphs
-from onnxq.calibration.data import Array, InputSpec
+from onnxq.calibration.data import Array, InputSpec, fixed_batch
 from onnxq.diffusion.denoiser import Denoiser
 from onnxq.diffusion.temporal_region import TemporalRegion
 from onnxq.runtime import Session
@@ -53,7 +53,7 @@ def tabulate(
     session = Session(_only(model, names), optimize=False)
     labels = [item for item in denoiser.conditions if item.spec.name in inputs]
     choices = [range(item.classes or 1) for item in labels]
-    fixed = next((spec.batch for spec in denoiser.specs if spec.batch is not None), None)
+    fixed = fixed_batch(denoiser.specs)
 
     def run(time: float, chosen: Sequence[int], count: int) -> list[Array]:
         feed = {

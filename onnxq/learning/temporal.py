@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
-from onnxq.calibration.data import Array
+from onnxq.calibration.data import Array, fixed_batch
 from onnxq.diffusion.denoiser import Denoiser
 from onnxq.diffusion.temporal_region import TemporalRegion
 from onnxq.job import Job
@@ -55,7 +55,7 @@ class TemporalInputs:
     def feed(self, rows: Array) -> dict[str, Tensor]:
         """Some rows as inputs of the network; a timestep of rank 0 takes rows of one step only."""
         denoiser = self.denoiser
-        fixed = next((spec.batch for spec in denoiser.specs if spec.batch is not None), None) or 1
+        fixed = fixed_batch(denoiser.specs) or 1
         rows = np.resize(rows, -(-len(rows) // fixed) * fixed)
         times = [denoiser.timesteps(self.timesteps[step], 1) for step in self.steps[rows]]
         given: dict[str, Array] = {name: column[rows] for name, column in self.labels.items()}

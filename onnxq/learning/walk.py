@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
-from onnxq.calibration.data import InputSpec, Source, batches, inputs_of, row_count
+from onnxq.calibration.data import InputSpec, Source, batches, fixed_batch, inputs_of, row_count
 from onnxq.errors import OnnxqError
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.quantizers import Quantizer, as_float
@@ -69,7 +69,7 @@ class Walk:
                 self.cache.write(FLOAT + name, slice(start, start + rows), values)
             start += rows
         self.samples = start  # an incomplete last batch of an export with a fixed batch is left out
-        fixed = next((spec.batch for spec in specs if spec.batch is not None), None) or 1
+        fixed = fixed_batch(specs) or 1
         self.chunk = -(-ROWS // fixed) * fixed
 
     def inputs(

@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, nargs="+", default=[], help="quantized models of other tools")
     parser.add_argument("--inputs", type=int, default=256, help="that every recipe calibrates on and learns from")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--budget", default="quick")
     parser.add_argument("--iterations", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -132,7 +133,9 @@ class Judged:
 def schedule(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     """Settings of the sampler."""
     scheduler = arguments.folder / f"{name}.scheduler.json"
-    return {"steps": arguments.steps} | ({"scheduler": str(scheduler)} if scheduler.is_file() else {})
+    return {"steps": arguments.steps, "guidance": arguments.guidance} | (
+        {"scheduler": str(scheduler)} if scheduler.is_file() else {}
+    )
 
 
 def opened(arguments: argparse.Namespace, path: Path, optimize: bool) -> Session:
