@@ -83,6 +83,12 @@ def test_numbers_may_be_written_in_powers_of_ten() -> None:
         build_knobs(load, parse_assignments(["weight_rate=fast"]), "lsq")
 
 
+def test_a_knob_given_as_a_setting_is_told_where_it_belongs() -> None:
+    with pytest.raises(OnnxqError, match="bias_correction") as caught:
+        onnxq.quantize(*FASHION, bias_correction=False)
+    assert "knobs={...}" in (caught.value.hint or "")
+
+
 def test_unknown_weight_ranges_are_named(tmp_path: Path) -> None:
     with pytest.raises(OnnxqError, match="weight ranges"):
         onnxq.quantize(*FASHION, knobs={"weight_ranges": "mean"}, samples=4)

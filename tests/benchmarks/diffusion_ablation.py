@@ -133,9 +133,8 @@ class Judged:
 def schedule(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     """Settings of the sampler."""
     scheduler = arguments.folder / f"{name}.scheduler.json"
-    return {"steps": arguments.steps, "guidance": arguments.guidance} | (
-        {"scheduler": str(scheduler)} if scheduler.is_file() else {}
-    )
+    settings = {"steps": arguments.steps, "guidance": arguments.guidance}
+    return settings | ({"scheduler": str(scheduler)} if scheduler.is_file() else {})
 
 
 def opened(arguments: argparse.Namespace, path: Path, optimize: bool) -> Session:
