@@ -190,7 +190,7 @@ def test_im2col_makes_a_convolution_a_product(attributes: str, arguments: dict, 
     x = torch.randn(2, shape[1] * groups, *[9] * (len(shape) - 2), generator=generator)
     weight = torch.randn(shape, generator=generator)
     unfolded = unfold(x, model.graph[0], shape)
-    product = unfolded @ weight.reshape(groups, shape[0] // groups, -1).mT  # [groups, positions, rows]
+    product = (weight.reshape(groups, shape[0] // groups, -1) @ unfolded).mT  # [groups, positions, rows]
     expected = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[len(shape)](x, weight, **arguments)
     found = product.permute(1, 0, 2).reshape(2, -1, shape[0]).mT.reshape(expected.shape)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

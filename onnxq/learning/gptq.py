@@ -11,13 +11,14 @@ D. Alistarh, Optimal Brain Compression, NeurIPS 2022.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 COLUMNS = 128  # updates of later columns are put off until so many are rounded (section 3.3, step 2)
+CANDIDATES = 1 << 22  # numbers of a weight at several steps that are rounded at once
 DAMPING_TRIES = 6  # each ten times the one before
 
 Rescale = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -122,7 +123,7 @@ def with_best_steps(
     columns: Columns,
     hessian: Tensor,
     rounded: Tensor,
-    factors: Iterable[float],
+    factors: Sequence[float],
     *,
     damping: float = 0.01,
     act_order: bool = False,
@@ -143,14 +144,29 @@ def with_best_steps(
     least = weighted_error(columns.weight - rounded, hessian)
     chosen = torch.ones_like(least)
     shared = _order_and_factor(hessian, damping, act_order)
-    for factor in factors:
-        other = replace(columns, scale=columns.scale * factor)
-        found, _, _ = _eliminated(other, *shared, None, None)
-        error = weighted_error(columns.weight - found, hessian)
-        better = error < least
-        least, chosen = torch.where(better, error, least), torch.where(better, factor, chosen)
-        rounded = torch.where(better[:, :, None], found, rounded)
+    rows = columns.weight.shape[1]
+    at_once = max(1, CANDIDATES // columns.weight.numel())
+    for start in range(0, len(factors), at_once):
+        some = factors[start : start + at_once]
+        found = _eliminated(_at_steps(columns, some), *shared, None, None)[0]
+        errors = weighted_error(columns.weight.repeat(1, len(some), 1) - found, hessian)
+        candidates = zip(some, torch.split(errors, rows, 1), torch.split(found, rows, 1), strict=True)
+        for factor, error, candidate in candidates:
+            better = error < least
+            least, chosen = torch.where(better, error, least), torch.where(better, factor, chosen)
+            rounded = torch.where(better[:, :, None], candidate, rounded)
     return rounded, chosen.to(rounded.dtype)
+
+
+def _at_steps(columns: Columns, factors: Sequence[float]) -> Columns:
+    """The same rows once for each multiple of their steps, one below the other: rows are independent."""
+    scale, count = columns.scale.expand_as(columns.weight), len(factors)
+    return replace(
+        columns,
+        weight=columns.weight.repeat(1, count, 1),
+        scale=torch.cat([scale * factor for factor in factors], 1),
+        zero_point=columns.zero_point.expand_as(columns.weight).repeat(1, count, 1),
+    )
 
 
 def towards_float(weight: Tensor, hessian: Tensor, drift: Tensor, part: float, ridge: float = 1.0) -> Tensor:

@@ -56,13 +56,13 @@ class Layer:
         return matrix[0] if self.item.channel_axis == 0 else matrix[0].mT.contiguous()
 
     def inputs(self, activation: Tensor) -> Tensor:
-        """What the products are taken with: [groups, positions, columns]."""
+        """What the products are taken with: [groups, columns, positions]."""
         if self.item.node.op_type == "Conv":
             return unfold(activation, self.item.node, self.shape)
         transposed = self.item.node.op_type == "Gemm" and bool(self.item.node.attributes.get_int("transA", 0))
         if transposed or self.item.activation_index == 1:  # X of W·X has its channels in rows
             activation = activation.mT
-        return activation.reshape(1, -1, activation.shape[-1])
+        return activation.reshape(1, -1, activation.shape[-1]).mT
 
 
 def layer(item: graphs.WeightedNode) -> Layer | None:
@@ -77,7 +77,9 @@ def layer(item: graphs.WeightedNode) -> Layer | None:
 
 
 def unfold(activation: Tensor, node: ir.Node, shape: tuple[int, ...]) -> Tensor:
-    """The im2col matrix of a convolution over any number of axes: [groups, positions, columns].
+    """The im2col matrix of a convolution over any number of axes: [groups, columns, positions].
+
+    Positions come last because they lie beside each other in memory: whole rows of a map are copied.
 
     Args:
         activation: [batch, channels, spatial …].
@@ -98,8 +100,8 @@ def unfold(activation: Tensor, node: ir.Node, shape: tuple[int, ...]) -> Tensor:
         windows = windows.index_select(2 + rank + axis, taken) if dilation > 1 else windows
     groups = node.attributes.get_int("group", 1)
     split = windows.reshape(windows.shape[0], groups, -1, *windows.shape[2:])
-    order = [1, 0, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank)]  # groups, batch, positions, columns
-    return split.permute(order).reshape(groups, -1, shape[1] * math.prod(kernel))
+    order = [1, 2, *range(3 + rank, 3 + 2 * rank), 0, *range(3, 3 + rank)]  # groups, columns, batch, positions
+    return split.permute(order).reshape(groups, shape[1] * math.prod(kernel), -1)
 
 
 def _pads(
@@ -139,13 +141,13 @@ class Hessian:
         for start in range(0, activation.shape[0], rows):
             part = slice(start, start + rows)
             inputs = layer.inputs(activation[part].to(torch.float32))
-            self._products = _add(self._products, (inputs.mT @ inputs).to(torch.float64))
-            self._sums = _add(self._sums, inputs.sum(dim=1, dtype=torch.float64))
-            self.count += inputs.shape[1]
+            self._products = _add(self._products, (inputs @ inputs.mT).to(torch.float64))
+            self._sums = _add(self._sums, inputs.sum(dim=2).to(torch.float64))
+            self.count += inputs.shape[2]
             if drift is not None:
                 drifts = layer.inputs(drift[part])
-                self._drift_products = _add(self._drift_products, (drifts.mT @ inputs).to(torch.float64))
-                self._drift_sums = _add(self._drift_sums, drifts.sum(dim=1, dtype=torch.float64))
+                self._drift_products = _add(self._drift_products, (drifts @ inputs.mT).to(torch.float64))
+                self._drift_sums = _add(self._drift_sums, drifts.sum(dim=2).to(torch.float64))
 
     def merge(self, other: Hessian) -> None:
         """Add what another one has seen."""
