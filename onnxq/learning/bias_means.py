@@ -121,8 +121,8 @@ class BiasMeans:
                 rows = index.stop - index.start
                 for layer in layers:
                     value = values[layer.output]
-                    channels = value.movedim(value.ndim - layer.axis, -1).flatten(0, -2)
-                    part = channels.mean(dim=0, dtype=torch.float64) * rows
+                    others = [axis for axis in range(value.ndim) if axis != value.ndim - layer.axis]
+                    part = value.mean(dim=others).to(torch.float64) * rows
                     sums[layer.output] = sums[layer.output] + part if layer.output in sums else part
                 count += rows
         return {name: total / count for name, total in sums.items()}
