@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,13 +43,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def student(step_rate: float = 1e-4) -> ZeroShot:
+def student(step_rate: float = 1e-4, **knobs: Any) -> ZeroShot:
     """The classifier at two and three bits beside its float self, with ranges from real images: none must be made."""
     with np.load(CALIBRATION) as archive:
         source = Iterables([{"x": archive["x"][:16]}])
     target = targets.get("tensorrt")
     job = Job(models.load(FASHION), target, target.scheme("int2", "int3"), Settings(), source, Progress())
-    start = ZeroShotKnobs(batch=8, weight_rate=1e-4, step_rate=step_rate)
+    start = ZeroShotKnobs(**{"batch": 8, "weight_rate": 1e-4, "step_rate": step_rate} | knobs)
     return ZeroShot(job, start, classes=True, statistics=True)
 
 
@@ -79,6 +80,21 @@ def initializers(zero_shot: ZeroShot) -> dict[str, bytes]:
         names = list(graph.model.graph.initializers)
         found |= {f"{id(graph)}{name}": value.numpy().tobytes() for name, value in graph.run({}, names).items()}
     return found
+
+
+@pytest.mark.parametrize("weight_rate", [1e-4, 0.0])
+def test_biases_start_corrected_and_the_teacher_is_the_float_network(weight_rate: float) -> None:
+    plain, corrected = (student(weight_rate=weight_rate, bias_correction=wanted) for wanted in (False, True))
+    with np.load(CALIBRATION) as archive:
+        inputs = {"x": torch.from_numpy(archive["x"][16:80])}
+    exact = TorchGraph(models.load(FASHION)).run(inputs, plain.outputs)
+    errors = []
+    for zero_shot in (plain, corrected):
+        teacher, found = zero_shot.student.teach(inputs, exact), zero_shot.student.run(inputs, exact)
+        for name, value in exact.items():
+            torch.testing.assert_close(teacher[name], value, rtol=1e-3, atol=1e-3)
+        errors.append(sum(float((found[name] - value).detach().square().mean()) for name, value in exact.items()))
+    assert errors[1] < 0.8 * errors[0]
 
 
 # --- ZAQ

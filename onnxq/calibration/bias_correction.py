@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.arithmetic import fake_quantize
 from onnxq.biases import BiasPlace, bias_place
+from onnxq.folding import array_of
 from onnxq.formats import parse_format
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS
 from onnxq.targets.placement import Site
@@ -72,6 +73,23 @@ def correct_biases(model: ir.Model, means: Mapping[str, Array], rounding: Roundi
         shift = _shift(item, quantize, means[source], rounding or rounded_weight)
         if shift is not None and np.any(shift) and _add_to_bias(model.graph, item, -shift):
             corrected += 1
+    return corrected
+
+
+def corrected_apart(model: ir.Model, means: Mapping[str, Array]) -> dict[str, Array]:
+    """What :func:`correct_biases` makes of biases, by initializer; the model keeps its own, new ones are zeros."""
+    places = [place for item in graphs.weighted_nodes(model.graph) if (place := bias_place(item)) is not None]
+    before = [array_of(place.value) if graphs.is_constant(place.value) else None for place in places]
+    correct_biases(model, means)
+    corrected = {}
+    for place, own in zip(places, before, strict=True):
+        value = place.value
+        if value is None or not graphs.is_constant(value):
+            continue
+        found = array_of(value)
+        if own is None or not np.array_equal(found, own):
+            corrected[value.name or ""] = found
+            value.const_value = ir.tensor(np.zeros_like(found) if own is None else own, name=value.name)
     return corrected
 
 

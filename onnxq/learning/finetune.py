@@ -177,8 +177,9 @@ def _optimizer(student: Student, options: FineTuning) -> torch.optim.Optimizer:
             f"expected an optimizer of {', '.join(OPTIMIZERS)}, found {options.optimizer!r}",
             hint="use --set optimizer=adam",
         )
+    masters = [master for master in student.masters.values() if master.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": list(student.masters.values()), "lr": options.weight_rate, "weight_decay": options.weight_decay},
+        {"params": masters, "lr": options.weight_rate, "weight_decay": options.weight_decay},
         {"params": student.steps(), "lr": options.step_rate, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]

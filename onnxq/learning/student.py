@@ -112,14 +112,13 @@ class Student:
                 self.activations.append(step)
             self._replaced[item.output] = step.replacement()
         self.masters: dict[str, Tensor] = {}
-        if learn_weights:
-            names = [item.source for item in self.quantizers if item.is_weight]
-            for name in dict.fromkeys([*names, *_float_parameters(graph.model.graph, within)]):
-                if name in frozen:
-                    continue
-                start = (starts or {}).get(name)
-                start = read(graph, name).clone() if start is None else start.to(graph.device)
-                self.masters[name] = start.requires_grad_(True)
+        names = [item.source for item in self.quantizers if item.is_weight]
+        for name in dict.fromkeys([*names, *_float_parameters(graph.model.graph, within)]):
+            start = (starts or {}).get(name)
+            if name in frozen or (start is None and not learn_weights):
+                continue
+            own = read(graph, name) if start is None else start.to(graph.device)
+            self.masters[name] = own.clone().requires_grad_(learn_weights)
 
     def run(self, given: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
         """Values of the quantized network as it is now, with gradients."""

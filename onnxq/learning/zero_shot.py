@@ -13,6 +13,7 @@ from torch import Tensor
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import TorchGraph
 from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.calibration.bias_correction import corrected_apart
 from onnxq.calibration.data import batches as batches_of
 from onnxq.calibration.data import inputs_of
 from onnxq.errors import OnnxqError
@@ -54,6 +55,7 @@ class ZeroShotKnobs:
         step_rate: Rate of steps; 0 keeps the calibrated ones.
         observer: How the first range follows from the statistics of an activation.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
+        bias_correction: Whether biases start where they take back the mean error of the rounded weights.
         images: How many inputs are made for the first ranges; 0: the usual number.
     """
 
@@ -64,6 +66,7 @@ class ZeroShotKnobs:
     step_rate: float = 1e-4
     observer: str = "mse"
     weight_ranges: str = "mse"
+    bias_correction: bool = True
     images: int = 0
 
 
@@ -118,13 +121,15 @@ class ZeroShot:
                 hint="use --recipe zaq, which compares any outputs, or genie",
             )
         self.stages, self.branches = stage_ends(job.model.graph), residual_branches(job.model.graph)
-        job.insert()
+        job.insert(means=knobs.bias_correction)
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
         calibrate.set_weight_scales(job.model, search)
+        biases = corrected_apart(job.model, job.channel_means)
         self.graph = TorchGraph(job.model, job.settings.device)
         self.student = Student(
             self.graph,
             found_quantizers.find(job.model.graph),
+            starts={name: torch.from_numpy(array) for name, array in biases.items()},
             learn_weights=knobs.weight_rate > 0,
             learn_steps=knobs.step_rate > 0,
             scaled=knobs.optimizer == "sgd",

@@ -26,7 +26,7 @@ class AdaDfq(ZeroShotKnobs):
     Source: B. Qian, Y. Wang, R. Hong, M. Wang, Adaptive Data-Free Quantization, CVPR 2023 (arXiv 2303.06869),
     sections 3.2 to 3.4.
 
-    Departures: those of the recipe ``gdfq`` on ranges, statistics, optimiser and BatchNormalization, and
+    Departures: those of the recipe ``gdfq`` on ranges, biases, statistics, optimiser and BatchNormalization, and
         - For large images too classes are in the code, where the authors' make the generator's BatchNormalization
           depend on them.
         - The least agreement of a batch is its zero (the authors' code).

@@ -27,6 +27,8 @@ class Gdfq(ZeroShotKnobs):
         - Ranges come from inputs made before (`--synthesis`), not from a moving average over the first epochs; the
           authors' overshoots by orders of magnitude before some 150 updates. They learn as LSQ's steps do
           (``step_rate=0`` keeps them).
+        - Biases start where they take back the mean error of the rounded weights (``bias_correction=False``: the
+          authors' do not).
         - Standard deviations are matched, not variances. Classes are added to latent codes, not multiplied with them
           (see :class:`onnxq.synthesis.player.Player`).
         - Before the student's first step the generator moves alone, half as often as the student will but 100, 400 or

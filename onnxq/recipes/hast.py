@@ -29,7 +29,7 @@ class Hast(ZeroShotKnobs):
     Source: H. Li, X. Wu, F. Lv, D. Liao, T. H. Li, Y. Zhang, B. Han, M. Tan, Hard Sample Matters a Lot in Zero-Shot
     Quantization, CVPR 2023 (arXiv 2303.13826), sections 3.2 to 3.4.
 
-    Departures: those of the recipe ``gdfq`` on statistics, optimiser and BatchNormalization, and
+    Departures: those of the recipe ``gdfq`` on biases, statistics, optimiser and BatchNormalization, and
         - Ranges come from other made inputs; the authors train a generator for them alone, which is dropped afterwards.
         - Fewer images (5,120 in the paper) unless ``--set hard_images=5120``; no crops while they are made.
         - The divergence weighs 1, and attention what it weighs relative to it in the paper: a common factor is

@@ -28,7 +28,7 @@ class Zaq(ZeroShotKnobs):
     Source: Y. Liu, W. Zhang, J. Wang, Zero-shot Adversarial Quantization, CVPR 2021 (arXiv 2103.15263), sections 3.1
     to 3.4.
 
-    Departures: those of the recipe ``gdfq`` on ranges, optimiser and BatchNormalization, and
+    Departures: those of the recipe ``gdfq`` on ranges, biases, optimiser and BatchNormalization, and
         - Ranges do not widen while the network is judged; in the authors' code test images widen them.
         - Relations are the paper's, cosines of pairs of channels, all stages weighing the same; the code compares
           spatial and channel attention. Norms below 0.01 count as 0.01, or their gradient explodes where rounding
