@@ -287,19 +287,24 @@ def test_steps_that_learn_keep_codes_that_were_chosen_together() -> None:
         assert torch.allclose(before, after, atol=1e-4) == kept
 
 
-def test_lsq_from_gptqs_codes_starts_where_gptq_ends_and_learns_on_crops(tmp_path: Path) -> None:
+def test_lsq_from_gptqs_codes_starts_where_gptq_ends_and_goes_on_from_there() -> None:
     formats = {"weights": "int3", "activations": "int8", "samples": 32}
-    still = {"distil": "network", "steps": 1, "weight_rate": 1e-12, "step_rate": 1e-12, "start": "gptq"}
-    started = onnxq.quantize(*FASHION, recipe="lsq", knobs=still, **formats)
-    gptq = onnxq.quantize(*FASHION, recipe="gptq", knobs={"observer": "mse"}, **formats)
-    assert started.numbers["sqnr_db"] == pytest.approx(gptq.numbers["sqnr_db"], abs=0.2)
-    options = {"distil": "network", "steps": 60, "start": "gptq", "crop": 0.5, "mix": True, "step_rate": 3e-4}
-    found = []
-    for name in ("first", "second"):
-        learned = onnxq.quantize(*FASHION, recipe="lsq", knobs=options, output=tmp_path / name, **formats)
-        found.append(learned.numbers["sqnr_db"])
-    assert found[0] > gptq.numbers["sqnr_db"]
-    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    gptq = onnxq.quantize(*FASHION, recipe="gptq", knobs={"observer": "mse"}, **formats).numbers["sqnr_db"]
+    knobs = {"distil": "network", "start": "gptq", "loss": "mse", "batch": 8}
+    still = knobs | {"steps": 1, "weight_rate": 1e-12, "step_rate": 1e-12}
+    started = onnxq.quantize(*FASHION, recipe="lsq", knobs=still, **formats).numbers["sqnr_db"]
+    assert started == pytest.approx(gptq, abs=0.2)
+    learned = onnxq.quantize(*FASHION, recipe="lsq", knobs=knobs | {"steps": 30, "step_rate": 3e-4}, **formats)
+    assert learned.numbers["sqnr_db"] > gptq + 1
+
+
+def test_crops_and_mixtures_are_those_of_the_seed(tmp_path: Path) -> None:
+    knobs = {"distil": "network", "crop": 0.5, "mix": True, "steps": 4, "batch": 8}
+    for name, seed in (("first", 0), ("second", 0), ("third", 1)):
+        options = {"recipe": "lsq", "knobs": knobs, "seed": seed, "samples": 16, "output": tmp_path / name}
+        onnxq.quantize(*FASHION, **options)
+    first, second, third = ((tmp_path / name).read_bytes() for name in ("first", "second", "third"))
+    assert first == second != third
 
 
 def test_lsq_on_the_cpu_target_learns_zero_points(tmp_path: Path) -> None:
@@ -315,6 +320,7 @@ def test_lsq_on_the_cpu_target_learns_zero_points(tmp_path: Path) -> None:
         ({"optimizer": "lion"}, "expected optimizer of adam, sgd, found 'lion'"),
         ({"weight_rate": 0.0, "step_rate": 0.0}, "expected weights or steps that learn, found neither"),
         ({"crop": 0.5}, "expected distil=network with crop or mix, found distil=blocks"),
+        ({"distil": "network", "crop": -1.0}, "expected a crop above 0 and up to 1, found -1"),
         ({"weight_rate": 1e30, "optimizer": "sgd"}, "expected a finite loss while fine-tuning, found"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from onnxq.errors import OnnxqError
 from onnxq.learning.finetune import Batch, Batches
 from onnxq.learning.losses import Loss
 from onnxq.learning.student import Student
@@ -46,7 +47,12 @@ def cropped(batches: Batches, axes: Sequence[int], smallest: float, seed: int) -
         axes: How the input's axes are turned for channels to come first; empty: they do.
         smallest: The smallest part of an image's area in a crop.
         seed: Of the crops.
+
+    Raises:
+        OnnxqError: the part is not above 0.
     """
+    if smallest <= 0:
+        raise OnnxqError(f"expected a crop above 0 and up to 1, found {smallest:g}", hint="use --set crop=0.5")
     back = np.argsort(axes).tolist()
 
     def at(step: int) -> Batch:
