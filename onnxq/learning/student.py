@@ -61,7 +61,8 @@ class Student:
         quantizers: All of its quantizers.
         within: Names of the values whose nodes train; ``None``: all.
         frozen: Names of initializers that stay as they are, because another block has learned them.
-        starts: Where weights and biases start that do not start at the float network's, by initializer.
+        starts: Where weights and biases start that do not start at the float network's, by initializer; without
+            ``learn_weights`` they stay there.
         learn_weights: Whether weights, biases and the factors of normalisations learn.
         learn_steps: Whether steps of weights and activations learn.
         learn_zero_points: Whether zero points of asymmetric activations learn.
