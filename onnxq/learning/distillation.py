@@ -65,9 +65,7 @@ def distil_network(
     ):
         walk = Walk(graph, quantizers, whole, cache)
         walk.fill(job.source, job.specs, samples)
-        for block in whole:
-            if augment is not None:
-                break
+        for block in whole if augment is None else ():
             if teacher is None:
                 walk.prepare(block)
             else:

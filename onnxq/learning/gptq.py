@@ -148,8 +148,9 @@ def with_best_steps(
     at_once = max(1, CANDIDATES // columns.weight.numel())
     for start in range(0, len(factors), at_once):
         some = factors[start : start + at_once]
-        found = _eliminated(_at_steps(columns, some), *shared, None, None)[0]
-        errors = weighted_error(columns.weight.repeat(1, len(some), 1) - found, hessian)
+        stacked = _at_steps(columns, some)
+        found = _eliminated(stacked, *shared, None, None)[0]
+        errors = weighted_error(stacked.weight - found, hessian)
         candidates = zip(some, torch.split(errors, rows, 1), torch.split(found, rows, 1), strict=True)
         for factor, error, candidate in candidates:
             better = error < least

@@ -87,7 +87,7 @@ class Student:
         learn_zero_points: bool = True,
         scaled: bool = False,
     ) -> None:
-        self.graph = graph
+        self.graph, starts = graph, starts or {}
         self.quantizers = [item for item in quantizers if within is None or item.output in within]
         self._teacher = as_float(quantizers)
         self.weights: dict[str, LearnedWeight] = {}
@@ -99,7 +99,7 @@ class Student:
                 continue  # the graph's own nodes round it, with a straight-through gradient
             learns = learn_steps and item.scale not in frozen
             if item.is_weight:
-                weight = LearnedWeight(Grid(graph, item), learns, scaled, item.source in (starts or {}))
+                weight = LearnedWeight(Grid(graph, item), learns, scaled, item.source in starts)
                 self.weights[item.output] = weight
                 self._replaced[item.output] = Replacement((item.source,), weight)
                 continue
@@ -115,7 +115,7 @@ class Student:
         self.masters: dict[str, Tensor] = {}
         names = [item.source for item in self.quantizers if item.is_weight]
         for name in dict.fromkeys([*names, *_float_parameters(graph.model.graph, within)]):
-            start = (starts or {}).get(name)
+            start = starts.get(name)
             if name in frozen or (start is None and not learn_weights):
                 continue
             own = read(graph, name) if start is None else start.to(graph.device)
