@@ -14,7 +14,7 @@ import numpy as np
 from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq import targets
-from onnxq.calibration import observers, weight_ranges
+from onnxq.calibration import observers, sizes, weight_ranges
 from onnxq.calibration.recording import record
 from onnxq.config import Settings
 from onnxq.errors import OnnxqError
@@ -133,6 +133,7 @@ def _analyze(
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
         models.check_float(loaded)
+        sizes.choose(loaded, settings.shapes)
         others = {name: _left_float(path, name) for name in targets.names() if name != target.name}
     source, warnings = calibration_inputs(loaded, path, data, settings, progress, workers=workers)
     job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings, workers=workers)

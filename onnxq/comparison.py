@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -21,6 +22,7 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq.calibration import data as inputs
+from onnxq.calibration import sizes
 from onnxq.diffusion.router import Router
 from onnxq.diffusion.subgraphs import is_index
 from onnxq.interfaces import check_outputs, common_inputs
@@ -94,6 +96,7 @@ def compare(
     *,
     preprocessing: inputs.Preprocessing | None = None,
     samples: int | None = None,
+    shapes: Mapping[str, Sequence[int]] = MappingProxyType({}),
     device: str = "cpu",
     layers: bool = True,
     layer_samples: int = 16,
@@ -110,6 +113,7 @@ def compare(
         data: An ``.npz`` keyed by input name (and ``labels``), a folder of images, or an iterable of dicts.
         preprocessing: How image files become inputs, for a folder of images.
         samples: How many samples to use; all if ``None``.
+        shapes: Sizes of inputs that the models leave free, for a folder of images.
         device: ``cpu`` or ``cuda``.
         layers: Whether to measure layer by layer.
         layer_samples: Samples for the layers and for the literal session.
@@ -122,6 +126,7 @@ def compare(
     """
     router = Router(os.fspath(quantized_model), device) if is_index(quantized_model) else None  # type: ignore[arg-type]
     original, first = opened(float_model), opened(quantized_model if router is None else router.files[0])
+    sizes.choose(original, shapes)
     specs = common_inputs(original, first)
     source = inputs.open_source(data, specs, preprocessing)
     if router is None:

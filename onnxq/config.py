@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -43,6 +43,7 @@ class Settings(BaseModel):
     rotate: bool = False
     low_rank: int = Field(default=0, ge=0)
     samples: int | None = Field(default=None, ge=1)
+    shapes: dict[str, tuple[Annotated[int, Field(ge=1)], ...]] = Field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0)
     scheduler: str | None = None

@@ -77,8 +77,8 @@ def calibration_inputs(
         ]
     if data is None:
         return _made_up(model, specs, settings, progress, recipe, checkpoint)
-    preprocess = settings.preprocess.model_dump()
-    return open_source(data, specs, Preprocessing(**preprocess)), []
+    source = open_source(data, specs, Preprocessing(**settings.preprocess.model_dump()))
+    return source, getattr(source, "notes", [])
 
 
 def _made_up(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq.calibration.batch_axis import whole_inputs
 
 
 class Kind(enum.Enum):
@@ -40,7 +41,12 @@ def kind_of(model: ir.Model) -> Kind:
 
 
 def _takes_a_timestep(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> bool:
-    samples = [value for value in inputs if graphs.is_float(value) and (graphs.rank(value) or 0) >= 3]
+    states = whole_inputs(inputs)  # of a recurrent network, which returns its new one: no sample
+    samples = [
+        value
+        for value in inputs
+        if graphs.is_float(value) and (graphs.rank(value) or 0) >= 3 and value.name not in states
+    ]
     timesteps = [value for value in inputs if graphs.rank(value) in (0, 1)]
     return bool(timesteps) and any(
         graphs.rank(sample) == graphs.rank(output) and _same_inner_sizes(sample, output)

@@ -8,6 +8,7 @@ synthesis reads its statistics.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import warnings
@@ -20,7 +21,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import Sequential
 
 from onnxq import graph as graphs
-from onnxq import shapes
+from onnxq import identities, shapes
 from onnxq.errors import OnnxqError
 from onnxq.runtime import IN_MEMORY_LIMIT_BYTES
 from onnxq.writing import atomic_folder
@@ -127,6 +128,7 @@ def check_valid(model: ir.Model, name: str) -> None:
 
 
 def _normalise(model: ir.Model, opset: int, name: str) -> None:
+    _free_negative_sizes(model)
     Sequential(
         common_passes.InlinePass(),
         common_passes.RemoveInitializersFromInputsPass(),
@@ -157,14 +159,21 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
             model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS, should_fold=_should_fold
         )
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    Sequential(
-        common_passes.IdentityEliminationPass(),
-        common_passes.RemoveUnusedNodesPass(),
-    )(model)
+    identities.eliminate(model)
+    common_passes.RemoveUnusedNodesPass()(model)
     shapes.infer(model)
     shapes.check_sizes(model, name)
     common_passes.NameFixPass()(model)
     _name_nodes(model)
+
+
+def _free_negative_sizes(model: ir.Model) -> None:
+    """Make sizes of -1 free ones: some exporters write that, and shape inference would count with it."""
+    for graph in model.graphs():
+        values = itertools.chain(graph.inputs, graph.outputs, *(node.outputs for node in graph))
+        for value in values:
+            if value.shape is not None and any(isinstance(size, int) and size < 0 for size in value.shape):
+                value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in value.shape])
 
 
 def _is_foldable(node: ir.Node) -> bool:

@@ -19,7 +19,7 @@ import onnxq
 from onnxq import graph as graphs
 from onnxq import kinds, recipes, targets
 from onnxq import model as models
-from onnxq.calibration import observers, side_car, weight_ranges
+from onnxq.calibration import observers, side_car, sizes, weight_ranges
 from onnxq.calibration.data import Source
 from onnxq.calibration.noise import Noise
 from onnxq.check import Check, bare_float_run, check
@@ -39,7 +39,7 @@ Array = np.ndarray[Any, Any]
 LOW_SQNR_DB = 10.0
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """A quantized model and what it cost.
 
@@ -56,6 +56,13 @@ class Result:
     numbers: dict[str, Any]
     tensors: list[dict[str, Any]] = field(default_factory=list)
     subgraphs: list[Subgraph] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """The closing table in plain lines: a model of thousands of nodes would fill a notebook."""
+        from onnxq.report.metrics import json_safe
+        from onnxq.report.table import plain_lines
+
+        return "\n".join(plain_lines(json_safe(self.numbers)))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the model, whole or not at all, with a graph for each group of steps where there are such."""
@@ -80,8 +87,9 @@ def quantize(
             inputs, which is said in the result's warnings.
         output: Where to write the result; ``None`` writes nothing.
         settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
-            ``activations``, ``first_last``, ``base``, ``rotate``, ``low_rank``, ``samples``, ``exclude``, ``seed``,
-            ``device``, ``workers``, ``ray``, ``synthesis``, ``statistics``, ``budget``, ``knobs``, ``preprocess``;
+            ``activations``, ``first_last``, ``base``, ``rotate``, ``low_rank``, ``samples``, ``shapes``, ``exclude``,
+            ``seed``, ``device``, ``workers``, ``ray``, ``synthesis``, ``statistics``, ``budget``, ``knobs``,
+            ``preprocess``;
             for a denoiser without data ``scheduler``, ``steps``, ``guidance``, ``conditions``.
         progress: Where to say what is being done; by default nowhere.
         **options: The fields of :class:`Settings`.
@@ -108,6 +116,7 @@ def quantize(
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
         models.check_float(loaded)
+        sizes.choose(loaded, settings.shapes)
         kind = kinds.kind_of(loaded)  # of the float graph: what is rewritten for a target is harder to tell
         if settings.statistics is not None:
             side_car.attach(loaded, Path(settings.statistics))

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from conftest import add_weights
 
 import onnxq
 from onnxq import kinds, runtime
@@ -186,3 +187,53 @@ def test_weights_that_are_not_there_are_no_zeros(network: Path) -> None:
     network.write_bytes(model.SerializeToString())
     with pytest.raises(OnnxqError, match=r"tensor 'w2'.*none at all"):
         models.load(network)
+
+
+SAME_TWICE = """
+<ir_version: 8, opset_import: ["" : 17]>
+same (float[N,64] x, bool yes) => (float[N,64] y1, float[N,64] y2, float[N,64] t, float[N,64] chosen)
+{
+    t = MatMul (x, w)
+    y1 = Identity (t)
+    y2 = Identity (t)
+    z = Relu (t)
+    chosen = If (yes) <
+        then_branch = yes_branch () => (float[N,64] a) { a = Identity (z) },
+        else_branch = no_branch () => (float[N,64] b) { b = Neg (z) }
+    >
+}
+"""
+
+
+def test_outputs_that_are_one_value_keep_their_names_and_branches_their_own_outputs(tmp_path: Path) -> None:
+    path = models.save(add_weights(SAME_TWICE, {"w": (64, 64)}), tmp_path / "m.onnx")
+    loaded = models.load(path)
+    assert [value.name for value in loaded.graph.outputs] == ["y1", "y2", "t", "chosen"]
+    feed = {"x": np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32), "yes": np.asarray(True)}
+    for one, other in zip(Session(path).run(feed), Session(loaded).run(feed), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+SIZES_OF_MINUS_ONE = """
+<ir_version: 8, opset_import: ["" : 11]>
+free (float[N,3,H,W] x) => (float[N,8] y)
+{
+    a = Conv (x, w1)
+    p = GlobalAveragePool (a)
+    f = Flatten (p)
+    y = Softmax (f)
+}
+"""
+
+
+def test_sizes_of_minus_one_are_free(tmp_path: Path) -> None:
+    model = add_weights(SIZES_OF_MINUS_ONE, {"w1": (8, 3, 3, 3)})
+    proto = ir.to_proto(model)
+    for value in (*proto.graph.input, *proto.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param:
+                dimension.dim_value = -1
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    feed = {"x": np.random.default_rng(0).normal(size=(2, 3, 9, 7)).astype(np.float32)}
+    np.testing.assert_allclose(Session(models.load(path)).run(feed)[0], Session(path).run(feed)[0], rtol=1e-5)

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.calibration.batch_axis import whole_inputs
+from onnxq.calibration.sizes import dimensions_of
 from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
@@ -46,7 +47,7 @@ class InputSpec:
     Attributes:
         name: The input's name.
         dtype: Its numpy dtype.
-        shape: Its dimensions; ``None`` where they are free.
+        shape: Its dimensions; ``None`` where they are free and none was chosen (:mod:`onnxq.calibration.sizes`).
         is_whole: Whether it has no batch axis: one for all rows of a batch, as a timestep of rank 0.
     """
 
@@ -72,8 +73,7 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
     inputs = [value for value in model.graph.inputs if not value.is_initializer() and value.name is not None]
     whole = whole_inputs(inputs)
     for value in inputs:
-        # Some exporters write -1 or 0 for what is free.
-        dimensions = tuple(size if isinstance(size, int) and size > 0 else None for size in value.shape or ())
+        dimensions = dimensions_of(value)
         dtype = np.dtype((value.dtype or ir.DataType.FLOAT).numpy())
         if math.prod(size or 1 for size in dimensions) * dtype.itemsize > LARGEST_INPUT_BYTES:
             raise OnnxqError(

@@ -11,6 +11,7 @@ from onnxq.calibration.data import Array, InputSpec, Preprocessing, Sample
 from onnxq.errors import OnnxqError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+USUAL_SIDE = 224  # of images whose size neither the model nor the user says
 MOST_PIXELS = 1 << 26  # of an image that is to be cropped: a strip would become gigabytes first
 
 
@@ -38,7 +39,13 @@ class Images:
                 f"expected an image input of 1 or 3 channels, found {self.spec.name} {list(self.spec.shape)}",
                 hint="write an .npz keyed by the model's input names instead",
             )
-        self.height, self.width = height or 224, width or 224
+        self.height, self.width = height or USUAL_SIDE, width or USUAL_SIDE
+        self.notes = []
+        if not height or not width:
+            self.notes.append(
+                f"images were made {self.height}×{self.width}, because the model leaves their size free: --shapes "
+                f"{self.spec.name}:… says another"
+            )
         self.files = list(files)
         self.preprocessing = preprocessing
         classes = sorted({file.parent.name for file in files if file.parent != folder})

@@ -10,6 +10,13 @@ from onnxq.calibration.data import InputSpec, Sample
 from onnxq.errors import OnnxqError
 
 
+def _example(spec: InputSpec) -> str:
+    """The input's shape with one row and a size of 224 wherever it is free."""
+    return "x".join(
+        str(size or (1 if axis == 0 and not spec.is_whole else 224)) for axis, size in enumerate(spec.shape)
+    )
+
+
 class Noise:
     """Standard normal samples in the shape of the model's float inputs.
 
@@ -28,8 +35,9 @@ class Noise:
                 )
             if None in spec.row_shape:
                 raise OnnxqError(
-                    f"expected calibration data for input {spec.name!r}, whose size is free, found no --data",
-                    hint="give --data FILE.npz keyed by input name",
+                    f"expected the size of input {spec.name!r}, which the model leaves free, found neither data nor "
+                    "--shapes",
+                    hint=f"give --shapes {spec.name}:{_example(spec)} with your sizes, or --data",
                 )
         self.specs = list(specs)
         self.count = count

@@ -96,6 +96,16 @@ SequenceLength = Annotated[
     typer.Option(help="For text files: tokens in a sample, where the model does not fix it.", show_default="256"),
 ]
 
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shapes",
+        metavar="NAME:SHAPE",
+        help="Size of an input that the model leaves free, such as x:1x3x640x640, for what is made and for images; "
+        "repeatable. The result keeps its free sizes.",
+        show_default=False,
+    ),
+]
 
 StatisticsPath = Annotated[
     Path | None,
@@ -107,6 +117,13 @@ StatisticsPath = Annotated[
         show_default=False,
     ),
 ]
+
+
+def sizes_of(shapes: Sequence[str] | None) -> dict[str, tuple[int, ...]] | None:
+    """What ``--shapes`` says, as a setting."""
+    from onnxq.calibration.sizes import parse_shapes
+
+    return parse_shapes(shapes) if shapes else None
 
 
 STDOUT = Path("-")  # what --json takes for standard output

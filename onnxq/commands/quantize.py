@@ -18,6 +18,7 @@ from onnxq.commands.common import (
     ReportPath,
     Scheduler,
     SequenceLength,
+    Shapes,
     StatisticsPath,
     Steps,
     Tokenizer,
@@ -25,6 +26,7 @@ from onnxq.commands.common import (
     check_destinations,
     progress,
     show,
+    sizes_of,
     write_json,
     write_report,
 )
@@ -98,6 +100,7 @@ def quantize(
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="Use so many samples of the data (all of them if not given).")
     ] = None,
+    shapes: Shapes = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Node names or ops to keep in float (`*` matches anything); repeatable."),
@@ -186,6 +189,7 @@ def quantize(
         "rotate": rotate or None,
         "low_rank": low_rank,
         "samples": samples,
+        "shapes": sizes_of(shapes),
         "exclude": tuple(exclude) if exclude else None,
         "seed": seed,
         "synthesis": synthesis,

@@ -14,9 +14,11 @@ from onnxq.commands.common import (
     ModelPath,
     Quiet,
     Scheduler,
+    Shapes,
     Steps,
     check_destinations,
     progress,
+    sizes_of,
     write_json,
     write_report,
 )
@@ -38,6 +40,7 @@ def sample(
             show_default=False,
         ),
     ] = None,
+    shapes: Shapes = None,
     scheduler: Scheduler = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -96,6 +99,7 @@ def sample(
             "guidance": guidance,
             "conditions": None if conditions is None else str(conditions),
             "seed": seed,
+            "shapes": sizes_of(shapes),
             "device": device,
         }
     )

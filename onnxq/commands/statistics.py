@@ -12,9 +12,11 @@ from onnxq.commands.common import (
     ModelPath,
     Quiet,
     SequenceLength,
+    Shapes,
     Tokenizer,
     check_destinations,
     progress,
+    sizes_of,
     write_json,
 )
 
@@ -26,6 +28,7 @@ def statistics(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="NPZ", help="Where to write.", show_default=False)],
     samples: Annotated[int | None, typer.Option("--samples", "-n", min=1, help="Use so many samples.")] = None,
+    shapes: Shapes = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML with the preprocessing of images, as for `quantize`.")
     ] = None,
@@ -44,13 +47,17 @@ def statistics(
     import time
 
     from onnxq import model as models
-    from onnxq.calibration import side_car
+    from onnxq.calibration import side_car, sizes
     from onnxq.calibration.data import Preprocessing, input_specs, open_source
     from onnxq.config import make_settings, read_yaml, with_text
 
     check_destinations([model, data, tokenizer, config], output, json_path)
-    settings = make_settings(with_text(read_yaml(config) if config else {}, tokenizer, sequence_length))
+    settings = make_settings(
+        with_text(read_yaml(config) if config else {}, tokenizer, sequence_length)
+        | ({"shapes": sizes_of(shapes)} if shapes else {})
+    )
     loaded = models.load(model)
+    sizes.choose(loaded, settings.shapes)
     source = open_source(data, input_specs(loaded), Preprocessing(**settings.preprocess.model_dump()))
     total = min(len(source), samples or len(source))
     started = time.perf_counter()

@@ -15,9 +15,11 @@ from onnxq.commands.common import (
     ModelPath,
     Quiet,
     ReportPath,
+    Shapes,
     StatisticsPath,
     check_destinations,
     progress,
+    sizes_of,
     write_json,
     write_report,
 )
@@ -50,6 +52,7 @@ def synthesize(
     ] = None,
     budget: Annotated[str, typer.Option(help="quick, default or paper: how many steps each batch takes.")] = "default",
     steps: Annotated[int, typer.Option(min=0, help="Steps for each batch instead.")] = 0,
+    shapes: Shapes = None,
     grid: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the images too.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same inputs.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -65,7 +68,7 @@ def synthesize(
     import numpy as np
 
     from onnxq import model as models
-    from onnxq.calibration import side_car
+    from onnxq.calibration import side_car, sizes
     from onnxq.calibration.data import RANGE_RULE_KEY, input_specs
     from onnxq.config import make_settings
     from onnxq.inputs import default_count
@@ -75,9 +78,10 @@ def synthesize(
     from onnxq.writing import atomic_folder
 
     check_destinations([model, statistics], output, grid, report, json_path)
-    settings = make_settings({"budget": budget, "seed": seed, "device": device})
+    settings = make_settings({"budget": budget, "seed": seed, "device": device, "shapes": sizes_of(shapes)})
     get(method)
     loaded = models.load(model)
+    sizes.choose(loaded, settings.shapes)
     if statistics is not None:
         side_car.attach(loaded, statistics)
     started = time.perf_counter()

@@ -15,10 +15,12 @@ from onnxq.commands.common import (
     Quiet,
     RayAddress,
     Scheduler,
+    Shapes,
     Steps,
     WorkerCount,
     check_destinations,
     progress,
+    sizes_of,
     write_json,
 )
 
@@ -26,6 +28,7 @@ from onnxq.commands.common import (
 def trajectories(
     model: ModelPath,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="NPZ", help="Where to write.", show_default=False)],
+    shapes: Shapes = None,
     scheduler: Scheduler = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -74,6 +77,7 @@ def trajectories(
             "guidance": guidance,
             "conditions": None if conditions is None else str(conditions),
             "seed": seed,
+            "shapes": sizes_of(shapes),
             "device": device,
             "workers": workers,
             "ray": ray,

@@ -135,7 +135,7 @@ def find(model: ir.Model) -> Denoiser:
     if channels is None or None in sample.shape[2:]:
         raise OnnxqError(
             f"expected a sample of known size, found {sample.name!r} {_shown(sample.shape)}",
-            hint="export the denoiser with only its batch free",
+            hint=f"give --shapes {sample.name}:1x4x64x64 with your sizes, or export it with only its batch free",
         )
     return Denoiser(tuple(specs), sample, timestep, conditions, output, channels, tables[timestep.name])
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from onnxq.calibration import sizes
 from onnxq.config import Settings
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion import schedule as schedules
@@ -35,11 +36,12 @@ def open_sampler(model: ir.Model, path: Path | None, settings: Settings) -> tupl
     Args:
         model: The denoiser.
         path: Its file.
-        settings: ``scheduler``, ``steps``, ``guidance``, ``conditions`` and ``seed`` are read.
+        settings: ``scheduler``, ``steps``, ``guidance``, ``conditions``, ``seed`` and ``shapes`` are read.
 
     Raises:
         OnnxqError: the model is no denoiser, or schedule, guidance or conditions do not fit it.
     """
+    sizes.choose(model, settings.shapes)
     denoiser = denoisers.find(model)
     conditions = denoisers.open_conditions(None if settings.conditions is None else Path(settings.conditions), denoiser)
     file = None if settings.scheduler is None else Path(settings.scheduler)
