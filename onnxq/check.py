@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from onnxq.calibration.recording import thinned
 from onnxq.calibration.text import without_padding
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
+from onnxq.report.metrics import Sqnr, padded_alike
+from onnxq.report.quality import is_float, size_warning
 from onnxq.runtime import Feed, Session, integer_kernels, optimized_session, tapped_together
 
 Array = np.ndarray[Any, Any]
@@ -63,38 +66,31 @@ def check(job: Job) -> Check:
         inner = [name for name in tapped if name not in inputs]
         reference = Session(job.model, taps=inner, optimize=False, device=job.settings.device, arena=False)
         judged = reference if literal or optimized is None else optimized
-        ratio = _Ratio()
+        ratio, differing = Sqnr(), dict[str, str]()
         for feed, expected in job.recording.kept:
-            for wanted, found in zip(expected, judged.run(feed, judged.output_names[: len(expected)]), strict=True):
-                ratio.add(without_padding(feed, wanted), without_padding(feed, found))
+            names = judged.output_names[: len(expected)]
+            for name, wanted, found in zip(names, expected, judged.run(feed, names), strict=True):
+                if not is_float(wanted):
+                    continue
+                if wanted.shape != found.shape:
+                    differing[name] = size_warning(name)
+                    wanted, found = padded_alike(wanted, found)
+                ratio.update(without_padding(feed, wanted), without_padding(feed, found))
+        job.warnings.extend(differing.values())
         layers = _layer_errors(job, reference, inner)
-    if not np.isfinite(ratio.noise):
+    if ratio.not_finite:
         raise OnnxqError(
             "expected finite outputs of the quantized model, found NaN or infinity",
             hint="check that the float model itself stays finite, or --exclude the layers that overflow",
         )
     # The latency of a graph made for TensorRT says nothing when onnxruntime runs it on a CPU.
     deployed = optimized if job.target.name == "cpu" else None
-    return Check(ratio.db, dict(nodes), None if optimized is None else integer_kernels(nodes), layers, deployed)
+    return Check(_decibels(ratio), dict(nodes), None if optimized is None else integer_kernels(nodes), layers, deployed)
 
 
-class _Ratio:
-    """Signal to quantization noise, added up."""
-
-    def __init__(self) -> None:
-        self.signal = self.noise = 0.0
-
-    def add(self, wanted: Array, found: Array) -> None:
-        if wanted.dtype.kind == "f":
-            reference = wanted.astype(np.float64)
-            self.signal += float(np.sum(reference**2))
-            self.noise += float(np.sum((reference - found.astype(np.float64)) ** 2))
-
-    @property
-    def db(self) -> float:
-        if self.noise <= 0:
-            return float("inf")
-        return float(10 * np.log10(max(self.signal, 1e-30) / self.noise))
+def _decibels(ratio: Sqnr) -> float:
+    """A ratio of which nothing was compared (outputs that are no floats) has no noise."""
+    return math.inf if ratio.value is None else ratio.value
 
 
 def _layer_errors(job: Job, session: Session, names: list[str]) -> list[dict[str, Any]]:
@@ -108,15 +104,16 @@ def _layer_errors(job: Job, session: Session, names: list[str]) -> list[dict[str
     for group in tapped_together(values[name] for name in names):
         tapped = [value.name or "" for value in group]
         for name, found in zip(tapped, session.run(job.recording.first_feed, tapped), strict=True):
-            ratio = _Ratio()
-            ratio.add(expected[name], thinned(found))
+            ratio = Sqnr()
+            if is_float(found):
+                ratio.update(*padded_alike(expected[name], thinned(found)))
             producer = values[name].producer()
             layers.append(
                 {
                     "name": (producer.name if producer is not None else name) or name,
                     "op": producer.op_type if producer is not None else "input",
                     "value": name,
-                    "sqnr_db": ratio.db,
+                    "sqnr_db": _decibels(ratio),
                 }
             )
     return sorted(layers, key=lambda layer: (layer["sqnr_db"], layer["name"]))

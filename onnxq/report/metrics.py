@@ -17,6 +17,19 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
+def padded_alike(expected: Array, found: Array) -> tuple[Array, Array]:
+    """Two tensors of one rank with zeros where only the other has elements.
+
+    The size of some outputs depends on their values: boxes that are kept, tokens that are written.
+    """
+    shape = np.maximum(expected.shape, found.shape)
+    first, second = (
+        np.pad(array, [(0, size - own) for size, own in zip(shape, array.shape, strict=True)])
+        for array in (expected, found)
+    )
+    return first, second
+
+
 @dataclass
 class Sqnr:
     """Signal to quantization noise ratio, ``10 log10(sum y² / sum (y - q)²)`` in dB.

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxq.calibration.text import without_padding
 from onnxq.errors import OnnxqError
-from onnxq.report.metrics import Accuracy, Agreement, MeanError, Perplexity, Sqnr
+from onnxq.report.metrics import Accuracy, Agreement, MeanError, Perplexity, Sqnr, padded_alike
 
 Array = np.ndarray[Any, Any]
 
@@ -66,12 +66,15 @@ class Quality:
             OnnxqError: the two models answer in different shapes.
         """
         for name, reference, quantized in zip(self.output_names, expected, found, strict=True):
-            if np.shape(reference) != np.shape(quantized):
+            if np.ndim(reference) != np.ndim(quantized):
                 raise OnnxqError(
                     f"expected output {name!r} to have the shape {list(np.shape(reference))} of the float model, "
                     f"found {list(np.shape(quantized))}",
                     hint="compare a quantized model with the float model that it was made from",
                 )
+            if np.shape(reference) != np.shape(quantized):
+                self._warn_once(size_warning(name))
+                reference, quantized = padded_alike(reference, quantized)
             if is_float(reference) and is_float(quantized):
                 reference, quantized = without_padding(feed, reference), without_padding(feed, quantized)
                 self.sqnr.update(reference, quantized)
@@ -80,7 +83,7 @@ class Quality:
                 self._update_keyed(reference, quantized, keys)
             else:
                 self.equality.update_equal(reference, quantized)
-        if is_float(expected[0]) and is_float(found[0]):
+        if is_float(expected[0]) and is_float(found[0]) and expected[0].shape == found[0].shape:
             self._update_classes(feed, expected[0], found[0], labels)
 
     def merged(self, other: Quality) -> Quality:
@@ -171,6 +174,11 @@ class Quality:
             },
             "warnings": warnings,
         }
+
+
+def size_warning(name: str) -> str:
+    """What to know of an output whose size the two models do not agree on."""
+    return f"the size of output {name!r} depends on its values, and differs: what one model lacks counts as zeros"
 
 
 def is_float(array: object) -> bool:
