@@ -39,6 +39,21 @@ class Group:
         """The value's name."""
         return self.value.name or ""
 
+    def kernel(self, layer: graphs.WeightedNode) -> Array:
+        """The layer's weight as [output channels, channels that each reads, taps of the kernel]."""
+        weight = array_of(layer.weight).astype(np.float64)
+        if layer.node.op_type == "Conv":
+            return weight.reshape(*weight.shape[:2], -1)
+        moved: Array = np.moveaxis(weight, layer.reduction_axis, -1).reshape(-1, self.channels)[:, :, None]
+        return moved
+
+    def channels_read(self, layer: graphs.WeightedNode, outputs: int) -> Array:
+        """Which of the value's channels each output channel reads, [output channels, channels that each reads]."""
+        count = layer.node.attributes.get_int("group", 1) if layer.node.op_type == "Conv" else 1
+        by_group = np.arange(self.channels).reshape(count, -1)
+        read: Array = np.repeat(by_group, outputs // count, axis=0)
+        return read
+
     def matrix(self, layer: graphs.WeightedNode) -> Array:
         """The layer's weight as [output channels, channels of the value]; a kernel as its largest magnitudes."""
         weight = array_of(layer.weight)

@@ -8,14 +8,16 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import pytest
+import torch
 from conftest import add_weights
 
 import onnxq
+from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration.channels import KEPT_ROWS, ChannelStatistics, record_channels
 from onnxq.calibration.data import Iterables, input_specs
 from onnxq.config import make_settings
 from onnxq.job import Job
-from onnxq.learning.channel_scales import migration, weight_maxima
+from onnxq.learning.channel_scales import expected_error, migration, round_matrix, weight_maxima, weight_specs
 from onnxq.passes.smooth_activations import SmoothActivations, groups, is_foldable
 from onnxq.progress import Progress
 from onnxq.recipes.smoothquant import SmoothQuant
@@ -276,7 +278,7 @@ def test_smoothquant_takes_outliers_out_of_an_activation(search: bool) -> None:
     errors = []
     samples = [{"x": np.random.default_rng(4).standard_normal((32, 5, 16)).astype(np.float32)}]
     expected = Session(model).run(samples[0])[0]
-    for recipe in (Static(observer="minmax"), SmoothQuant(search=search, observer="minmax")):
+    for recipe in (Static(observer="minmax", smooth=0.0), SmoothQuant(search=search, observer="minmax")):
         copied = ir.from_proto(ir.to_proto(model))
         target = get_target("cpu")
         settings = make_settings({})
@@ -284,6 +286,82 @@ def test_smoothquant_takes_outliers_out_of_an_activation(search: bool) -> None:
         recipe.run(job)
         errors.append(np.square(Session(job.model).run(samples[0])[0] - expected).mean())
     assert errors[1] < errors[0] / 4
+
+
+# What PaddleOCR's readers of text are made of: a scalar Mul and Add between a HardSwish and a depthwise convolution.
+DEPTHWISE = f"""{HEAD}
+depthwise (float[N,16,9,9] x) => (float[N,32] y)
+<float[1] half = {{0.5}}, float[1] less = {{-0.2}}>
+{{
+    [first] a = Conv (x, w1, b1)
+    h = HardSwish (a)
+    m = Mul (half, h)
+    s = Add (m, less)
+    [deep] d = Conv <group=16, pads=[1, 1, 1, 1]> (s, w2)
+    r = Relu (d)
+    [last] c = Conv (r, w3)
+    p = GlobalAveragePool (c)
+    y = Flatten (p)
+}}
+"""
+DEPTHWISE_SHAPES = {"w1": (16, 16, 1, 1), "b1": (16,), "w2": (16, 1, 3, 3), "w3": (32, 16, 1, 1)}
+
+
+def uneven() -> ir.Model:
+    """A network in which one channel is three hundred times the others, before weights that are so much smaller."""
+    model = build(DEPTHWISE, DEPTHWISE_SHAPES)
+    for name, factor in (("w1", 300.0), ("b1", 300.0), ("w2", 1 / 300.0)):
+        array = model.graph.initializers[name].const_value.numpy().copy()
+        array[3] *= factor
+        model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    return model
+
+
+def test_channels_that_stick_out_between_convolutions_are_levelled_by_default(tmp_path: Path) -> None:
+    path = tmp_path / "depthwise.onnx"
+    ir.save(uneven(), path)
+    data = [{"x": np.random.default_rng(5).standard_normal((32, 16, 9, 9)).astype(np.float32)}]
+    plain, smooth = (onnxq.quantize(path, data, knobs={"smooth": smooth}) for smooth in (0, 0.75))
+    assert smooth.numbers["sqnr_db"] > plain.numbers["sqnr_db"] + 12
+    assert len(smooth.model.graph) == len(plain.model.graph)
+
+
+def test_the_expected_error_of_a_convolution_is_near_the_one_it_makes() -> None:
+    model = uneven()
+    x = np.random.default_rng(6).standard_normal((24, 16, 9, 9)).astype(np.float32)
+    target = get_target("tensorrt")
+    scheme = target.scheme(None, None)
+    specs = weight_specs(target.place(model.graph, scheme))
+    found = {group.name: group for group in groups(model.graph, convolutions=True)}
+    recorded = record_channels(model, {"s": 1, "r": 1}, Iterables([{"x": x}]), input_specs(model), samples=24)
+    for name, output in (("s", "d"), ("r", "c")):
+        group, statistics = found[name], recorded[name]
+        for alpha in (0.5, 1.0):
+            scale = migration(statistics.maxima, weight_maxima(group), alpha)
+            expected = expected_error(group, statistics, scale, specs, scheme.activations)
+            exact, rounded = outputs_of(group, statistics, scale, specs, scheme, model, x, output)
+            shares = np.square(rounded - exact).mean(axis=(0, 2, 3)) / np.square(exact).mean(axis=(0, 2, 3))
+            assert 0.4 < expected / shares.mean() < 2.5
+
+
+def outputs_of(group, statistics, scale, specs, scheme, model, x, output):  # type: ignore[no-untyped-def]
+    """The layer's output in float, and with its input and its weight rounded after a scale."""
+    value, exact = Session(model, taps=[group.name, output]).run({"x": x}, [group.name, output])
+    layer = group.layers[0].node
+    spread = scale.reshape(1, -1, 1, 1)
+    low, high = (statistics.low / scale).min(), (statistics.high / scale).max()
+    step, zero_point = scale_and_zero_point(low, high, scheme.activations.format, symmetric=True)
+    weight = layer.inputs[1].const_value.numpy().astype(np.float64)
+    depthwise = weight.shape[1] == 1
+    factor = scale.reshape(-1, 1, 1, 1) if depthwise else spread
+    flat = (weight * factor).reshape(len(weight), -1)
+    codes = round_matrix(flat, specs[layer]).reshape(weight.shape) / factor
+    rounded = fake_quantize(value / spread, step, zero_point, scheme.activations.format) * spread
+    pads = 1 if depthwise else 0
+    found = torch.nn.functional.conv2d(
+        torch.from_numpy(rounded), torch.from_numpy(codes), padding=pads, groups=len(scale) if depthwise else 1
+    )
+    return exact, found.numpy()
 
 
 def test_weight_maxima_are_over_all_layers_of_a_group() -> None:

@@ -14,7 +14,8 @@ from onnxq.runtime import Session
 Array = np.ndarray[Any, Any]
 
 KEPT_ROWS = 1024  # of each value: enough for the error of a layer's output
-BATCH = 4  # few, because every tapped value of a batch is in memory at once
+LARGEST_BATCH = 4
+TAPPED_BYTES_PER_BATCH = 16 << 20  # every tapped value of a batch is in memory at once
 
 
 class ChannelStatistics:
@@ -98,8 +99,11 @@ def record_channels(
     inputs = {spec.name for spec in specs}
     inner = [name for name in axes if name not in inputs]
     session = Session(model, taps=inner, device=device)
+    first = inputs_of(next(batches(source, specs, batch_size=1, samples=1)), specs)
+    tapped_bytes = sum(value.nbytes for value in session.run(first, inner)) if inner else 0
+    size = max(1, min(LARGEST_BATCH, TAPPED_BYTES_PER_BATCH // max(tapped_bytes, 1)))
     done = 0
-    for batch in batches(source, specs, batch_size=BATCH, samples=samples):
+    for batch in batches(source, specs, batch_size=size, samples=samples):
         feed = inputs_of(batch, specs)
         values = dict(zip(inner, session.run(feed, inner), strict=True)) if inner else {}
         for name, statistics in found.items():

@@ -18,6 +18,8 @@ from onnxq.targets import Placement
 Array = np.ndarray[Any, Any]
 
 JUDGED_OUTPUTS = 4096
+SMALLEST_SHARE = 1e-6  # of the largest power: what is below it is silent
+TINY = float(np.finfo(np.float32).tiny)
 SMALLEST = 1e-5  # of a maximum: below it a channel is as good as always zero
 
 
@@ -72,13 +74,15 @@ def least_output_error(
     """The scale with which the outputs of the group's layers come out best, once weights and activations are rounded.
 
     Args:
-        group: Matrix products that read one value.
+        group: Layers that read one value; with a convolution among them their error is an estimate.
         statistics: Of that value; its rows are the test.
         candidates: Scales to try.
         specs: How the weights of nodes are quantized; a node that is not there keeps its weight.
         activations: How the value is quantized; ``None`` keeps it float.
     """
     candidates = list(candidates)
+    if activations is not None and any(layer.node.op_type == "Conv" for layer in group.layers):
+        return min(candidates, key=lambda scale: expected_error(group, statistics, scale, specs, activations))
     errors, _ = output_errors(group, statistics, [(scale, False) for scale in candidates], specs, activations)
     return candidates[int(np.argmin(errors.sum(axis=1)))]
 
@@ -117,6 +121,44 @@ def output_errors(
             rounded = scaled if spec is None else round_matrix(scaled, spec)
             errors[index] += np.square(inputs[index] @ rounded.T - exact).sum(axis=1, dtype=np.float64)
     return errors, power
+
+
+def expected_error(
+    group: Group,
+    statistics: ChannelStatistics,
+    scale: Array,
+    specs: Mapping[ir.Node, Spec],
+    activations: Spec,
+) -> float:
+    """The error that one scale leaves of the layers' outputs, as a share of each output channel's own power.
+
+    Of its own, because what comes behind gives each channel a weight that its size does not tell. Errors of channels,
+    and of the taps of a kernel, count as independent: then what rounding does to each channel of the value, times the
+    squared weights that read it, and what it does to each weight, times the squared value, add up.
+
+    Args:
+        group: Layers that read one value, convolutions or products.
+        statistics: Of that value; its rows are the test.
+        scale: What each channel is divided by.
+        specs: How the weights of nodes are quantized; a node that is not there keeps its weight.
+        activations: How the value is quantized.
+    """
+    rows = statistics.rows.astype(np.float64)
+    rounded = _round_activations(statistics, statistics.rows, scale.astype(np.float32), activations, False)
+    noise = np.square(rounded * scale - rows).mean(axis=0)
+    power = np.square(rows).mean(axis=0)
+    total = 0.0
+    for layer in group.layers:
+        weight, spec = group.kernel(layer), specs.get(layer.node)  # [outputs, channels they read, taps]
+        read = group.channels_read(layer, len(weight))  # [outputs, channels they read]
+        squared = np.square(weight).sum(axis=2)
+        error, signal = (squared * noise[read]).sum(axis=1), (squared * power[read]).sum(axis=1)
+        if spec is not None:
+            scaled = weight * scale[read][:, :, None]
+            codes = round_matrix(scaled.reshape(len(weight), -1), spec).reshape(weight.shape)
+            error += (np.square((codes - scaled) / scale[read][:, :, None]).sum(axis=2) * power[read]).sum(axis=1)
+        total += float((error / np.maximum(signal, SMALLEST_SHARE * signal.max() + TINY)).mean())
+    return total
 
 
 def _judged(group: Group, layer: graphs.WeightedNode) -> Array:

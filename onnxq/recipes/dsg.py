@@ -39,4 +39,4 @@ class Dsg:
 
     def run(self, job: Job) -> None:
         """Quantize the job's model on inputs that were distilled before."""
-        Static(observer=self.observer, bias_correction=False).run(job)
+        Static(observer=self.observer, bias_correction=False, smooth=0.0).run(job)

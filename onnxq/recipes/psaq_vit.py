@@ -46,4 +46,4 @@ class PsaqVit:
 
     def run(self, job: Job) -> None:
         """Quantize the job's model on images that were made before."""
-        Static(observer=self.observer, bias_correction=False).run(job)
+        Static(observer=self.observer, bias_correction=False, smooth=0.0).run(job)

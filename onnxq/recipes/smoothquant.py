@@ -77,7 +77,7 @@ class SmoothQuant:
         for group in found:
             statistics, weights = recorded[group.name], weight_maxima(group)
             scale = migration(statistics.maxima, weights, self.alpha)
-            if self.search and all(layer.node.op_type != "Conv" for layer in group.layers):
+            if self.search:
                 tried = [np.ones(group.channels), *(migration(statistics.maxima, weights, alpha) for alpha in ALPHAS)]
                 scale = least_output_error(group, statistics, tried, specs, job.scheme.activations)
             scales[group.name] = scale

@@ -8,18 +8,17 @@ from onnxq.calibration import bias_correction, calibrate, observers, weight_rang
 from onnxq.calibration.one_sided import free_zero_points
 from onnxq.diffusion.step_floor import hold_floor
 from onnxq.job import Job
-from onnxq.learning.smoothing import smooth_text_models
+from onnxq.learning.smoothing import smooth
 from onnxq.passes.equalize_layers import EqualizeLayers
-
-SMOOTHING_SAMPLES = 32
 
 
 @dataclass(frozen=True)
 class Static:
     """Ranges from one pass over the data, nearest rounding, integer weights.
 
-    1. Rewrite the graph so that the target's kernels match (BatchNormalization and Pad folded). In a model that reads
-       text, take outliers of channels into the weights, and give tokens scales where that pays.
+    1. Rewrite the graph so that the target's kernels match (BatchNormalization and Pad folded). Take outliers of
+       channels into the weights: in a model that reads text also by nodes where they pay, tokens getting scales too; in
+       others, denoisers apart, where it costs no node and the layers gain by it.
     2. Insert Q/DQ where the target wants them; for a denoiser, find the layers that have to stay float first.
     3. Run the float graph once over the data; statistics become activation scales.
     4. Weight scales come from the weights, per output channel.
@@ -39,7 +38,8 @@ class Static:
         weight_ranges: How a range follows from the weights: ``minmax``; ``mse``, the clip with the least error; or
             ``few``, the best of five clips, which takes a tenth of the time.
         smooth: How much of what single channels of a model that reads text are larger than others goes into its weights
-            first (G. Xiao et al., ICML 2023, arXiv 2211.10438), between 0, which turns it off, and 1; integers only.
+            first (G. Xiao et al., ICML 2023, arXiv 2211.10438), between 0 and 1; others find it for each group of
+            layers. 0 turns it off for all; integers only.
         step_floor_db: SQNR that a denoiser keeps in every sampler step: the layers that make the most error in the
             worst steps stay float until it does. 0 turns it off; data without steps has none to keep.
     """
@@ -58,7 +58,7 @@ class Static:
         if self.equalize:
             EqualizeLayers()(job.model)
         if self.smooth > 0:
-            smooth_text_models(job, self.smooth, SMOOTHING_SAMPLES)
+            smooth(job, self.smooth)
         self.quantize(job)
 
     def quantize(self, job: Job) -> None:

@@ -70,4 +70,4 @@ class ZeroQ:
                 weight_ranges=self.weight_ranges,
             ).run(job)
         else:
-            Static(observer=self.observer, bias_correction=False).run(job)
+            Static(observer=self.observer, bias_correction=False, smooth=0.0).run(job)
