@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.arithmetic import scale_and_zero_point
+from onnxq.calibration.let_through import Interval, let_through
 from onnxq.calibration.observers import Observer, Range, Statistics, minmax, with_headroom
 from onnxq.formats import NumberFormat, one_sided, parse_format
 from onnxq.passes.insert_qdq import CLIP, FORMAT, STATISTICS, SYMMETRIC
@@ -27,18 +28,20 @@ def set_activation_scales(model: ir.Model, statistics: dict[str, Statistics], ob
     container holds them, its zero point stays 0, and after a Relu that is one bit more.
     """
     ranges: dict[str, Range] = {}
-    chosen_ranges: dict[tuple[str, str], Range] = {}  # a value may have quantizers of several formats
+    # A value may have quantizers of several formats, and readers that tell other values apart.
+    chosen_ranges: dict[tuple[str, str, Interval], Range] = {}
     for node in model.graph:
         if not graphs.is_quantize(node) or graphs.is_constant(node.inputs[0]):
             continue
         name = node.metadata_props[STATISTICS]
         symmetric = node.metadata_props[SYMMETRIC] == "1"
         number_format = _format_for(node, statistics[name], symmetric)
-        key = (name, number_format.name)
+        interval = let_through(node)
+        key = (name, number_format.name, interval)
         if key not in chosen_ranges:
             rule = minmax if _is_normalised(node) else observer
-            found = rule(statistics[name], number_format, symmetric)
-            chosen_ranges[key] = with_headroom(found, statistics[name], number_format)
+            seen = statistics[name].between(*interval)
+            chosen_ranges[key] = with_headroom(rule(seen, number_format, symmetric), seen, number_format)
         chosen = chosen_ranges[key]
         ranges.setdefault(name, chosen)
         if symmetric and not number_format.signed:

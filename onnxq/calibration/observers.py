@@ -7,6 +7,7 @@ strided sample of the values: the full histogram costs more than the network its
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,19 @@ class Statistics:
         dense[self._bins] = self._counts
         dense[other._bins] += other._counts
         self._keep(dense)
+
+    def between(self, low: float, high: float) -> Statistics:
+        """The same with every value moved to the nearer end where it lies beyond one."""
+        self._flush()
+        if low <= self.low and high >= self.high:
+            return self
+        moved = copy.copy(self)
+        moved.low, moved.high = (float(np.clip(end, low, high)) for end in (self.low, self.high))
+        lows, highs = low * self.rows, high * self.rows  # of one row a mean that is moved is exact, of many nearly so
+        moved.sum_of_lows, moved.sum_of_highs = (
+            float(np.clip(total, lows, highs)) for total in (self.sum_of_lows, self.sum_of_highs)
+        )
+        return moved
 
     def _flush(self) -> None:
         if self._pending:
