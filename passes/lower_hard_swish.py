@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
 from onnxq.folding import array_of, new_initializer
+from onnxq.passes.level_gates import GATED
+
+Array = np.ndarray[Any, Any]
 
 LARGEST_CODE = 255
+HALF_CODE = 128  # half a code above the middle: what is at or below -½ has the lowest code
 EIGHT_BITS = (ir.DataType.UINT8, ir.DataType.INT8)
 
 
@@ -28,6 +34,9 @@ class LowerHardSwish(InPlacePass):
     The sixth costs nothing, since it is only another meaning of the same codes, and neither does the clip, since codes
     of step 1/255 end at 0 and 1. onnxruntime has no integer HardSwish: two integer kernels take 0.4 of the time of
     DequantizeLinear, HardSigmoid, Mul and QuantizeLinear. The gate is rounded to 1/255, as that of a Sigmoid is.
+
+    One whose channels were levelled, Mul(s) ─► HardSigmoid ─► Mul, has its sixth and its scales in one product of
+    codes before the Add: three kernels.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -35,7 +44,51 @@ class LowerHardSwish(InPlacePass):
         found = [node for node in model.graph if _is_between_codes(node)]
         for node in found:
             _rewrite(model.graph, node)
-        return PassResult(model, bool(found))
+        levelled = [node for node in model.graph if _is_levelled(node)]
+        for node in levelled:
+            _rewrite_levelled(model.graph, node)
+        return PassResult(model, bool(found or levelled))
+
+
+def _is_levelled(argument: ir.Node) -> bool:
+    """Whether a node is the Mul that gives a HardSigmoid between codes its argument back."""
+    source = argument.inputs[0] if GATED in argument.metadata_props else None
+    if source is None or not graphs.is_dequantized(source):
+        return False
+    opened = graphs.consumers(argument.outputs[0])[0][0]
+    readers = graphs.consumers(opened.outputs[0]) if graphs.is_op(opened, "HardSigmoid") else []
+    return len(readers) == 1 and graphs.is_quantize(readers[0][0]) and _is_eight_bits(readers[0][0])
+
+
+def _is_eight_bits(quantize: ir.Node) -> bool:
+    return len(quantize.inputs) == 3 and all(
+        value is not None and graphs.is_constant(value) and (index == 0 or value.dtype in EIGHT_BITS)
+        for index, value in enumerate(quantize.inputs[1:])
+    )
+
+
+def _rewrite_levelled(graph: ir.Graph, argument: ir.Node) -> None:
+    """The argument as a product of codes, raised by a half as any other."""
+    opened = graphs.consumers(argument.outputs[0])[0][0]
+    quantize = graphs.consumers(opened.outputs[0])[0][0]
+    make = _Maker(graph, opened.outputs[0], opened.name or "", *quantize.inputs[1:3])
+    sixths = array_of(argument.inputs[1]).astype(np.float64) / 6
+    step = float(sixths.max()) / LARGEST_CODE
+    codes = make.code("sixths", np.rint(sixths / step) + make.lowest)
+    zero = make.code("gate_zero_point", make.lowest)
+    factors = make.op("sixths_dequantized", "DequantizeLinear", codes, make.number("sixths_scale", step), zero)
+    product = make.op("product", "Mul", argument.inputs[0], factors)
+    pair = make.number("product_scale", 1 / LARGEST_CODE), make.code("product_zero_point", make.lowest + HALF_CODE)
+    product_codes = make.op("product_quantized", "QuantizeLinear", product, *pair)
+    gate_codes, gate_scale = make.gate(make.op("sixth", "DequantizeLinear", product_codes, *pair), zero)
+    factors.shape = ir.Shape(sixths.shape)
+    graph.insert_before(argument, make.tape.nodes)
+    for reader, _ in graphs.consumers(quantize.outputs[0]):
+        reader.replace_input_with(1, gate_scale)
+        reader.replace_input_with(2, zero)
+    ir.convenience.replace_all_uses_with(quantize.outputs[0], gate_codes)
+    for node in (quantize, opened, argument):
+        graph.remove(node, safe=True)
 
 
 def _is_between_codes(node: ir.Node) -> bool:
@@ -59,36 +112,56 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     dequantize = activation.producer() if activation is not None else None
     assert activation is not None and dequantize is not None
     codes, scale, zero_point = dequantize.inputs
-    step, storage = array_of(scale), array_of(zero_point).dtype.type
-    floats, integers = ir.DataType.from_numpy(step.dtype), ir.DataType.from_numpy(array_of(zero_point).dtype)
-    lowest, highest = np.iinfo(storage).min, np.iinfo(storage).max
-    name = output.name or node.name or ""
-
-    def number(suffix: str, value: float) -> ir.Value:
-        return new_initializer(graph, f"{name}_{suffix}", np.asarray(value, step.dtype), floats)
-
-    def code(suffix: str, value: int) -> ir.Value:
-        return new_initializer(graph, f"{name}_{suffix}", np.asarray(value, storage), integers)
-
-    gate_scale, gate_zero = number("gate_scale", 1 / LARGEST_CODE), code("gate_zero_point", lowest)
-    tape = ir.tape.Tape()
-    sixth = tape.op("DequantizeLinear", [codes, number("sixth_scale", float(step) / 6), zero_point])
-    half = tape.op("DequantizeLinear", [code("half", highest), number("half_scale", 0.5 / LARGEST_CODE), gate_zero])
-    raised = tape.op("Add", [sixth, half])
-    gate = tape.op("Clip", [raised, number("gate_low", 0), number("gate_high", 1)])
-    gate_codes = tape.op("QuantizeLinear", [gate, gate_scale, gate_zero])
-    opened = tape.op("DequantizeLinear", [gate_codes, gate_scale, gate_zero])
-    product = tape.op("Mul", [activation, opened])
-    made = (
-        (sixth, "sixth"), (half, "half_dequantized"), (raised, "raised"), (gate, "gate"),
-        (gate_codes, "gate_quantized"), (opened, "gate_dequantized"),
-    )  # fmt: skip
-    for value, suffix in made:
-        value.name, value.dtype = f"{name}_{suffix}", integers if value is gate_codes else floats
-        value.shape = ir.Shape(()) if value is half else output.shape
-        value.producer().name = f"{node.name}_{suffix}"  # type: ignore[union-attr]
-    tape.nodes[-1].name = node.name
-    graph.insert_before(node, tape.nodes)
+    make = _Maker(graph, output, node.name or "", scale, zero_point)
+    zero = make.code("gate_zero_point", make.lowest)
+    sixth_scale = make.number("sixth_scale", float(array_of(scale)) / 6)
+    gate_codes, gate_scale = make.gate(make.op("sixth", "DequantizeLinear", codes, sixth_scale, zero_point), zero)
+    opened = make.op("gate_dequantized", "DequantizeLinear", gate_codes, gate_scale, zero)
+    product = make.tape.op("Mul", [activation, opened])
+    make.tape.nodes[-1].name = node.name
+    graph.insert_before(node, make.tape.nodes)
     ir.convenience.replace_all_uses_with(output, product)
     graph.remove(node, safe=True)
     product.name, product.type, product.shape = output.name, output.type, output.shape
+
+
+class _Maker:
+    """Nodes and constants of one gate, named after the value that it is for, in the types of its Q/DQ."""
+
+    def __init__(
+        self, graph: ir.Graph, value: ir.Value, node: str, scale: ir.Value | None, zero_point: ir.Value | None
+    ) -> None:
+        self.graph, self.value, self.node, self.tape = graph, value, node, ir.tape.Tape()
+        step, code = array_of(scale), array_of(zero_point)
+        self.floats, self.integers = ir.DataType.from_numpy(step.dtype), ir.DataType.from_numpy(code.dtype)
+        self.lowest, self.highest = int(np.iinfo(code.dtype).min), int(np.iinfo(code.dtype).max)
+
+    def number(self, suffix: str, value: float) -> ir.Value:
+        """A float constant."""
+        return new_initializer(
+            self.graph, f"{self.value.name}_{suffix}", np.asarray(value, self.floats.numpy()), self.floats
+        )
+
+    def code(self, suffix: str, value: Array | int) -> ir.Value:
+        """A constant in codes."""
+        return new_initializer(
+            self.graph, f"{self.value.name}_{suffix}", np.asarray(value, self.integers.numpy()), self.integers
+        )
+
+    def op(self, suffix: str, op_type: str, *inputs: ir.Value | None) -> ir.Value:
+        """A node whose result has the shape of the value."""
+        made = self.tape.op(op_type, list(inputs))
+        made.name, made.shape = f"{self.value.name}_{suffix}", self.value.shape
+        made.dtype = self.integers if op_type == "QuantizeLinear" else self.floats
+        self.tape.nodes[-1].name = f"{self.node}_{suffix}"
+        return made
+
+    def gate(self, sixth: ir.Value, zero_point: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The codes of clip(sixth + ½, 0, 1), and their scale."""
+        scale = self.number("gate_scale", 1 / LARGEST_CODE)
+        half_codes, half_scale = self.code("half", self.highest), self.number("half_scale", 0.5 / LARGEST_CODE)
+        half = self.op("half_dequantized", "DequantizeLinear", half_codes, half_scale, zero_point)
+        half.shape = ir.Shape(())
+        raised = self.op("raised", "Add", sixth, half)
+        gate = self.op("gate", "Clip", raised, self.number("gate_low", 0), self.number("gate_high", 1))
+        return self.op("gate_quantized", "QuantizeLinear", gate, scale, zero_point), scale

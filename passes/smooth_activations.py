@@ -152,7 +152,7 @@ class SmoothActivations(InPlacePass):
                 self.inserted.append(group.name)
             else:
                 continue
-            _scale_weights(model.graph, group, scale)
+            scale_weights(model.graph, group, scale)
             for layer in group.layers:
                 layer.node.metadata_props[SMOOTHED] = "1"
         return PassResult(model, bool(self.folded or self.inserted))
@@ -172,7 +172,7 @@ def divided(group: Group, scale: Array) -> list[Change] | None:
     return fold(group.value, group.axis, 1 / scale)
 
 
-def _scale_weights(graph: ir.Graph, group: Group, scale: Array) -> None:
+def scale_weights(graph: ir.Graph, group: Group, scale: Array) -> None:
     """Multiply the weights of all layers; a weight that only these layers read is written once and stays shared."""
     written: dict[ir.Value, ir.Value] = {}
     for layer in group.layers:

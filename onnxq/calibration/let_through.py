@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.folding import array_of
+from onnxq.passes.level_gates import GATED
 
 Interval = tuple[float, float]
 
@@ -36,12 +38,35 @@ def let_through(quantizer: ir.Node) -> Interval:
     readers = [reader for pair in pairs for reader, _ in graphs.consumers(pair.outputs[0])]
     if not readers:
         return EVERYTHING
-    gates = [reader for reader in readers if graphs.is_op(reader, "Sigmoid")]
-    products = [reader for reader in readers if _is_gated(reader, gates)]
-    if products:  # of SiLU, whose Sigmoid says no more than they do
-        readers = [reader for reader in readers if reader not in gates]
-    intervals = [SILU if reader in products else _interval(reader) for reader in readers]
+    gates = {gate: lowest for reader in readers if (found := _gate(reader)) is not None for gate, lowest in [found]}
+    products = [reader for reader in readers if _reads_gate(reader, gates)]
+    if products:  # of HardSwish or SiLU, whose gate says no more than they do
+        return _of_products(readers, products, gates)
+    intervals = [_interval(reader) for reader in readers]
     return min(low for low, _ in intervals), max(high for _, high in intervals)
+
+
+def _of_products(readers: list[ir.Node], products: list[ir.Node], gates: dict[ir.Node, float]) -> Interval:
+    """What x·g(x) tells apart, and every reader that has no part in it."""
+    low, high = min(gates.values()), math.inf
+    for reader in readers:
+        if reader not in products and _gate(reader) is None:
+            other = _interval(reader)
+            low, high = min(low, other[0]), max(high, other[1])
+    return low, high
+
+
+def _gate(reader: ir.Node) -> tuple[ir.Node, float] | None:
+    """The Sigmoid or HardSigmoid that a reader is or leads to, and below what x·g(x) is zero."""
+    factor = 1.0
+    if GATED in reader.metadata_props:
+        factor = float(array_of(reader.inputs[1]).min())
+        reader = graphs.consumers(reader.outputs[0])[0][0]
+    if graphs.is_op(reader, "Sigmoid"):
+        return reader, SILU[0] / factor
+    if graphs.is_op(reader, "HardSigmoid"):
+        return reader, _interval(reader)[0] / factor
+    return None
 
 
 def _interval(reader: ir.Node) -> Interval:
@@ -56,8 +81,8 @@ def _interval(reader: ir.Node) -> Interval:
     return INTERVALS.get(reader.op_type, EVERYTHING) if reader.domain in graphs.ONNX_DOMAINS else EVERYTHING
 
 
-def _is_gated(reader: ir.Node, gates: list[ir.Node]) -> bool:
-    """Whether a reader is the product of SiLU: of the value and its own Sigmoid, Q/DQ between or not."""
+def _reads_gate(reader: ir.Node, gates: Collection[ir.Node]) -> bool:
+    """Whether a reader is the product of the value and its own gate, Q/DQ between or not."""
     if not graphs.is_op(reader, "Mul"):
         return False
     return any(_behind_pair(value) in gates for value in reader.inputs if value is not None)

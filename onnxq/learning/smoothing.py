@@ -14,6 +14,7 @@ from onnxq.calibration.random_tokens import RandomTokens, vocabulary_size
 from onnxq.calibration.text import role_of
 from onnxq.job import Job
 from onnxq.learning.channel_scales import expected_error, migration, output_errors, weight_maxima, weight_specs
+from onnxq.passes.level_gates import LevelGates, gates
 from onnxq.passes.normalise_tokens import NormaliseTokens, is_tokenwise
 from onnxq.passes.smooth_activations import Group, SmoothActivations, groups, is_foldable
 from onnxq.passes.split_gemm_bias import SplitGemmBias
@@ -24,6 +25,10 @@ Array = np.ndarray[Any, Any]
 TEXT_SAMPLES = 32
 LEVELLING_SAMPLES = 64  # of fewer, the extremes of channels fall short (PP-OCRv2: 21 dB with 16, 27 with 64)
 LEVELLING_ALPHAS = (0.5, 0.75, 1.0)
+WORTH_A_GATE = 4.0  # for a Mul more
+GATE_LOW = -3.0  # below it HardSwish is zero, and SiLU nearly
+LARGEST_CODE = 255
+SILENT = 1e-4  # of the largest channel
 WORTH_FOLDING = 1.25  # times less error of the layers that read the value; it costs no node
 RARE_TOKENS = 2048
 JUDGED_ROWS = 256
@@ -59,14 +64,28 @@ def _smooth_layers(job: Job) -> None:
     divided by goes into weights that have a scale for each channel anyway.
     """
     specs = layer_specs(job)
-    found = [
+    wanted = [
         group
         for group in groups(job.model.graph, convolutions=True)
-        if any(layer.node in specs for layer in group.layers) and is_foldable(group)
+        if any(layer.node in specs for layer in group.layers)
     ]
-    if not found:
+    found = [group for group in wanted if is_foldable(group)]
+    names = {group.name for group in wanted}
+    gated = [gate for gate in gates(job.model.graph) if gate.group.name in names]
+    if not found and not gated:
         return
-    recorded = record(job, found, LEVELLING_SAMPLES)
+    axes = axes_of([*found, *(gate.group for gate in gated)])
+    recorded = record(job, axes | {gate.source.name or "": 1 for gate in gated}, LEVELLING_SAMPLES)
+    levels = {}
+    for gate in gated:
+        level = _level(recorded[gate.source.name or ""], recorded[gate.group.name])
+        errors = [
+            expected_error(gate.group, recorded[gate.group.name], scale, specs, job.scheme.activations)
+            for scale in (np.ones(len(level)), level)
+        ]
+        if errors[1] * WORTH_A_GATE < errors[0]:
+            levels[gate.group.name] = level
+    LevelGates(levels)(job.model)
     scales = {}
     for group in found:
         statistics, weights = recorded[group.name], weight_maxima(group)
@@ -78,6 +97,17 @@ def _smooth_layers(job: Job) -> None:
     SmoothActivations(scales, convolutions=True)(job.model)
 
 
+def _level(argument: ChannelStatistics, result: ChannelStatistics) -> Array:
+    """What levels both what a gate tells apart of its argument and what it makes, as far as one number can.
+
+    A whole number of the largest one's 255th parts, so that it can be stored in eight bits as it is.
+    """
+    reached = np.maximum(-np.maximum(argument.low, GATE_LOW), argument.high)
+    level = np.sqrt(np.maximum(reached, 0) * result.maxima)
+    step = level.max() / LARGEST_CODE + TINY
+    return np.asarray(np.where(level > SILENT * level.max(), np.maximum(np.rint(level / step), 1), LARGEST_CODE) * step)
+
+
 def _smooth_text_model(job: Job, alpha: float) -> None:
     """Smooth a model that reads text.
 
@@ -87,7 +117,7 @@ def _smooth_text_model(job: Job, alpha: float) -> None:
     """
     specs, activations = layer_specs(job), job.scheme.activations
     found = [group for group in groups(job.model.graph) if any(layer.node in specs for layer in group.layers)]
-    recorded = record(job, found, TEXT_SAMPLES, rare_tokens=True)
+    recorded = record(job, axes_of(found), TEXT_SAMPLES, rare_tokens=True)
     scales, tokenwise = {}, set[str]()
     for group in found:
         scale, alone = _treatment(group, recorded[group.name], alpha, specs, activations)
@@ -125,25 +155,29 @@ def _treatment(
     return chosen
 
 
+def axes_of(found: Sequence[Group]) -> dict[str, int]:
+    """The axis of channels of each group's value, by its name."""
+    return {group.name: group.axis for group in found}
+
+
 def layer_specs(job: Job) -> dict[ir.Node, Spec]:
     """How the weight of each node is going to be quantized."""
     return weight_specs(job.place(job.model.graph))
 
 
 def record(
-    job: Job, found: Sequence[Group], samples: int, *, rare_tokens: bool = False
+    job: Job, axes: Mapping[str, int], samples: int, *, rare_tokens: bool = False
 ) -> dict[str, ChannelStatistics]:
-    """Run the float graph and keep statistics of the channels of some groups' values.
+    """Run the float graph and keep statistics of the channels of some values.
 
     Args:
         job: The job.
-        found: The groups.
+        axes: The values, and their axes of channels.
         samples: Use at most so many samples.
         rare_tokens: Whether a model that reads text is shown random tokens too. Each token has channels of its own,
             which texts of a few thousand words do not show for most: levelled down to what was seen, they overflow
             when they come (stories260k: the divergence of its predictions, 0.9 to 2.6 % with texts alone, is 0.4 %).
     """
-    axes = {group.name: group.axis for group in found}
     total = min(samples, len(job.source), job.settings.samples or samples)
     with job.progress.stage("channels", "Recording channels", total) as advance:
         recorded = record_channels(

@@ -16,7 +16,7 @@ from onnxq.folding import array_of
 from onnxq.job import Job
 from onnxq.learning.channel_scales import least_output_error, salience
 from onnxq.learning.clipping import clipped_for_outputs
-from onnxq.learning.smoothing import layer_specs, record
+from onnxq.learning.smoothing import axes_of, layer_specs, record
 from onnxq.passes.smooth_activations import Group, SmoothActivations, groups, is_foldable
 from onnxq.scheme import Spec
 from onnxq.targets import Placement
@@ -65,7 +65,7 @@ class Awq:
         job.prepare()
         specs = layer_specs(job)
         found = [group for group in groups(job.model.graph) if any(layer.node in specs for layer in group.layers)]
-        recorded = record(job, found, self.samples)
+        recorded = record(job, axes_of(found), self.samples)
         scales = self._scales(found, recorded, specs)
         smooth = SmoothActivations(scales, insert=self.insert)
         smooth(job.model)

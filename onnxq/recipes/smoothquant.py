@@ -8,7 +8,7 @@ import numpy as np
 
 from onnxq.job import Job
 from onnxq.learning.channel_scales import least_output_error, migration, weight_maxima
-from onnxq.learning.smoothing import layer_specs, record
+from onnxq.learning.smoothing import axes_of, layer_specs, record
 from onnxq.passes.smooth_activations import SmoothActivations, groups, is_foldable
 from onnxq.recipes.static import Static
 
@@ -72,7 +72,7 @@ class SmoothQuant:
                 "shortcut reads too; --set insert=true gives each a Mul"
             )
             return
-        recorded = record(job, found, self.samples, rare_tokens=True)
+        recorded = record(job, axes_of(found), self.samples, rare_tokens=True)
         scales = {}
         for group in found:
             statistics, weights = recorded[group.name], weight_maxima(group)
