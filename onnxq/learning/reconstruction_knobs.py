@@ -72,15 +72,27 @@ class RoundingKnobs:
             **more,
         )
 
-    def quantize(self, job: Job, options: Reconstruction, granularity: str) -> None:
-        """From the float graph to the lowered one, with every ``layer`` or ``block`` reconstructed in turn."""
+    def quantize(
+        self, job: Job, options: Reconstruction, granularity: str, afterwards: Reconstruction | None = None
+    ) -> None:
+        """From the float graph to the lowered one.
+
+        Args:
+            job: The job.
+            options: How every layer or block is reconstructed in turn.
+            granularity: ``layer`` or ``block``.
+            afterwards: How it is once more, when all are done.
+        """
         observe, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.prepare()
         blocks = cut(job.model.graph, granularity)
         job.insert()
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
         calibrate.set_weight_scales(job.model, search)
-        reconstruct(job, blocks, options, samples=self.samples_in(job), cache_mib=self.cache_mib)
+        samples, cache_mib = self.samples_in(job), self.cache_mib
+        reconstruct(job, blocks, options, samples=samples, cache_mib=cache_mib)
+        if afterwards is not None:
+            reconstruct(job, blocks, afterwards, samples=samples, cache_mib=cache_mib, checkpoint="afterwards")
         job.lower()
 
 
@@ -93,6 +105,18 @@ class BlockKnobs(RoundingKnobs):
     """
 
     activation_step_rate: float = 1e-3
+
+    def steps(self, job: Job, **more: Any) -> Reconstruction:
+        """How the steps of activations are learned once weights are settled; ``more`` are further fields."""
+        return Reconstruction(
+            max(1, self.iterations_in(job) // 4),
+            self.batch,
+            activation_step_rate=self.activation_step_rate,
+            quantize_activations=True,
+            learn_weights=False,
+            power=2.4,
+            **more,
+        )
 
 
 def rounding_rate(iterations: int) -> float:

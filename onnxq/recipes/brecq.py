@@ -13,16 +13,16 @@ class Brecq(BlockKnobs):
     """Learned rounding and activation steps of residual blocks.
 
     1. Rewrite the graph, insert Q/DQ, calibrate activations; weight steps by the least error.
-    2. Block by block, on what the quantized part of the network makes: learn the rounding of all its weights and the
-       steps of its activations, so that the block's output is the float network's.
-    3. Store weights as codes, lint, check.
+    2. Block by block, on what the rounded part of the network makes: learn the rounding of all its weights, so that
+       the block's output is the float network's.
+    3. Block by block, on what the quantized part makes, with a quarter of the steps: learn the steps of activations.
+    4. Store weights as codes, lint, check.
 
     Source: Y. Li, R. Gong, X. Tan, Y. Yang, P. Hu, Q. Zhang, F. Yu, W. Wang, S. Gu, BRECQ: Pushing the Limit of
     Post-Training Quantization by Block Reconstruction, ICLR 2021 (arXiv 2102.05426), section 3.2 and algorithm 1.
 
     Departures:
         - The error is not weighted by the Fisher information (equation 10): it needs labels or the loss of training.
-        - Rounding and activation steps are learned together; the paper learns the steps afterwards.
         - Weights are symmetric, as TensorRT needs them; the authors' code has zero points.
         - Learning starts from GPTQ's codes and corrected biases: where four bits are few, the two codes around a weight
           do not hold a good network (MobileNetV1 0.25 at W4A8). Biases are learned beside the rounding.
@@ -34,5 +34,5 @@ class Brecq(BlockKnobs):
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        options = self.rounding(job, activation_step_rate=self.activation_step_rate, quantize_activations=True)
-        self.quantize(job, options, "block")
+        steps = self.steps(job) if job.scheme.activations.enabled and self.activation_step_rate > 0 else None
+        self.quantize(job, self.rounding(job), "block", steps)

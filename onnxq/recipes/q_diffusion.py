@@ -10,7 +10,7 @@ from onnxq.calibration.shortcuts import FORMS, split_shortcuts
 from onnxq.diffusion.selection import POLICIES
 from onnxq.job import Job
 from onnxq.knobs import choice
-from onnxq.learning.reconstruct import Reconstruction, reconstruct
+from onnxq.learning.reconstruct import reconstruct
 from onnxq.learning.reconstruction_knobs import BlockKnobs
 
 
@@ -74,15 +74,6 @@ class QDiffusion(BlockKnobs):
         samples = self.samples_in(job)
         reconstruct(job, blocks, self.rounding(job), samples=samples, cache_mib=self.cache_mib, checkpoint="rounding")
         if job.scheme.activations.enabled:
-            steps = Reconstruction(
-                max(1, self.iterations_in(job) // 4),
-                self.batch,
-                activation_step_rate=self.activation_step_rate,
-                quantize_activations=True,
-                mix=1.0,
-                learn_weights=False,
-                power=2.4,
-                correct_biases=self.correct_biases,
-            )
+            steps = self.steps(job, mix=1.0, correct_biases=self.correct_biases)
             reconstruct(job, blocks, steps, samples=samples, cache_mib=self.cache_mib, checkpoint="activations")
         job.lower()
