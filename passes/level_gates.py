@@ -107,7 +107,7 @@ class LevelGates(InPlacePass):
         for gate in gates(model.graph):
             scale = self.scales.get(gate.group.name)
             changes = None if scale is None else gate.changes(scale)
-            if scale is None or changes is None:
+            if scale is None or changes is None or np.all(scale == 1):
                 continue
             for change in changes:
                 multiply(model.graph, change)

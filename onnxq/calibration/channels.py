@@ -9,13 +9,13 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.calibration.data import InputSpec, Source, batches, inputs_of, row_count
+from onnxq.calibration.recording import TAPPED_BYTES_PER_BATCH
 from onnxq.runtime import Session
 
 Array = np.ndarray[Any, Any]
 
 KEPT_ROWS = 1024  # of each value: enough for the error of a layer's output
 LARGEST_BATCH = 4
-TAPPED_BYTES_PER_BATCH = 16 << 20  # every tapped value of a batch is in memory at once
 
 
 class ChannelStatistics:

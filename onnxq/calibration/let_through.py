@@ -19,7 +19,6 @@ INTERVALS: dict[str, Interval] = {
     "Relu": (0.0, math.inf),
     "HardSwish": (-3.0, math.inf),
     "Gelu": (-4.0, math.inf),
-    "Swish": (-8.0, math.inf),
     "Sigmoid": (-6.0, 6.0),
     "Tanh": (-4.0, 4.0),
 }
@@ -78,6 +77,9 @@ def _interval(reader: ir.Node) -> Interval:
     if graphs.is_op(reader, "HardSigmoid"):
         alpha, beta = reader.attributes.get_float("alpha", 0.2), reader.attributes.get_float("beta", 0.5)
         return (-beta / alpha, (1 - beta) / alpha) if alpha > 0 else EVERYTHING
+    if graphs.is_op(reader, "Swish"):
+        alpha = reader.attributes.get_float("alpha", 1.0)
+        return (SILU[0] / alpha, math.inf) if alpha > 0 else EVERYTHING
     return INTERVALS.get(reader.op_type, EVERYTHING) if reader.domain in graphs.ONNX_DOMAINS else EVERYTHING
 
 

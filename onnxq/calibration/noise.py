@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from onnxq.calibration.data import InputSpec, Sample
+from onnxq.calibration.images import USUAL_SIDE
 from onnxq.errors import OnnxqError
 
 
 def _example(spec: InputSpec) -> str:
-    """The input's shape with one row and a size of 224 wherever it is free."""
+    """The input's shape with one row, and the usual side of pictures wherever it is free."""
     return "x".join(
-        str(size or (1 if axis == 0 and not spec.is_whole else 224)) for axis, size in enumerate(spec.shape)
+        str(size or (1 if axis == 0 and not spec.is_whole else USUAL_SIDE)) for axis, size in enumerate(spec.shape)
     )
 
 

@@ -63,7 +63,8 @@ def compare(
     from onnxq.config import make_settings, read_yaml, with_text
     from onnxq.report.sections import groups_table
 
-    settings = make_settings(with_text(read_yaml(config) if config else {}, tokenizer, sequence_length))
+    entries = (read_yaml(config) if config else {}) | ({"shapes": sizes_of(shapes)} if shapes else {})
+    settings = make_settings(with_text(entries, tokenizer, sequence_length))
     check_destinations([float_model, quantized_model, data, tokenizer, config], json_path, report)
     shown = progress(quiet)
     with shown.stage("compare", "Comparing"):
@@ -73,7 +74,7 @@ def compare(
             data,
             preprocessing=Preprocessing(**settings.preprocess.model_dump()),
             samples=samples,
-            shapes=sizes_of(shapes) or settings.shapes,
+            shapes=settings.shapes,
             device=device,
             layers=layers,
             latency=latency,

@@ -52,10 +52,8 @@ def statistics(
     from onnxq.config import make_settings, read_yaml, with_text
 
     check_destinations([model, data, tokenizer, config], output, json_path)
-    settings = make_settings(
-        with_text(read_yaml(config) if config else {}, tokenizer, sequence_length)
-        | ({"shapes": sizes_of(shapes)} if shapes else {})
-    )
+    entries = (read_yaml(config) if config else {}) | ({"shapes": sizes_of(shapes)} if shapes else {})
+    settings = make_settings(with_text(entries, tokenizer, sequence_length))
     loaded = models.load(model)
     sizes.choose(loaded, settings.shapes)
     source = open_source(data, input_specs(loaded), Preprocessing(**settings.preprocess.model_dump()))

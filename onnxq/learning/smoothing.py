@@ -10,10 +10,11 @@ import onnx_ir as ir
 
 from onnxq import kinds
 from onnxq.calibration.channels import ChannelStatistics, record_channels
+from onnxq.calibration.noise import Noise
 from onnxq.calibration.random_tokens import RandomTokens, vocabulary_size
 from onnxq.calibration.text import role_of
 from onnxq.job import Job
-from onnxq.learning.channel_scales import expected_error, migration, output_errors, weight_maxima, weight_specs
+from onnxq.learning.channel_scales import TINY, expected_error, migration, output_errors, weight_maxima, weight_specs
 from onnxq.passes.level_gates import LevelGates, gates
 from onnxq.passes.normalise_tokens import NormaliseTokens, is_tokenwise
 from onnxq.passes.smooth_activations import Group, SmoothActivations, groups, is_foldable
@@ -35,7 +36,6 @@ JUDGED_ROWS = 256
 SMALLEST_POWER = 1e-9  # of the largest; a row of zeros has none
 GOOD_SHARE = 2e-4  # of the outputs' power: what eight bits leave where nothing sticks out, 37 dB
 WORTH_A_NODE = 2.0  # times less error of the layers that read the value
-TINY = float(np.finfo(np.float32).tiny)
 
 
 def smooth(job: Job, alpha: float) -> None:
@@ -57,43 +57,46 @@ def smooth(job: Job, alpha: float) -> None:
 
 
 def _smooth_layers(job: Job) -> None:
-    """Level the channels of the values that layers read, where that costs no node and their outputs gain by it.
+    """Level the channels of the values that layers read, where their outputs gain by it.
 
     Networks for phones are made of convolutions that read one channel each. Between them a single channel may be a
     hundred times the others (PaddleOCR's readers of text: 1.8 dB and not a line right become 20 dB), and whatever it is
-    divided by goes into weights that have a scale for each channel anyway.
+    divided by goes into weights that have a scale for each channel anyway. Random inputs do not show which channels
+    those are: what seems small would overflow on real ones.
     """
+    if isinstance(job.source, Noise):
+        return
     specs = layer_specs(job)
-    wanted = [
-        group
+    wanted = {
+        group.name: group
         for group in groups(job.model.graph, convolutions=True)
         if any(layer.node in specs for layer in group.layers)
-    ]
-    found = [group for group in wanted if is_foldable(group)]
-    names = {group.name for group in wanted}
-    gated = [gate for gate in gates(job.model.graph) if gate.group.name in names]
+    }
+    found = [group for group in wanted.values() if is_foldable(group)]
+    gated = [gate for gate in gates(job.model.graph) if gate.group.name in wanted]
     if not found and not gated:
         return
     axes = axes_of([*found, *(gate.group for gate in gated)])
-    recorded = record(job, axes | {gate.source.name or "": 1 for gate in gated}, LEVELLING_SAMPLES)
+    recorded = record(job, axes | {gate.source.name or "": gate.group.axis for gate in gated}, LEVELLING_SAMPLES)
+
+    def best(group: Group, tried: Sequence[Array], worth: float) -> Array:
+        """The scale with the least error, if that is so many times less than with none."""
+        tried = [np.ones(group.channels), *tried]
+        errors = [expected_error(group, recorded[group.name], scale, specs, job.scheme.activations) for scale in tried]
+        index = int(np.argmin(errors))
+        return tried[index] if errors[index] * worth < errors[0] else tried[0]
+
     levels = {}
     for gate in gated:
-        level = _level(recorded[gate.source.name or ""], recorded[gate.group.name])
-        errors = [
-            expected_error(gate.group, recorded[gate.group.name], scale, specs, job.scheme.activations)
-            for scale in (np.ones(len(level)), level)
-        ]
-        if errors[1] * WORTH_A_GATE < errors[0]:
-            levels[gate.group.name] = level
+        group = gate.group
+        level = _level(recorded[gate.source.name or ""], recorded[group.name])
+        levels[group.name] = best(group, [level], WORTH_A_GATE)
     LevelGates(levels)(job.model)
     scales = {}
     for group in found:
-        statistics, weights = recorded[group.name], weight_maxima(group)
-        tried = [np.ones(group.channels), *(migration(statistics.maxima, weights, alpha) for alpha in LEVELLING_ALPHAS)]
-        errors = [expected_error(group, statistics, scale, specs, job.scheme.activations) for scale in tried]
-        best = int(np.argmin(errors))
-        if errors[best] * WORTH_FOLDING < errors[0]:
-            scales[group.name] = tried[best]
+        maxima, weights = recorded[group.name].maxima, weight_maxima(group)
+        tried = [migration(maxima, weights, alpha) for alpha in LEVELLING_ALPHAS]
+        scales[group.name] = best(group, tried, WORTH_FOLDING)
     SmoothActivations(scales, convolutions=True)(job.model)
 
 
