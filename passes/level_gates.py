@@ -21,21 +21,34 @@ GATED = "onnxq.gated"  # on the Mul that gives the gate its argument back
 
 @dataclass(frozen=True)
 class Gate:
-    """HardSwish or SiLU before layers that alone read it.
+    """HardSwish or SiLU before layers that alone read it, or read it scaled and shifted by constants.
 
     Attributes:
-        group: The value it makes, and the layers.
-        source: What it reads.
+        group: The value that the layers read, and the layers.
+        source: What the gate reads.
         nodes: HardSwish; or the Sigmoid, then the product.
+        shifts: The Adds of a constant behind it, and at which input that is.
+        is_read_directly: Whether nothing stands between it and the layers.
     """
 
     group: Group
     source: ir.Value
     nodes: tuple[ir.Node, ...]
+    shifts: tuple[tuple[ir.Node, int], ...]
+    is_read_directly: bool
+
+    @property
+    def result(self) -> ir.Value:
+        """What the gate makes."""
+        return self.nodes[-1].outputs[0]
 
     def changes(self, scale: Array) -> list[Change] | None:
-        """What divides the source by ``scale``, ``None`` if that is not possible."""
-        return fold(self.source, self.group.axis, 1 / scale)
+        """What divides the source and the shifts by ``scale``, ``None`` if that is not possible."""
+        changes = fold(self.source, self.group.axis, 1 / scale)
+        if changes is None:
+            return None
+        along = (1 / scale).reshape(-1, *[1] * (len(array_of(self.group.layers[0].weight).shape) - 2))
+        return changes + [Change(node, index, along) for node, index in self.shifts]
 
 
 def gates(graph: ir.Graph) -> list[Gate]:
@@ -52,7 +65,15 @@ def _gate(group: Group) -> Gate | None:
     readers = {(layer.node, layer.activation_index) for layer in group.layers}
     if set(graphs.consumers(group.value)) != readers or group.value.is_graph_output():
         return None
+    shifts: list[tuple[ir.Node, int]] = []
     node = group.value.producer()
+    while node is not None and (index := _constant_index(node)) is not None:
+        if node.op_type == "Add":
+            shifts.append((node, index))
+        behind = node.inputs[1 - index]
+        if behind is None or behind.is_graph_output() or len(graphs.consumers(behind)) != 1:
+            return None
+        node = behind.producer()
     source = None if node is None else node.inputs[0]
     if node is None or source is None or group.axis != 1:
         return None
@@ -72,7 +93,23 @@ def _gate(group: Group) -> Gate | None:
         return None
     if len(nodes) > 1 and len(graphs.consumers(nodes[0].outputs[0])) != 1:
         return None
-    return Gate(group, source, nodes)
+    return Gate(group, source, nodes, tuple(shifts), node is group.value.producer())
+
+
+def _constant_index(node: ir.Node) -> int | None:
+    """Which input of a Mul or an Add is a constant that spreads over places; ``None`` for other nodes."""
+    if not graphs.is_op(node, "Mul", "Add"):
+        return None
+    constants = [index for index, value in enumerate(node.inputs) if value is not None and graphs.is_constant(value)]
+    if len(constants) != 1:
+        return None
+    value, other = node.inputs[constants[0]], node.inputs[1 - constants[0]]
+    sizes, dimensions = array_of(value).shape, None if other is None else graphs.rank(other)
+    if dimensions is None or len(sizes) > dimensions:
+        return None
+    per_channel = len(sizes) == dimensions - 1 or len(sizes) == dimensions
+    places = sizes[-(dimensions - 2) :] if per_channel else sizes
+    return constants[0] if all(size == 1 for size in places) else None
 
 
 class LevelGates(InPlacePass):
@@ -121,7 +158,7 @@ class LevelGates(InPlacePass):
 
 def _give_back(graph: ir.Graph, gate: Gate, scale: Array) -> None:
     """The Mul before the gate; HardSwish is written as its gate and the product."""
-    value, source = gate.group.value, gate.source
+    value, source = gate.result, gate.source
     dtype, dimensions = source.dtype or ir.DataType.FLOAT, len(array_of(gate.group.layers[0].weight).shape)
     array = scale.reshape(-1, *[1] * (dimensions - 2)).astype(dtype.numpy())
     factor = new_initializer(graph, f"{value.name}_level", array, dtype)

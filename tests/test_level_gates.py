@@ -18,6 +18,7 @@ from onnxq.runtime import Session, optimized_nodes
 TEXT = """
 <ir_version: 10, opset_import: ["" : 21]>
 gated (float[N,32,12,12] x) => (float[N,24] y)
+<float[1] half = {0.5}, float[1] less = {-0.1}>
 {
     [first] a = Conv (x, w1, b1)
 GATE
@@ -31,6 +32,7 @@ GATE
 GATES = {
     "hard swish": "    [swish] b = HardSwish (a)",
     "silu": "    [sigmoid] s = Sigmoid (a)\n    [silu] b = Mul (a, s)",
+    "shifted hard swish": "    [swish] h = HardSwish (a)\n    m = Mul (half, h)\n    b = Add (m, less)",
     "silu, turned": "    [sigmoid] s = Sigmoid (a)\n    [silu] b = Mul (s, a)",
 }
 SHAPES = {"w1": (32, 32, 1, 1), "b1": (32,), "w2": (32, 1, 3, 3), "w3": (24, 32, 1, 1)}
@@ -49,8 +51,8 @@ def network(gate: str, outputs: str = "float[N,24] y") -> ir.Model:
 
 
 @pytest.mark.parametrize("gate", list(GATES))
-def test_the_function_stays(gate: str) -> None:
-    model = network(gate)
+def test_the_function_stays(gate: str, tmp_path: Path) -> None:
+    model = models.load(models.save(network(gate), tmp_path / "m.onnx"))
     (expected,) = Session(model).run({"x": X})
     levels = LevelGates({"b": np.random.default_rng(1).uniform(0.01, 100, 32)})
     assert levels(model).modified and levels.levelled == ["b"]

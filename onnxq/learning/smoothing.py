@@ -73,11 +73,18 @@ def _smooth_layers(job: Job) -> None:
         if any(layer.node in specs for layer in group.layers)
     }
     found = [group for group in wanted.values() if is_foldable(group)]
-    gated = [gate for gate in gates(job.model.graph) if gate.group.name in wanted]
+    # Where activations are codes wherever a kernel has them, a constant behind a gate levels what it reads alone.
+    gated = [
+        gate
+        for gate in gates(job.model.graph)
+        if gate.group.name in wanted and (gate.is_read_directly or job.target.name == "cpu")
+    ]
     if not found and not gated:
         return
     axes = axes_of([*found, *(gate.group for gate in gated)])
-    recorded = record(job, axes | {gate.source.name or "": gate.group.axis for gate in gated}, LEVELLING_SAMPLES)
+    for gate in gated:
+        axes |= dict.fromkeys((gate.source.name or "", gate.result.name or ""), gate.group.axis)
+    recorded = record(job, axes, LEVELLING_SAMPLES)
 
     def best(group: Group, tried: Sequence[Array], worth: float) -> Array:
         """The scale with the least error, if that is so many times less than with none."""
@@ -88,9 +95,8 @@ def _smooth_layers(job: Job) -> None:
 
     levels = {}
     for gate in gated:
-        group = gate.group
-        level = _level(recorded[gate.source.name or ""], recorded[group.name])
-        levels[group.name] = best(group, [level], WORTH_A_GATE)
+        level = _level(recorded[gate.source.name or ""], recorded[gate.result.name or ""])
+        levels[gate.group.name] = best(gate.group, [level], WORTH_A_GATE)
     LevelGates(levels)(job.model)
     scales = {}
     for group in found:
