@@ -10,7 +10,6 @@ import onnx_ir as ir
 
 from onnxq import kinds
 from onnxq.calibration.channels import ChannelStatistics, record_channels
-from onnxq.calibration.noise import Noise
 from onnxq.calibration.random_tokens import RandomTokens, vocabulary_size
 from onnxq.calibration.text import role_of
 from onnxq.job import Job
@@ -30,6 +29,7 @@ WORTH_A_GATE = 4.0  # for a Mul more
 GATE_LOW = -3.0  # below it HardSwish is zero, and SiLU nearly
 LARGEST_CODE = 255
 SILENT = 1e-4  # of the largest channel
+WORTH_WITH_FEW = 4.0  # where extremes of channels are hardly known
 WORTH_FOLDING = 1.25  # times less error of the layers that read the value; it costs no node
 RARE_TOKENS = 2048
 JUDGED_ROWS = 256
@@ -61,10 +61,10 @@ def _smooth_layers(job: Job) -> None:
 
     Networks for phones are made of convolutions that read one channel each. Between them a single channel may be a
     hundred times the others (PaddleOCR's readers of text: 1.8 dB and not a line right become 20 dB), and whatever it is
-    divided by goes into weights that have a scale for each channel anyway. Random inputs do not show which channels
-    those are: what seems small would overflow on real ones.
+    divided by goes into weights that have a scale for each channel anyway. Inputs that are made up do not show which
+    channels those are: what seems small in them would overflow on real ones.
     """
-    if isinstance(job.source, Noise):
+    if getattr(job.source, "is_made_up", False):
         return
     specs = layer_specs(job)
     wanted = {
@@ -93,6 +93,9 @@ def _smooth_layers(job: Job) -> None:
         index = int(np.argmin(errors))
         return tried[index] if errors[index] * worth < errors[0] else tried[0]
 
+    # A hybrid of CIFAR-10 loses 3 dB to mild levelling by 12 samples, 0.7 by 32, and gains 0.4 by 128.
+    few = min(len(job.source), job.settings.samples or LEVELLING_SAMPLES) < LEVELLING_SAMPLES
+    worth = WORTH_WITH_FEW if few else WORTH_FOLDING
     levels = {}
     for gate in gated:
         level = _level(recorded[gate.source.name or ""], recorded[gate.result.name or ""])
@@ -102,7 +105,7 @@ def _smooth_layers(job: Job) -> None:
     for group in found:
         maxima, weights = recorded[group.name].maxima, weight_maxima(group)
         tried = [migration(maxima, weights, alpha) for alpha in LEVELLING_ALPHAS]
-        scales[group.name] = best(group, tried, WORTH_FOLDING)
+        scales[group.name] = best(group, tried, worth)
     SmoothActivations(scales, convolutions=True)(job.model)
 
 
