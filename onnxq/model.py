@@ -8,7 +8,6 @@ synthesis reads its statistics.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import warnings
@@ -128,7 +127,7 @@ def check_valid(model: ir.Model, name: str) -> None:
 
 
 def _normalise(model: ir.Model, opset: int, name: str) -> None:
-    _free_negative_sizes(model)
+    shapes.free_negative(model)
     Sequential(
         common_passes.InlinePass(),
         common_passes.RemoveInitializersFromInputsPass(),
@@ -165,15 +164,6 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
     shapes.check_sizes(model, name)
     common_passes.NameFixPass()(model)
     _name_nodes(model)
-
-
-def _free_negative_sizes(model: ir.Model) -> None:
-    """Make sizes of -1 free ones: some exporters write that, and shape inference would count with it."""
-    for graph in model.graphs():
-        values = itertools.chain(graph.inputs, graph.outputs, *(node.outputs for node in graph))
-        for value in values:
-            if value.shape is not None and any(isinstance(size, int) and size < 0 for size in value.shape):
-                value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in value.shape])
 
 
 def _is_foldable(node: ir.Node) -> bool:

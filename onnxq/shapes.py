@@ -9,6 +9,7 @@ process that may fail.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import subprocess
 import sys
@@ -45,6 +46,15 @@ def infer(model: ir.Model) -> None:
     except FAILURES:
         return
     _take_over(model.graph, inferred.graph)
+
+
+def free_negative(model: ir.Model) -> None:
+    """Make sizes of -1 free ones: some exporters write that, and shape inference would count with it."""
+    for graph in model.graphs():
+        values = itertools.chain(graph.inputs, graph.outputs, *(node.outputs for node in graph))
+        for value in values:
+            if value.shape is not None and any(isinstance(size, int) and size < 0 for size in value.shape):
+                value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in value.shape])
 
 
 def check_sizes(model: ir.Model, name: str) -> None:

@@ -28,27 +28,34 @@ class Gate:
         source: What the gate reads.
         nodes: HardSwish; or the Sigmoid, then the product.
         shifts: The Adds of a constant behind it, and at which input that is.
-        is_read_directly: Whether nothing stands between it and the layers.
     """
 
     group: Group
     source: ir.Value
     nodes: tuple[ir.Node, ...]
     shifts: tuple[tuple[ir.Node, int], ...]
-    is_read_directly: bool
 
     @property
     def result(self) -> ir.Value:
         """What the gate makes."""
         return self.nodes[-1].outputs[0]
 
+    @property
+    def is_read_directly(self) -> bool:
+        """Whether nothing stands between it and the layers."""
+        return self.result is self.group.value
+
+    def along(self, numbers: Array) -> Array:
+        """Numbers of channels in a shape that broadcasts over places."""
+        kernel = array_of(self.group.layers[0].weight)
+        return numbers.reshape(-1, *[1] * (kernel.ndim - 2))
+
     def changes(self, scale: Array) -> list[Change] | None:
         """What divides the source and the shifts by ``scale``, ``None`` if that is not possible."""
         changes = fold(self.source, self.group.axis, 1 / scale)
         if changes is None:
             return None
-        along = (1 / scale).reshape(-1, *[1] * (len(array_of(self.group.layers[0].weight).shape) - 2))
-        return changes + [Change(node, index, along) for node, index in self.shifts]
+        return changes + [Change(node, index, self.along(1 / scale)) for node, index in self.shifts]
 
 
 def gates(graph: ir.Graph) -> list[Gate]:
@@ -93,7 +100,7 @@ def _gate(group: Group) -> Gate | None:
         return None
     if len(nodes) > 1 and len(graphs.consumers(nodes[0].outputs[0])) != 1:
         return None
-    return Gate(group, source, nodes, tuple(shifts), node is group.value.producer())
+    return Gate(group, source, nodes, tuple(shifts))
 
 
 def _constant_index(node: ir.Node) -> int | None:
@@ -107,9 +114,8 @@ def _constant_index(node: ir.Node) -> int | None:
     sizes, dimensions = array_of(value).shape, None if other is None else graphs.rank(other)
     if dimensions is None or len(sizes) > dimensions:
         return None
-    per_channel = len(sizes) == dimensions - 1 or len(sizes) == dimensions
-    places = sizes[-(dimensions - 2) :] if per_channel else sizes
-    return constants[0] if all(size == 1 for size in places) else None
+    padded = [1] * (dimensions - len(sizes)) + list(sizes)
+    return constants[0] if all(size == 1 for axis, size in enumerate(padded) if axis != 1) else None
 
 
 class LevelGates(InPlacePass):
@@ -159,9 +165,8 @@ class LevelGates(InPlacePass):
 def _give_back(graph: ir.Graph, gate: Gate, scale: Array) -> None:
     """The Mul before the gate; HardSwish is written as its gate and the product."""
     value, source = gate.result, gate.source
-    dtype, dimensions = source.dtype or ir.DataType.FLOAT, len(array_of(gate.group.layers[0].weight).shape)
-    array = scale.reshape(-1, *[1] * (dimensions - 2)).astype(dtype.numpy())
-    factor = new_initializer(graph, f"{value.name}_level", array, dtype)
+    dtype = source.dtype or ir.DataType.FLOAT
+    factor = new_initializer(graph, f"{value.name}_level", gate.along(scale).astype(dtype.numpy()), dtype)
     tape = ir.tape.Tape()
     argument = tape.op("Mul", [source, factor])
     tape.nodes[0].metadata_props[GATED] = "1"

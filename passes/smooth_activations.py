@@ -41,11 +41,11 @@ class Group:
 
     def kernel(self, layer: graphs.WeightedNode) -> Array:
         """The layer's weight as [output channels, channels that each reads, taps of the kernel]."""
-        weight = array_of(layer.weight).astype(np.float64)
+        weight = array_of(layer.weight)
         if layer.node.op_type == "Conv":
             return weight.reshape(*weight.shape[:2], -1)
-        moved: Array = np.moveaxis(weight, layer.reduction_axis, -1).reshape(-1, self.channels)[:, :, None]
-        return moved
+        moved: Array = np.moveaxis(weight, layer.reduction_axis, -1)
+        return moved.reshape(-1, self.channels, 1)
 
     def channels_read(self, layer: graphs.WeightedNode, outputs: int) -> Array:
         """Which of the value's channels each output channel reads, [output channels, channels that each reads]."""
@@ -56,16 +56,13 @@ class Group:
 
     def matrix(self, layer: graphs.WeightedNode) -> Array:
         """The layer's weight as [output channels, channels of the value]; a kernel as its largest magnitudes."""
-        weight = array_of(layer.weight)
-        if layer.node.op_type == "Conv":
-            largest = np.abs(weight).reshape(*weight.shape[:2], -1).max(axis=2)  # [out, in / groups]
-            count = self.channels // weight.shape[1]
-            largest = largest.reshape(count, -1, weight.shape[1])
-            spread: Array = largest.transpose(1, 0, 2).reshape(-1, self.channels)
-            return spread
-        moved = np.moveaxis(weight, layer.reduction_axis, -1)
-        matrix: Array = moved.reshape(-1, self.channels)
-        return matrix
+        kernel = self.kernel(layer)
+        if layer.node.op_type != "Conv":
+            return kernel[:, :, 0]
+        largest = np.abs(kernel).max(axis=2)  # [out, in / groups]
+        by_group = largest.reshape(self.channels // kernel.shape[1], -1, kernel.shape[1])
+        spread: Array = by_group.transpose(1, 0, 2).reshape(-1, self.channels)
+        return spread
 
 
 def groups(graph: ir.Graph, convolutions: bool = False) -> list[Group]:

@@ -37,22 +37,14 @@ def let_through(quantizer: ir.Node) -> Interval:
     readers = [reader for pair in pairs for reader, _ in graphs.consumers(pair.outputs[0])]
     if not readers:
         return EVERYTHING
-    gates = {gate: lowest for reader in readers if (found := _gate(reader)) is not None for gate, lowest in [found]}
-    products = [reader for reader in readers if _reads_gate(reader, gates)]
+    leads = {reader: gate for reader in readers if (gate := _gate(reader)) is not None}
+    products = [reader for reader in readers if _reads_gate(reader, [gate for gate, _ in leads.values()])]
+    intervals = []
     if products:  # of HardSwish or SiLU, whose gate says no more than they do
-        return _of_products(readers, products, gates)
-    intervals = [_interval(reader) for reader in readers]
+        intervals = [(min(lowest for _, lowest in leads.values()), math.inf)]
+        readers = [reader for reader in readers if reader not in products and reader not in leads]
+    intervals += [_interval(reader) for reader in readers]
     return min(low for low, _ in intervals), max(high for _, high in intervals)
-
-
-def _of_products(readers: list[ir.Node], products: list[ir.Node], gates: dict[ir.Node, float]) -> Interval:
-    """What x·g(x) tells apart, and every reader that has no part in it."""
-    low, high = min(gates.values()), math.inf
-    for reader in readers:
-        if reader not in products and _gate(reader) is None:
-            other = _interval(reader)
-            low, high = min(low, other[0]), max(high, other[1])
-    return low, high
 
 
 def _gate(reader: ir.Node) -> tuple[ir.Node, float] | None:

@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from onnxq.config import Settings
     from onnxq.progress import Progress
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -124,6 +125,16 @@ def sizes_of(shapes: Sequence[str] | None) -> dict[str, tuple[int, ...]] | None:
     from onnxq.calibration.sizes import parse_shapes
 
     return parse_shapes(shapes) if shapes else None
+
+
+def data_settings(
+    config: Path | None, shapes: Sequence[str] | None, tokenizer: Path | None, sequence_length: int | None
+) -> Settings:
+    """What commands that only read data are told of it; options win over the file."""
+    from onnxq.config import make_settings, read_yaml, with_text
+
+    entries = (read_yaml(config) if config else {}) | ({"shapes": sizes_of(shapes)} if shapes else {})
+    return make_settings(with_text(entries, tokenizer, sequence_length))
 
 
 STDOUT = Path("-")  # what --json takes for standard output

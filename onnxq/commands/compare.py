@@ -15,9 +15,9 @@ from onnxq.commands.common import (
     Shapes,
     Tokenizer,
     check_destinations,
+    data_settings,
     progress,
     show,
-    sizes_of,
     write_json,
     write_report,
 )
@@ -60,11 +60,9 @@ def compare(
     """
     from onnxq import comparison
     from onnxq.calibration.data import Preprocessing
-    from onnxq.config import make_settings, read_yaml, with_text
     from onnxq.report.sections import groups_table
 
-    entries = (read_yaml(config) if config else {}) | ({"shapes": sizes_of(shapes)} if shapes else {})
-    settings = make_settings(with_text(entries, tokenizer, sequence_length))
+    settings = data_settings(config, shapes, tokenizer, sequence_length)
     check_destinations([float_model, quantized_model, data, tokenizer, config], json_path, report)
     shown = progress(quiet)
     with shown.stage("compare", "Comparing"):

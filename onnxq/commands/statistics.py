@@ -15,8 +15,8 @@ from onnxq.commands.common import (
     Shapes,
     Tokenizer,
     check_destinations,
+    data_settings,
     progress,
-    sizes_of,
     write_json,
 )
 
@@ -49,11 +49,9 @@ def statistics(
     from onnxq import model as models
     from onnxq.calibration import side_car, sizes
     from onnxq.calibration.data import Preprocessing, input_specs, open_source
-    from onnxq.config import make_settings, read_yaml, with_text
 
     check_destinations([model, data, tokenizer, config], output, json_path)
-    entries = (read_yaml(config) if config else {}) | ({"shapes": sizes_of(shapes)} if shapes else {})
-    settings = make_settings(with_text(entries, tokenizer, sequence_length))
+    settings = data_settings(config, shapes, tokenizer, sequence_length)
     loaded = models.load(model)
     sizes.choose(loaded, settings.shapes)
     source = open_source(data, input_specs(loaded), Preprocessing(**settings.preprocess.model_dump()))

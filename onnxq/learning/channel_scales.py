@@ -149,7 +149,7 @@ def expected_error(
     power = np.square(rows).mean(axis=0)
     total = 0.0
     for layer in group.layers:
-        weight, spec = group.kernel(layer), specs.get(layer.node)  # [outputs, channels they read, taps]
+        weight, spec = group.kernel(layer).astype(np.float64), specs.get(layer.node)  # [outputs, channels read, taps]
         read = group.channels_read(layer, len(weight))  # [outputs, channels they read]
         squared = np.square(weight).sum(axis=2)
         error, signal = (squared * noise[read]).sum(axis=1), (squared * power[read]).sum(axis=1)
