@@ -17,7 +17,7 @@ from onnxq.calibration.recording import thinned
 from onnxq.calibration.text import without_padding
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
-from onnxq.report.metrics import Sqnr, padded_alike
+from onnxq.report.metrics import OutputsSqnr, Sqnr, padded_alike
 from onnxq.report.quality import is_float, size_warning
 from onnxq.runtime import Feed, Session, integer_kernels, optimized_session, tapped_together
 
@@ -30,7 +30,8 @@ class Check:
     """How the quantized model does in onnxruntime on a few calibration samples.
 
     Attributes:
-        sqnr_db: All float outputs together, against the float model.
+        sqnr_db: All float outputs, each in its own size, against the float model.
+        outputs: SQNR of each in dB, where there are several.
         optimized_nodes: Nodes that the CPU provider runs after its optimisations, by op.
         integer_kernels: How many of them compute on codes; ``None`` where no optimised session was made.
         layers: Error of each weighted op's input on the first sample, worst first.
@@ -38,6 +39,7 @@ class Check:
     """
 
     sqnr_db: float
+    outputs: dict[str, float]
     optimized_nodes: dict[str, int]
     integer_kernels: int | None
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -66,7 +68,7 @@ def check(job: Job) -> Check:
         inner = [name for name in tapped if name not in inputs]
         reference = Session(job.model, taps=inner, optimize=False, device=job.settings.device, arena=False)
         judged = reference if literal or optimized is None else optimized
-        ratio, differing = Sqnr(), dict[str, str]()
+        ratio, differing = OutputsSqnr(), dict[str, str]()
         for feed, expected in job.recording.kept:
             names = judged.output_names[: len(expected)]
             for name, wanted, found in zip(names, expected, judged.run(feed, names), strict=True):
@@ -75,7 +77,7 @@ def check(job: Job) -> Check:
                 if wanted.shape != found.shape:
                     differing[name] = size_warning(name)
                     wanted, found = padded_alike(wanted, found)
-                ratio.update(without_padding(feed, wanted), without_padding(feed, found))
+                ratio.update(name, without_padding(feed, wanted), without_padding(feed, found))
         job.warnings.extend(differing.values())
         layers = _layer_errors(job, reference, inner)
     if ratio.not_finite:
@@ -85,12 +87,19 @@ def check(job: Job) -> Check:
         )
     # The latency of a graph made for TensorRT says nothing when onnxruntime runs it on a CPU.
     deployed = optimized if job.target.name == "cpu" else None
-    return Check(_decibels(ratio), dict(nodes), None if optimized is None else integer_kernels(nodes), layers, deployed)
+    return Check(
+        _decibels(ratio.value),
+        {name: _decibels(value) for name, value in ratio.by_name.items()},
+        dict(nodes),
+        None if optimized is None else integer_kernels(nodes),
+        layers,
+        deployed,
+    )
 
 
-def _decibels(ratio: Sqnr) -> float:
+def _decibels(ratio: float | None) -> float:
     """A ratio of which nothing was compared (outputs that are no floats) has no noise."""
-    return math.inf if ratio.value is None else ratio.value
+    return math.inf if ratio is None else ratio
 
 
 def _layer_errors(job: Job, session: Session, names: list[str]) -> list[dict[str, Any]]:
@@ -113,7 +122,7 @@ def _layer_errors(job: Job, session: Session, names: list[str]) -> list[dict[str
                     "name": (producer.name if producer is not None else name) or name,
                     "op": producer.op_type if producer is not None else "input",
                     "value": name,
-                    "sqnr_db": _decibels(ratio),
+                    "sqnr_db": _decibels(ratio.value),
                 }
             )
     return sorted(layers, key=lambda layer: (layer["sqnr_db"], layer["name"]))

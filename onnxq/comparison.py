@@ -42,7 +42,7 @@ class Comparison:
 
     Attributes:
         samples: Samples compared.
-        sqnr_db: Over all float outputs together, optimised sessions, all samples.
+        sqnr_db: Over all float outputs, each in its own size, optimised sessions, all samples.
         sqnr_db_literal: The same with no optimisation, on the first samples only.
         outputs: SQNR of each float output in dB, where there are several.
         mean_error: Mean of quantized minus float over all float outputs.

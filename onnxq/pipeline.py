@@ -202,7 +202,10 @@ def _numbers(job: Job, path: Path, checked: Check, recipe: Any, kind: kinds.Kind
     if beyond:
         warnings.append(f"{len(beyond)} of {weighted} layers stay float; {beyond[0][0]}: {beyond[0][1]}")
     if checked.sqnr_db < LOW_SQNR_DB:
-        warnings.append(f"the output's error is large: SQNR {checked.sqnr_db:.1f} dB against the float model")
+        worst = min(checked.outputs.items(), key=lambda item: item[1], default=None)
+        which = "the output's error" if worst is None else f"the error of output {worst[0]!r}"
+        ratio = checked.sqnr_db if worst is None else worst[1]
+        warnings.append(f"{which} is large: SQNR {ratio:.1f} dB against the float model")
     return {
         "model": str(path),
         "recipe": recipes.canonical(job.settings.recipe),
@@ -220,6 +223,7 @@ def _numbers(job: Job, path: Path, checked: Check, recipe: Any, kind: kinds.Kind
         "optimized_nodes": checked.optimized_nodes,
         "float_bytes": models.file_bytes(path),
         "sqnr_db": checked.sqnr_db,
+        **({"outputs": checked.outputs} if checked.outputs else {}),
         **({"step_sqnr_db": job.step_sqnr_db} if job.step_sqnr_db else {}),
         **job.measurements,
         "samples": job.recording.samples if job.recording else 0,

@@ -33,21 +33,25 @@ TASKS_OF_A_WORKER = 4  # so that all finish at about the same time
 class ErrorPower:
     """Signal and error power of the model's float outputs, by sampler step (0 where there are no steps).
 
+    Several outputs count alike in their own sizes: boxes in pixels would hide scores below 1, states what is said.
+
     Attributes:
         rows: Both powers of each sample, by step.
     """
 
     rows: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
 
-    def add(self, expected: Sequence[Array], found: Sequence[Array], steps: Array) -> None:
-        """Add a batch of outputs; ``steps`` holds the step of each row."""
-        for wanted, output in zip(expected, found, strict=True):
+    def add(
+        self, expected: Sequence[Array], found: Sequence[Array], steps: Array, weights: Sequence[float] = ()
+    ) -> None:
+        """Add a batch of outputs; ``steps`` holds the step of each row, ``weights`` what each output counts."""
+        for wanted, output, weight in zip(expected, found, weights or [1.0] * len(expected), strict=True):
             if wanted.dtype.kind != "f":
                 continue
             rows = len(steps) if wanted.ndim and wanted.shape[0] == len(steps) else 1
             reference = wanted.reshape(rows, -1).astype(np.float64)
-            signal = (reference**2).sum(axis=1)
-            error = ((reference - output.reshape(rows, -1)) ** 2).sum(axis=1)
+            signal = weight * (reference**2).sum(axis=1)
+            error = weight * ((reference - output.reshape(rows, -1)) ** 2).sum(axis=1)
             for step, row_signal, row_error in zip(steps.tolist(), signal, error, strict=False):
                 self.rows.setdefault(step, []).append((float(row_signal), float(row_error)))
 
@@ -114,12 +118,14 @@ class Judged:
         feed: The inputs.
         steps: The sampler step of each row, 0 where there are no steps.
         expected: The float outputs.
+        weights: What the error power of each output counts; all alike in their own sizes.
         labels: The right classes, where the data has them.
     """
 
     feed: dict[str, Array]
     steps: Array
     expected: list[Array]
+    weights: Sequence[float]
     labels: Array | None = None
 
 
@@ -130,18 +136,28 @@ def judged_samples(
     session: Session, source: Source, specs: Sequence[InputSpec], rows: int, steps: Iterable[int] | None = None
 ) -> list[Judged]:
     """Samples and what the float model makes of them: spread evenly, of the given sampler steps alone if any."""
-    found = []
+    found: list[Judged] = []
+    weights = [1.0]  # one output counts as it is
     for batch in batches(Spread(source, rows, None if steps is None else set(steps)), specs, batch_size=BATCH):
         feed = inputs_of(batch, specs)
         keys = np.atleast_1d(batch.get(STEP_KEY, np.zeros(row_count(feed, specs), np.int64)))
-        found.append(Judged(feed, keys, session.run(feed, session.own_output_names), batch.get("labels")))
+        expected = session.run(feed, session.own_output_names)
+        if not found and len(expected) > 1:
+            weights = [_inverse_power(output) for output in expected]
+        found.append(Judged(feed, keys, expected, weights, batch.get("labels")))
     return found
+
+
+def _inverse_power(output: Array) -> float:
+    """What makes boxes in pixels, scores below 1 and states count alike; 0 for what is zero or no float."""
+    power = float(np.square(output, dtype=np.float64).sum()) if output.dtype.kind == "f" else 0.0
+    return 1 / power if power else 0.0
 
 
 def batch_power(sample: Judged, found: list[Array]) -> ErrorPower:
     """The error of a model's outputs on one batch."""
     power = ErrorPower()
-    power.add(sample.expected, found[: len(sample.expected)], sample.steps)
+    power.add(sample.expected, found[: len(sample.expected)], sample.steps, sample.weights)
     return power
 
 
@@ -175,7 +191,7 @@ def error_power(run: Callable[[dict[str, Array]], list[Array]], samples: Sequenc
     """The error of a model on samples that the float model has seen."""
     power = ErrorPower()
     for sample in samples:
-        power.add(sample.expected, run(sample.feed)[: len(sample.expected)], sample.steps)
+        power.merge(batch_power(sample, run(sample.feed)))
     return power
 
 

@@ -21,7 +21,7 @@ from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion.router import Router, Served
 from onnxq.errors import OnnxqError
 from onnxq.report.layers import common_layers, measure
-from onnxq.report.metrics import Sqnr
+from onnxq.report.metrics import OutputsSqnr
 from onnxq.report.quality import Quality
 from onnxq.runtime import IN_MEMORY_LIMIT_BYTES, Array, Session, latency_ms
 
@@ -162,13 +162,13 @@ class Bench:
                 total[key] += milliseconds * part.steps / steps
         return total
 
-    def layers(self, parts: Sequence[Part], samples: int, *, inner: bool) -> tuple[Sqnr, list[dict[str, Any]]]:
+    def layers(self, parts: Sequence[Part], samples: int, *, inner: bool) -> tuple[OutputsSqnr, list[dict[str, Any]]]:
         """The literal sessions' error: of the outputs, and of each layer if ``inner``, worst first.
 
         A layer that several graphs have counts as in the graph where it is worst.
         """
         named = _named(self.model, self.original)
-        total, layers = Sqnr(), []
+        total, layers = OutputsSqnr(), []
         for part in parts:
             limit = samples if part.limit is None else min(part.limit, samples)
             feeds = (feed for _, feed in self._feeds(part, limit, "layers"))

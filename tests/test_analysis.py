@@ -19,7 +19,7 @@ from onnxq.calibration.data import Spread, input_specs, open_source
 from onnxq.calibration.recording import record
 from onnxq.cli import app
 from onnxq.runtime import Session
-from onnxq.sensitivity import Probe, judged_samples
+from onnxq.sensitivity import Probe, batch_power, judged_samples
 
 FASHION = (MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibration.npz")
 
@@ -77,6 +77,34 @@ def test_switches_off_are_the_float_model_and_on_the_quantized_one() -> None:
     together = probe.error(board, board.layers)
     errors = [sum(power.error.values()) for power in alone.values()]
     assert max(errors) < sum(together.error.values()) < 4 * sum(errors)
+
+
+def test_outputs_of_other_sizes_count_alike() -> None:
+    """A layer behind scores below 1 costs what the same layer behind boxes in pixels costs."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 21]>
+    detector (float[N,16] x) => (float[N,8] boxes, float[N,8] scores)
+    <float pixels = {640.0}>
+    {
+        [box] b = MatMul (x, w)
+        boxes = Mul (b, pixels)
+        [score] scores = MatMul (x, w2)
+    }
+    """
+    model = add_weights(text, {"w": (16, 8), "w2": (16, 8)})
+    weights = model.graph.initializers
+    weights["w2"].const_value = ir.tensor(weights["w"].const_value.numpy().copy(), name="w2")
+    specs = input_specs(model)
+    source = open_source([{"x": np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)}], specs)
+    session = Session(model)
+    samples = judged_samples(session, source, specs, 16)
+
+    def power(scale: tuple[float, float]) -> float:
+        found = [array * (1 + part) for array, part in zip(samples[0].expected, scale, strict=True)]
+        return batch_power(samples[0], found).db
+
+    assert power((0.1, 0.0)) == pytest.approx(power((0.0, 0.1)), abs=1e-3)
+    assert power((0.1, 0.1)) == pytest.approx(20, abs=1e-3)
 
 
 def test_narrow_weights_cost_more(tmp_path: Path) -> None:

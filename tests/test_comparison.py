@@ -10,6 +10,8 @@ import pytest
 from onnxq import model as models
 from onnxq.comparison import _warn_about_optimiser, compare
 from onnxq.errors import OnnxqError
+from onnxq.report.quality import Quality
+from onnxq.report.table import plain_lines
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'
 WEIGHTS = """
@@ -133,6 +135,28 @@ def test_several_outputs_are_reported_one_by_one(data):
     assert set(result.outputs) == {"y", "a"}
     assert all(20 < ratio < 60 for ratio in result.outputs.values())
     assert min(result.outputs.values()) <= result.sqnr_db <= max(result.outputs.values())
+
+
+def test_an_output_counts_in_its_own_size():
+    """Boxes in pixels do not hide what scores below 1 have lost."""
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    quality = Quality(["big", "y"])
+    quality.update({"x": x}, [1000 * x, x], [1000 * x, x + 0.1 * np.abs(x)])
+    found = quality.summary()
+    assert found["outputs"] == {"big": np.inf, "y": pytest.approx(20)}
+    assert found["sqnr_db"] == pytest.approx(20 + 10 * np.log10(2))
+    assert "worst output: 20.0 dB (y, of 2)" in plain_lines(found)
+
+
+def test_an_output_that_is_zero_counts_where_all_are():
+    x, zero = np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32)
+    quality = Quality(["y", "idle"])
+    quality.update({"x": x}, [x, zero], [0.9 * x, zero + 1e-9])
+    assert quality.summary()["sqnr_db"] == pytest.approx(20, abs=1e-3)
+    assert quality.summary()["outputs"]["idle"] == -np.inf
+    alone = Quality(["idle"])
+    alone.update({"x": x}, [zero], [zero])
+    assert alone.summary()["sqnr_db"] == np.inf and alone.summary()["outputs"] == {}
 
 
 def test_whole_number_outputs_agree_or_not(data):

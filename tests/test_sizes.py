@@ -52,6 +52,18 @@ def test_a_size_that_nothing_says_is_asked_for_with_an_example(
     assert "--shapes x:1x3x224x224" in stderr
 
 
+def test_the_example_names_every_free_input_and_gives_states_no_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = RECURRENT.replace(", int64 rate", "")
+    model = models.save(add_weights(text, {"w": (32, 64)}), tmp_path / "recurrent.onnx")
+    result = tmp_path / "q.onnx"
+    code, stderr = run(capsys, "quantize", model, "-o", result)
+    assert_two_lines(code, stderr, "expected the size of input 'x'")
+    assert "--shapes x:1x224x32 --shapes h:2x1x64" in stderr
+    assert run(capsys, "quantize", model, "--shapes", "x:1x50x32", "--shapes", "h:2x1x64", "-o", result)[0] == 0
+
+
 def test_inputs_are_made_in_the_chosen_size_and_the_result_takes_any(
     any_size: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,6 +66,15 @@ class InputSpec:
         """The dimensions of one sample."""
         return self.shape if self.is_whole else self.shape[1:]
 
+    def example(self, side: int) -> str:
+        """What ``--shapes`` could say of it: one row, and ``side`` where a later dimension is free.
+
+        What has no batch axis of its own, as a recurrent state [2, batch, 64], has no sides: its free ones are 1.
+        """
+        free = [1 if axis == 0 or self.is_whole else side for axis in range(len(self.shape))]
+        sizes = [str(size or other) for size, other in zip(self.shape, free, strict=True)]
+        return f"--shapes {self.name}:{'x'.join(sizes)}"
+
 
 def input_specs(model: ir.Model) -> list[InputSpec]:
     """The inputs that a run of the model must be given."""

@@ -11,13 +11,6 @@ from onnxq.calibration.images import USUAL_SIDE
 from onnxq.errors import OnnxqError
 
 
-def _example(spec: InputSpec) -> str:
-    """The input's shape with one row, and the usual side of pictures wherever it is free."""
-    return "x".join(
-        str(size or (1 if axis == 0 and not spec.is_whole else USUAL_SIDE)) for axis, size in enumerate(spec.shape)
-    )
-
-
 class Noise:
     """Standard normal samples in the shape of the model's float inputs.
 
@@ -34,12 +27,13 @@ class Noise:
                     f"expected calibration data for the {spec.dtype} input {spec.name!r}, found no --data",
                     hint="give --data FILE.npz keyed by input name",
                 )
-            if None in spec.row_shape:
-                raise OnnxqError(
-                    f"expected the size of input {spec.name!r}, which the model leaves free, found neither data nor "
-                    "--shapes",
-                    hint=f"give --shapes {spec.name}:{_example(spec)} with your sizes, or --data",
-                )
+        free = [spec for spec in specs if None in spec.row_shape]
+        if free:
+            raise OnnxqError(
+                f"expected the size of input {free[0].name!r}, which the model leaves free, found neither data nor "
+                "--shapes",
+                hint=f"give {' '.join(spec.example(USUAL_SIDE) for spec in free)} with your sizes, or --data",
+            )
         self.specs = list(specs)
         self.count = count
         self.seed = seed

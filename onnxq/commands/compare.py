@@ -53,7 +53,8 @@ def compare(
     """Measure a quantized model against its float one: SQNR, accuracy, agreement, worst layers, latency, size.
 
     Both run in onnxruntime on the same samples. SQNR is 10·log10 of signal over error power of the outputs: 20 dB is
-    an error of a tenth, 40 dB of a hundredth. Any two models with the same inputs and outputs can be compared.
+    an error of a tenth, 40 dB of a hundredth; several outputs count alike, each in its own size. Any two models with
+    the same inputs and outputs can be compared.
 
     Denoisers are judged step by step, on data that `onnxq trajectories` recorded, or timestep by timestep on any other.
     Of a denoiser with one graph for each group of steps, QUANTIZED is the `.groups.json`.

@@ -16,6 +16,7 @@ from onnxq.calibration.data import Array, InputSpec, fixed_batch, input_specs
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Feed
 
+USUAL_LATENT_SIDE = 64  # of a sample whose size neither the model nor the user says
 TIMESTEP_NAMES = ("t", "timestep", "timesteps", "time", "time_step", "sigma", "step")
 BETWEEN_INPUT_AND_EMBEDDING = (
     "Cast", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Mul", "Div", "Add", "Sub", "Identity", "Flatten", "Neg",
@@ -135,7 +136,7 @@ def find(model: ir.Model) -> Denoiser:
     if channels is None or None in sample.shape[2:]:
         raise OnnxqError(
             f"expected a sample of known size, found {sample.name!r} {_shown(sample.shape)}",
-            hint=f"give --shapes {sample.name}:1x4x64x64 with your sizes, or export it with only its batch free",
+            hint=f"give {sample.example(USUAL_LATENT_SIDE)} with your sizes, or export it with only its batch free",
         )
     return Denoiser(tuple(specs), sample, timestep, conditions, output, channels, tables[timestep.name])
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.report.metrics import Sqnr
+from onnxq.report.metrics import OutputsSqnr, Sqnr
 from onnxq.report.quality import is_float
 from onnxq.runtime import Session
 
@@ -102,7 +102,7 @@ def measure(
     layers: list[Layer],
     *,
     device: str = "cpu",
-) -> tuple[Sqnr, list[dict[str, Any]]]:
+) -> tuple[OutputsSqnr, list[dict[str, Any]]]:
     """Run both graphs with no optimisation and compare their outputs and layers.
 
     Args:
@@ -120,9 +120,9 @@ def measure(
     quantized_names = outputs + [layer.quantized_value for layer in layers]
     float_session = Session(original, taps=_unique(names), optimize=False, device=device)
     quantized_session = Session(quantized, taps=_unique(quantized_names), optimize=False, device=device)
-    total = Sqnr()
+    total = OutputsSqnr({name: Sqnr() for name in outputs})
     inner = [Sqnr() for _ in layers]
-    sums = [total] * len(outputs) + inner
+    sums = [*total.each.values(), *inner]
     for feed in feeds:
         expected = dict(zip(_unique(names), float_session.run(feed, _unique(names)), strict=True))
         found = dict(zip(_unique(quantized_names), quantized_session.run(feed, _unique(quantized_names)), strict=True))

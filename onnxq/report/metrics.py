@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,53 @@ class Sqnr:
         if self.signal == 0.0 or math.isinf(self.noise):
             return -math.inf
         return 10.0 * (math.log10(self.signal) - math.log10(self.noise))
+
+
+@dataclass
+class OutputsSqnr:
+    """SQNR of several outputs, each in its own size.
+
+    Boxes in pixels would hide scores below 1, and the states of a recurrent network what it says, if all errors were
+    added up.
+
+    Attributes:
+        each: By the output's name.
+    """
+
+    each: dict[str, Sqnr] = field(default_factory=dict)
+
+    def update(self, name: str, expected: Array, found: Array) -> None:
+        """Add an output of both models: float first, quantized second."""
+        self.each.setdefault(name, Sqnr()).update(expected, found)
+
+    def merge(self, other: OutputsSqnr) -> None:
+        """Add what another one has seen."""
+        for name, sqnr in other.each.items():
+            self.each.setdefault(name, Sqnr()).merge(sqnr)
+
+    @property
+    def value(self) -> float | None:
+        """Of the mean over the outputs of noise over signal, in dB; ``None`` if nothing was compared.
+
+        Outputs that are zero throughout in float have no size, and count only where all are like that.
+        """
+        compared = [sqnr for sqnr in self.each.values() if sqnr.count]
+        compared = [sqnr for sqnr in compared if sqnr.signal > 0] or compared
+        ratios = [sqnr.value for sqnr in compared if sqnr.value is not None]
+        if len(ratios) < 2:
+            return ratios[0] if ratios else None
+        mean = sum(10.0 ** (-ratio / 10.0) for ratio in ratios) / len(ratios)
+        return -10.0 * math.log10(mean) if mean > 0 else math.inf
+
+    @property
+    def by_name(self) -> dict[str, float | None]:
+        """The ratio of each output in dB, where there are several; otherwise none."""
+        return {name: sqnr.value for name, sqnr in self.each.items()} if len(self.each) > 1 else {}
+
+    @property
+    def not_finite(self) -> int:
+        """Elements that are NaN or infinite in a quantized output only."""
+        return sum(sqnr.not_finite for sqnr in self.each.values())
 
 
 @dataclass

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxq.calibration.text import without_padding
 from onnxq.errors import OnnxqError
-from onnxq.report.metrics import Accuracy, Agreement, MeanError, Perplexity, Sqnr, padded_alike
+from onnxq.report.metrics import Accuracy, Agreement, MeanError, OutputsSqnr, Perplexity, Sqnr, padded_alike
 
 Array = np.ndarray[Any, Any]
 
@@ -21,9 +21,10 @@ TOKEN_NAMES = ("input_ids", "tokens", "ids")
 class Quality:
     """Metrics of a quantized model's outputs against the float model's.
 
-    SQNR and mean error take all float outputs together. Classes are read from the first output only: scores
-    ``[batch, classes]`` (trailing axes of size one are dropped), or logits ``[batch, sequence, vocabulary]`` of a
-    model that reads integer tokens ``[batch, sequence]``. Outputs that are not float count as equal or not.
+    SQNR takes each float output in its own size, the mean error all together. Classes are read from the first output
+    only: scores ``[batch, classes]`` (trailing axes of size one are dropped), or logits ``[batch, sequence,
+    vocabulary]`` of a model that reads integer tokens ``[batch, sequence]``. Outputs that are not float count as equal
+    or not.
 
     Args:
         output_names: Names of the float model's outputs, in order.
@@ -33,8 +34,7 @@ class Quality:
     def __init__(self, output_names: Sequence[str], *, writes: bool = True) -> None:
         self.writes = writes
         self.output_names = list(output_names)
-        self.sqnr = Sqnr()
-        self.output_sqnr: dict[str, Sqnr] = {}
+        self.sqnr = OutputsSqnr()
         self.mean_error = MeanError()
         self.agreement = Agreement()
         self.equality = Agreement()
@@ -77,8 +77,7 @@ class Quality:
                 reference, quantized = padded_alike(reference, quantized)
             if is_float(reference) and is_float(quantized):
                 reference, quantized = without_padding(feed, reference), without_padding(feed, quantized)
-                self.sqnr.update(reference, quantized)
-                self.output_sqnr.setdefault(name, Sqnr()).update(reference, quantized)
+                self.sqnr.update(name, reference, quantized)
                 self.mean_error.update(reference, quantized)
                 self._update_keyed(reference, quantized, keys)
             else:
@@ -88,8 +87,6 @@ class Quality:
 
     def merged(self, other: Quality) -> Quality:
         """This one, with what another one has seen of the same model added."""
-        for name, sqnr in other.output_sqnr.items():
-            self.output_sqnr.setdefault(name, Sqnr()).merge(sqnr)
         for key, ratios in other.keyed.items():
             for number, sqnr in ratios.items():
                 self.keyed.setdefault(key, {}).setdefault(number, Sqnr()).merge(sqnr)
@@ -148,9 +145,8 @@ class Quality:
 
     def summary(self) -> dict[str, Any]:
         """The values that apply, under the names that `compare` reports, and the warnings."""
-        outputs = {name: sqnr.value for name, sqnr in self.output_sqnr.items()}
         warnings = list(self.warnings)
-        for name, sqnr in self.output_sqnr.items():
+        for name, sqnr in self.sqnr.each.items():
             if sqnr.not_finite:
                 warnings.append(
                     f"the quantized model gives NaN or infinity in output {name!r} "
@@ -159,7 +155,7 @@ class Quality:
         agreement = self.agreement if self.agreement.count else self.equality
         return {
             "sqnr_db": self.sqnr.value,
-            "outputs": outputs if len(self.output_names) > 1 else {},
+            "outputs": self.sqnr.by_name,
             "mean_error": self.mean_error.value,
             "agreement": agreement.value,
             "top1_float": self.accuracy["float", 1].value,
