@@ -14,7 +14,10 @@ ONNX_DOMAINS = ("", "ai.onnx")
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 # Ops that compute on codes without Q/DQ around them.
-QUANTIZED_OPS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm")
+QUANTIZED_OPS = (
+    "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm",
+    "DynamicQuantizeLSTM",
+)  # fmt: skip
 
 # Ops that hand on what they read, at least in inference.
 RECURRENT = ("LSTM", "GRU", "RNN")
@@ -148,6 +151,16 @@ def multiplies_several(node: ir.Node) -> bool:
     return is_op(node, "MatMul") and node.inputs[1] is not None and (rank(node.inputs[1]) or 0) > 2
 
 
+def lstm_weights(node: ir.Node) -> list[WeightedNode]:
+    """The weights of an LSTM [directions, 4 · hidden, inputs], those of the input and those of the recurrence."""
+    return [WeightedNode(node, 0, index, channel_axis=1, reduction_axis=2) for index in (1, 2)]
+
+
+def is_integer_lstm(node: ir.Node) -> bool:
+    """Whether the node is onnxruntime's LSTM whose weights are codes."""
+    return node.domain == "com.microsoft" and node.op_type == "DynamicQuantizeLSTM"
+
+
 def layers_without_codes(graph: ir.Graph) -> Iterator[tuple[str, str]]:
     """Layers with weights that no target gives Q/DQ, and why: in branches and loops, recurrent, of other domains."""
     for node in graph:
@@ -160,6 +173,8 @@ def layers_without_codes(graph: ir.Graph) -> Iterator[tuple[str, str]]:
                 )
         if is_op(node, *RECURRENT):
             yield node.name or "", f"the weights of {node.op_type} have no form with Q/DQ"
+        if is_integer_lstm(node):
+            continue
         has_matrix = any(
             is_constant(value) and is_float(value) and (rank(value) or 0) > 1 for value in node.inputs if value
         )

@@ -267,8 +267,8 @@ class Job:
 
 
 def quantized_counts(graph: ir.Graph) -> tuple[int, int]:
-    """How many Conv, Gemm and MatMul read quantized inputs, and how many there are."""
-    total = quantized = 0
+    """How many Conv, Gemm and MatMul read quantized inputs, and how many there are; LSTMs on integers count too."""
+    total = quantized = sum(graphs.is_integer_lstm(node) for node in graph)
     for item in graphs.weighted_nodes(graph):
         total += 1
         quantized += any(graphs.is_dequantized(value) or graphs.is_tabulated(value) for value in item.node.inputs[:2])

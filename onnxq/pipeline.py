@@ -33,6 +33,7 @@ from onnxq.parallel import open_workers
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS
 from onnxq.progress import Progress
 from onnxq.recipes import Recipe
+from onnxq.targets.placement import EXCLUDED
 from onnxq.writing import check_writable
 
 Array = np.ndarray[Any, Any]
@@ -197,10 +198,12 @@ def _with_range_rule(recipe: Recipe, source: Source, given: Mapping[str, Any]) -
 def _numbers(job: Job, path: Path, checked: Check, recipe: Any, kind: kinds.Kind) -> dict[str, Any]:
     quantized, weighted = quantized_counts(job.model.graph)
     warnings = list(job.warnings)
+    left_float = {} if job.placement is None else job.placement.left_float
     beyond = list(graphs.layers_without_codes(job.model.graph))
     weighted += len(beyond)
-    if beyond:
-        warnings.append(f"{len(beyond)} of {weighted} layers stay float; {beyond[0][0]}: {beyond[0][1]}")
+    unasked = [(name, left_float.get(name, reason)) for name, reason in beyond if left_float.get(name) != EXCLUDED]
+    if unasked:
+        warnings.append(f"{len(unasked)} of {weighted} layers stay float; {unasked[0][0]}: {unasked[0][1]}")
     if checked.sqnr_db < LOW_SQNR_DB:
         worst = min(checked.outputs.items(), key=lambda item: item[1], default=None)
         which = "the output's error" if worst is None else f"the error of output {worst[0]!r}"
@@ -218,7 +221,7 @@ def _numbers(job: Job, path: Path, checked: Check, recipe: Any, kind: kinds.Kind
         "kind": kind.value,
         "quantized_nodes": quantized,
         "weighted_nodes": weighted,
-        "left_float": {} if job.placement is None else job.placement.left_float,
+        "left_float": left_float,
         "integer_kernels": checked.integer_kernels,
         "optimized_nodes": checked.optimized_nodes,
         "float_bytes": models.file_bytes(path),

@@ -46,7 +46,7 @@ INTEGER_OPS = frozenset(
         "QLinearConv", "QLinearMatMul", "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearAveragePool",
         "QLinearGlobalAveragePool", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax", "QLinearWhere",
         "QLinearReduceMean", "QGemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
-        "ConvInteger", "MatMulNBits",
+        "ConvInteger", "MatMulNBits", "DynamicQuantizeLSTM",
     }
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from onnxq import graph as graphs
 from onnxq.arithmetic import dequantize
 from onnxq.errors import OnnxqError
 from onnxq.folding import array_of, new_initializer
+from onnxq.passes.lower_lstm import RaiseLstm
 
 Array = np.ndarray[Any, Any]
 
@@ -79,13 +80,13 @@ class StripQDQ(InPlacePass):
             OnnxqError: the model holds integer kernels instead of Q/DQ, or scales that are not constant.
         """
         graph = model.graph
+        modified = RaiseLstm()(model).modified
         for node in graph:
             if node.op_type in graphs.QUANTIZED_OPS or node.op_type.startswith("QLinear"):
                 raise OnnxqError(
                     f"expected Q/DQ pairs around float ops, found {node.op_type} {node.name!r}",
                     hint="write the model in Q/DQ form (onnxruntime: quant_format=QuantFormat.QDQ)",
                 )
-        modified = False
         for node in list(graph):
             if graphs.is_quantize(node) and node.graph is not None:
                 self._strip_quantize(graph, node)

@@ -20,7 +20,7 @@ from onnxq.errors import OnnxqError
 from onnxq.passes.pad_codes import PadCodes, pads_with_zero
 from onnxq.scheme import Scheme, Spec, for_integer_products, parse_activations, parse_weights
 from onnxq.targets.findings import Finding
-from onnxq.targets.placement import Placement, Schemes, Site, choose, excluded, schemes_of, weight_sites
+from onnxq.targets.placement import EXCLUDED, Placement, Schemes, Site, choose, excluded, schemes_of, weight_sites
 
 # One kernel each between DequantizeLinear and QuantizeLinear.
 ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
@@ -115,7 +115,14 @@ class Cpu:
             for name in _thin_stem(graph, chosen):
                 left_float[name] = "a thin first layer is faster in float"
             chosen = [item for item in chosen if item.node.name not in left_float]
-        sites = weight_sites(chosen, scheme_of)
+        layers: list[graphs.WeightedNode] = []
+        for node in (node for node in graph if graphs.is_op(node, "LSTM")):
+            name = node.name or ""
+            left_float[name] = EXCLUDED if name in skipped else _why_float_lstm(node, scheme_of(node))
+            if not left_float[name]:
+                del left_float[name]
+                layers += graphs.lstm_weights(node)
+        sites = weight_sites([*chosen, *layers], scheme_of)
         if scheme.activations.enabled:
             sites += _Regions(graph, chosen, skipped).sites(scheme_of, scheme.activations)
         return Placement(sites, left_float)
@@ -128,11 +135,13 @@ class Cpu:
         """
         from onnxq.passes.keep_biases_apart import KeepBiasesApart
         from onnxq.passes.lower_hard_swish import LowerHardSwish
+        from onnxq.passes.lower_lstm import LowerLstm
         from onnxq.passes.lower_weights import LowerWeights
         from onnxq.passes.split_gemm_bias import SplitGemmBias
 
         SplitGemmBias()(model)
         LowerWeights()(model)
+        LowerLstm()(model)
         KeepBiasesApart()(model)
         LowerHardSwish()(model)
         PadCodes()(model)
@@ -179,6 +188,18 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
         return "the integer Gemm has no beta"
     if scheme.weights.granularity == "block" and node.op_type == "Conv":
         return "block scales are for matrix products"
+    return ""
+
+
+def _why_float_lstm(node: ir.Node, scheme: Scheme) -> str:
+    """Why this LSTM stays in float (see passes/lower_lstm.py), or an empty string."""
+    if not all(graphs.is_constant(weight) for weight in node.inputs[1:3]):
+        return "its weights are computed"
+    if node.attributes.get_int("layout", 0):
+        return "the integer LSTM reads sequences first"
+    eight_bits = scheme.activations.format.storage in (ir.DataType.UINT8, ir.DataType.INT8)
+    if scheme.weights.format.storage != ir.DataType.INT8 or not eight_bits:
+        return "the integer LSTM has weights of 8 bits and chooses 8 bits for what it reads"
     return ""
 
 

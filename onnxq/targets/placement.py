@@ -12,6 +12,8 @@ from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.scheme import Scheme, Spec
 
+EXCLUDED = "excluded"  # why a layer stays float that the user named
+
 Use = tuple[ir.Node, int]
 Schemes = Callable[[ir.Node], Scheme]
 
@@ -71,10 +73,10 @@ def choose(
 ) -> tuple[list[graphs.WeightedNode], dict[str, str]]:
     """The weighted nodes to quantize, and why the others stay in float (``why_float`` gives a reason or nothing)."""
     chosen: list[graphs.WeightedNode] = []
-    left_float = dict(graphs.layers_without_codes(graph))
+    left_float = {name: EXCLUDED if name in skipped else reason for name, reason in graphs.layers_without_codes(graph)}
     for item in graphs.weighted_nodes(graph):
         name = item.node.name or ""
-        reason = "excluded" if name in skipped else why_float(item)
+        reason = EXCLUDED if name in skipped else why_float(item)
         if reason:
             left_float[name] = reason
         else:
