@@ -326,6 +326,39 @@ def test_channels_that_stick_out_between_convolutions_are_levelled_by_default(tm
     assert len(smooth.model.graph) == len(plain.model.graph)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "module", "knobs"),
+    [
+        ("gptq", "onnxq.recipes.gptq", {}),
+        ("brecq", "onnxq.learning.reconstruction_knobs", {"iterations": 20}),
+        ("lsq", "onnxq.recipes.lsq", {"steps": 5}),
+        ("mixed", "onnxq.recipes.mixed", {"budget_bits": 8}),
+    ],
+)
+def test_recipes_that_learn_level_first(
+    recipe: str, module: str, knobs: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "depthwise.onnx"
+    ir.save(uneven(), path)
+    data = [{"x": np.random.default_rng(5).standard_normal((32, 16, 9, 9)).astype(np.float32)}]
+    weights = None if recipe == "mixed" else "int4"
+    levelled = onnxq.quantize(path, data, recipe=recipe, weights=weights, activations="int8", knobs=knobs).numbers
+    monkeypatch.setattr(f"{module}.level", lambda job: None)
+    plain = onnxq.quantize(path, data, recipe=recipe, weights=weights, activations="int8", knobs=knobs).numbers
+    assert levelled["sqnr_db"] > plain["sqnr_db"] + 3
+
+
+def test_nothing_is_levelled_where_weights_and_activations_are_narrow(tmp_path: Path) -> None:
+    path = tmp_path / "depthwise.onnx"
+    ir.save(uneven(), path)
+    data = [{"x": np.random.default_rng(5).standard_normal((32, 16, 9, 9)).astype(np.float32)}]
+    plain, smooth = (
+        onnxq.quantize(path, data, weights="int4", activations="int4", knobs={"smooth": smooth}).numbers["sqnr_db"]
+        for smooth in (0, 0.75)
+    )
+    assert smooth == plain
+
+
 def test_the_expected_error_of_a_convolution_is_near_the_one_it_makes() -> None:
     model = uneven()
     x = np.random.default_rng(6).standard_normal((24, 16, 9, 9)).astype(np.float32)

@@ -11,6 +11,7 @@ from onnxq.calibration import calibrate, observers, weight_ranges
 from onnxq.job import Job
 from onnxq.knobs import choice
 from onnxq.learning.reconstruct import Reconstruction, reconstruct
+from onnxq.learning.smoothing import level
 
 # Steps for each block. The papers' need a GPU or a night; a tenth of them comes close.
 ITERATIONS = {"quick": 200, "default": 1000, "paper": 20000}
@@ -85,6 +86,7 @@ class RoundingKnobs:
         """
         observe, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.prepare()
+        level(job)
         blocks = cut(job.model.graph, granularity)
         job.insert()
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)

@@ -22,6 +22,7 @@ class AdaRound(RoundingKnobs):
     Post-Training Quantization, ICML 2020 (arXiv 2004.10568), equations 21 to 25.
 
     Departures:
+        - With activations of 8 bits, channels that stick out far are levelled first, as in the recipe int8.
         - The paper takes 10,000 steps a layer. ``--budget default`` takes 1,000 and ``quick`` 200, with Adam's rate
           raised by the root of the ratio; ``paper`` takes 20,000, as BRECQ and QDrop do.
         - The error is measured after the nonlinearity that follows the layer, whichever it is.

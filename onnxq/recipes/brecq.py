@@ -22,6 +22,7 @@ class Brecq(BlockKnobs):
     Post-Training Quantization by Block Reconstruction, ICLR 2021 (arXiv 2102.05426), section 3.2 and algorithm 1.
 
     Departures:
+        - With activations of 8 bits, channels that stick out far are levelled first, as in the recipe int8.
         - The error is not weighted by the Fisher information (equation 10): it needs labels or the loss of training.
         - Weights are symmetric, as TensorRT needs them; the authors' code has zero points.
         - Learning starts from GPTQ's codes and corrected biases: where four bits are few, the two codes around a weight

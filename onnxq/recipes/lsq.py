@@ -15,6 +15,7 @@ from onnxq.learning.columnwise import BEST, rounded_apart
 from onnxq.learning.distillation import distil_blocks, distil_network
 from onnxq.learning.finetune import FineTuning
 from onnxq.learning.losses import compared_outputs
+from onnxq.learning.smoothing import level
 from onnxq.synthesis.network import channels_first, require_images
 
 # Steps of the optimiser: over the whole network, or for each block.
@@ -41,6 +42,7 @@ class Lsq:
     (arXiv 2206.01861), section 4.3.
 
     Departures:
+        - With activations of 8 bits, channels that stick out far are levelled first, as in the recipe int8.
         - A few hundred unlabelled samples and the float network's outputs instead of training on labels; so few
           steps, and rates so small, that the network stays near itself.
         - Steps are learned as logarithms, which keeps them positive, and weights have one per channel. LSQ's gradient
@@ -103,6 +105,7 @@ class Lsq:
             augment = Augmentation(axes, self.crop, self.mix, job.settings.seed)
         observe, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.prepare()
+        level(job)
         blocks = cut(job.model.graph)
         outputs = compared_outputs(job.model, self.loss)
         job.insert()

