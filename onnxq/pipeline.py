@@ -241,9 +241,11 @@ def _next_steps(job: Job, checked: Check) -> list[str]:
     steps = []
     if isinstance(job.source, Noise):
         steps.append("give real inputs with --data (an .npz keyed by input name, or a folder of images)")
-    worst = [layer for layer in checked.layers[:3] if layer["sqnr_db"] < 15]
+    # What only moves data has nothing to keep; an LSTM is there once for each of its outputs.
+    computing = [layer for layer in checked.layers if layer["op"] not in graphs.DATA_MOVEMENT]
+    worst = list(dict.fromkeys(layer["name"] for layer in computing if layer["sqnr_db"] < 15))[:3]
     if worst and checked.sqnr_db < 25:
-        patterns = " ".join(f"--exclude '{layer['name']}'" for layer in worst)
+        patterns = " ".join(f"--exclude '{name}'" for name in worst)
         steps.append(f"keep the worst layers in float: {patterns}")
     observer = job.settings.knobs.get("observer")
     if checked.sqnr_db < 20 and recipes.canonical(job.settings.recipe) == recipes.DEFAULT and observer is None:

@@ -127,3 +127,15 @@ def test_computed_weights_stay_float(tmp_path: Path) -> None:
 def test_a_weight_without_codes_is_left_alone() -> None:
     model = network("forward")
     assert not LowerLstm()(model).modified and not RaiseLstm()(model).modified
+
+
+def test_the_hint_names_layers_that_can_be_kept(tmp_path: Path) -> None:
+    """What only moves the bad values of another node, as Transpose and Reshape here, is no layer to leave in float."""
+    model = network("forward")
+    for name in ("w", "r"):
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(30 * value.const_value.numpy(), name=name)  # gates that jump
+    numbers = quantized(model, tmp_path, weights="int2", samples=4).numbers
+    hint = next(step for step in numbers["next_steps"] if step.startswith("keep the worst layers"))
+    assert {layer["op"] for layer in numbers["layers"]} >= {"Reshape", "DynamicQuantizeLSTM"}
+    assert hint.count("'lstm'") == 1 and "turn" not in hint and "flatten" not in hint
