@@ -66,14 +66,14 @@ def test_the_integer_kernel_computes_what_the_float_one_does(direction: str, inp
     assert min(result.numbers["outputs"].values()) > 25
 
 
-@pytest.mark.parametrize("weights", ["int8", "int8:tensor", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int8:tensor", "int4", "uint8"])
 def test_the_kernel_reads_the_codes_that_were_stored(weights: str, tmp_path: Path) -> None:
     """Raised again, float inputs make the only difference to the integer kernel."""
     lowered = quantized(network("bidirectional", ", b"), tmp_path, weights=weights).model
     feed = samples(1)[0]
     found = Session(lowered).run(feed)
     node = next(node for node in lowered.graph if graphs.is_integer_lstm(node))
-    assert np.abs(node.inputs[1].const_value.numpy()).max() <= (7 if weights == "int4" else 127)
+    assert np.abs(node.inputs[1].const_value.numpy()).max() == 127  # narrower ones would lie in bytes all the same
     RaiseLstm()(lowered)
     assert graphs.is_op(node, "LSTM")
     expected = Session(lowered).run(feed)
@@ -134,7 +134,7 @@ def test_the_hint_names_layers_that_can_be_kept(tmp_path: Path) -> None:
     model = network("forward")
     for name in ("w", "r"):
         value = model.graph.initializers[name]
-        value.const_value = ir.tensor(30 * value.const_value.numpy(), name=name)  # gates that jump
+        value.const_value = ir.tensor(300 * value.const_value.numpy(), name=name)  # gates that jump
     numbers = quantized(model, tmp_path, weights="int2", samples=4).numbers
     hint = next(step for step in numbers["next_steps"] if step.startswith("keep the worst layers"))
     assert {layer["op"] for layer in numbers["layers"]} >= {"Reshape", "DynamicQuantizeLSTM"}

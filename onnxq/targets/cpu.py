@@ -122,7 +122,7 @@ class Cpu:
             if not left_float[name]:
                 del left_float[name]
                 layers += graphs.lstm_weights(node)
-        sites = weight_sites([*chosen, *layers], scheme_of)
+        sites = weight_sites(chosen, scheme_of) + weight_sites(layers, _eight_bits(scheme_of))
         if scheme.activations.enabled:
             sites += _Regions(graph, chosen, skipped).sites(scheme_of, scheme.activations)
         return Placement(sites, left_float)
@@ -197,10 +197,21 @@ def _why_float_lstm(node: ir.Node, scheme: Scheme) -> str:
         return "its weights are computed"
     if node.attributes.get_int("layout", 0):
         return "the integer LSTM reads sequences first"
-    eight_bits = scheme.activations.format.storage in (ir.DataType.UINT8, ir.DataType.INT8)
-    if scheme.weights.format.storage != ir.DataType.INT8 or not eight_bits:
-        return "the integer LSTM has weights of 8 bits and chooses 8 bits for what it reads"
+    if scheme.activations.format.storage not in (ir.DataType.UINT8, ir.DataType.INT8):
+        return "the integer LSTM chooses 8 bits for what it reads"
+    if not scheme.weights.enabled or scheme.weights.granularity == "block":
+        return "the integer LSTM has weights of 8 bits"
     return ""
+
+
+def _eight_bits(scheme_of: Schemes) -> Schemes:
+    """The same schemes with weights of int8: narrower ones of an LSTM would lie in bytes all the same."""
+
+    def chosen(node: ir.Node) -> Scheme:
+        scheme = scheme_of(node)
+        return replace(scheme, weights=replace(parse_weights("int8"), granularity=scheme.weights.granularity))
+
+    return chosen
 
 
 class _Regions:
