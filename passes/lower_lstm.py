@@ -74,15 +74,12 @@ def _has_codes(node: ir.Node) -> bool:
     for index in WEIGHTS:
         value = node.inputs[index]
         pair = None if value is None else value.producer()
-        if pair is None or not graphs.is_dequantize(pair) or not graphs.is_constant(pair.inputs[0]):
+        codes = pair.inputs[0] if pair is not None and graphs.is_dequantize(pair) else None
+        if pair is None or codes is None or not graphs.is_constant(codes) or codes.dtype != ir.DataType.INT8:
             return False
-        if _storage(pair) != ir.DataType.INT8 or pair.attributes.get_int("axis", 1) != 1:
+        if pair.attributes.get_int("axis", 1) != 1:
             return False
     return True
-
-
-def _storage(dequantize: ir.Node) -> ir.DataType | None:
-    return None if dequantize.inputs[0] is None else dequantize.inputs[0].dtype
 
 
 def _lower(graph: ir.Graph, node: ir.Node) -> None:

@@ -109,8 +109,8 @@ def level(job: Job) -> None:
     worth = WORTH_WHEN_UNSURE if few or narrow else WORTH_FOLDING
     levels = {}
     for gate in gated:
-        level = _level(recorded[gate.source.name or ""], recorded[gate.result.name or ""])
-        levels[gate.group.name] = best(gate.group, [level], WORTH_A_GATE)
+        evened = _level(recorded[gate.source.name or ""], recorded[gate.result.name or ""])
+        levels[gate.group.name] = best(gate.group, [evened], WORTH_A_GATE)
     LevelGates(levels)(job.model)
     scales = {}
     for group in found:

@@ -19,8 +19,9 @@ from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.passes.pad_codes import PadCodes, pads_with_zero
 from onnxq.scheme import Scheme, Spec, for_integer_products, parse_activations, parse_weights
+from onnxq.targets.cpu_lstm import place_lstms
 from onnxq.targets.findings import Finding
-from onnxq.targets.placement import EXCLUDED, Placement, Schemes, Site, choose, excluded, schemes_of, weight_sites
+from onnxq.targets.placement import Placement, Schemes, Site, choose, excluded, schemes_of, weight_sites
 
 # One kernel each between DequantizeLinear and QuantizeLinear.
 ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
@@ -115,14 +116,10 @@ class Cpu:
             for name in _thin_stem(graph, chosen):
                 left_float[name] = "a thin first layer is faster in float"
             chosen = [item for item in chosen if item.node.name not in left_float]
-        layers: list[graphs.WeightedNode] = []
-        for node in (node for node in graph if graphs.is_op(node, "LSTM")):
-            name = node.name or ""
-            left_float[name] = EXCLUDED if name in skipped else _why_float_lstm(node, scheme_of(node))
-            if not left_float[name]:
-                del left_float[name]
-                layers += graphs.lstm_weights(node)
-        sites = weight_sites(chosen, scheme_of) + weight_sites(layers, _eight_bits(scheme_of))
+        sites = weight_sites(chosen, scheme_of)
+        lstm_sites, reasons = place_lstms(graph, skipped, scheme_of)
+        sites += lstm_sites
+        left_float = {name: reason for name, reason in (left_float | reasons).items() if reason}
         if scheme.activations.enabled:
             sites += _Regions(graph, chosen, skipped).sites(scheme_of, scheme.activations)
         return Placement(sites, left_float)
@@ -189,29 +186,6 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     if scheme.weights.granularity == "block" and node.op_type == "Conv":
         return "block scales are for matrix products"
     return ""
-
-
-def _why_float_lstm(node: ir.Node, scheme: Scheme) -> str:
-    """Why this LSTM stays in float (see passes/lower_lstm.py), or an empty string."""
-    if not all(graphs.is_constant(weight) for weight in node.inputs[1:3]):
-        return "its weights are computed"
-    if node.attributes.get_int("layout", 0):
-        return "the integer LSTM reads sequences first"
-    if scheme.activations.format.storage not in (ir.DataType.UINT8, ir.DataType.INT8):
-        return "the integer LSTM chooses 8 bits for what it reads"
-    if not scheme.weights.enabled or scheme.weights.granularity == "block":
-        return "the integer LSTM has weights of 8 bits"
-    return ""
-
-
-def _eight_bits(scheme_of: Schemes) -> Schemes:
-    """The same schemes with weights of int8: narrower ones of an LSTM would lie in bytes all the same."""
-
-    def chosen(node: ir.Node) -> Scheme:
-        scheme = scheme_of(node)
-        return replace(scheme, weights=replace(parse_weights("int8"), granularity=scheme.weights.granularity))
-
-    return chosen
 
 
 class _Regions:
