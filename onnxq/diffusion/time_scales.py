@@ -22,7 +22,7 @@ from onnxq.job import Job
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS, SYMMETRIC
 from onnxq.passes.time_conditioned_scales import TimeConditionedScales, conditionable
 from onnxq.runtime import Session
-from onnxq.targets.cpu import ABSORBED
+from onnxq.targets.cpu_ops import ABSORBED
 
 Array = np.ndarray[Any, Any]
 

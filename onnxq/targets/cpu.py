@@ -8,7 +8,7 @@ and writes floats, so a transformer keeps its LayerNorm, Gelu and residual strea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -17,32 +17,16 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
-from onnxq.passes.pad_codes import PadCodes, pads_with_zero
-from onnxq.scheme import Scheme, Spec, for_integer_products, parse_activations, parse_weights
+from onnxq.passes.pad_codes import PadCodes
+from onnxq.scheme import Scheme, for_integer_products, parse_activations, parse_weights
 from onnxq.targets.cpu_lstm import place_lstms
+from onnxq.targets.cpu_ops import after_activation
+from onnxq.targets.cpu_regions import Regions
 from onnxq.targets.findings import Finding
-from onnxq.targets.placement import Placement, Schemes, Site, choose, excluded, schemes_of, weight_sites
-
-# One kernel each between DequantizeLinear and QuantizeLinear.
-ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
-
-# Of those, what shortcuts end in.
-STREAMS = ("Add", "Concat")
-
-# Several kernels, once it is taken apart: see passes/lower_hard_swish.py.
-TAKEN_APART = ("HardSwish",)
-
-# The codes pass through unchanged, so input and output share one scale.
-DATA_MOVEMENT = (
-    "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Expand", "Tile",
-    "DepthToSpace",
-)  # fmt: skip
+from onnxq.targets.placement import Placement, Schemes, choose, excluded, schemes_of, weight_sites
 
 STEM_CHANNELS = 4
 STEM_DEPTHWISE_CHANNELS = 32
-
-# Absorbed into the QuantizeLinear that follows, because its range does not leave theirs.
-ABSORBED = ("Relu", "Clip")
 
 LEGAL_WEIGHTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "uint8", "uint4", "float")
 LEGAL_ACTIVATIONS = (
@@ -121,7 +105,7 @@ class Cpu:
         sites += lstm_sites
         left_float = {name: reason for name, reason in (left_float | reasons).items() if reason}
         if scheme.activations.enabled:
-            sites += _Regions(graph, chosen, skipped).sites(scheme_of, scheme.activations)
+            sites += Regions(graph, chosen, skipped).sites(scheme_of, scheme.activations)
         return Placement(sites, left_float)
 
     def lower(self, model: ir.Model) -> None:
@@ -188,145 +172,6 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     return ""
 
 
-class _Regions:
-    """Which values are held as codes."""
-
-    def __init__(self, graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], skipped: set[str]) -> None:
-        self.graph = graph
-        self.chosen = list(chosen)
-        self.core = {item.node for item in chosen}
-        self.skipped = skipped
-        self.codes: set[ir.Value] = set()  # quantized for every reader
-        self.like: dict[ir.Value, ir.Value] = {}
-        self.useful = self._useful_nodes()
-        for node in graph:
-            self._visit(node)
-
-    def _useful_nodes(self) -> set[ir.Node]:
-        """Nodes whose output reaches a core op through ops that have integer kernels."""
-        useful: set[ir.Node] = set()
-        for node in reversed(list(self.graph)):
-            for reader, _ in graphs.consumers(node.outputs[0]):
-                if reader in self.core or (reader in useful and _hands_on_codes(reader)):
-                    useful.add(node)
-                    break
-        return useful
-
-    def _visit(self, node: ir.Node) -> None:
-        if node.name in self.skipped:
-            return
-        if node in self.core:
-            if node.op_type == "Conv":
-                self._hold(_after_activation(node))
-        elif node in self.useful and self._pays(node) and self._reads_codes(node):
-            for value in node.inputs:
-                if value is not None and value not in self.codes:
-                    self._hold(value)
-            joined = _after_activation(node)
-            self._hold(joined)
-            if node.op_type == "Concat" and joined is node.outputs[0]:
-                for value in node.inputs:
-                    if value is not None:
-                        self._tie(value, joined)
-        elif node in self.useful and _moves_data(node) and node.inputs[0] in self.codes:
-            self._hold(node.outputs[0])
-            self.like[node.outputs[0]] = node.inputs[0]
-
-    def _pays(self, node: ir.Node) -> bool:
-        """Whether an integer kernel is worth it: for a sum or a Concat, if nothing reads its output as floats.
-
-        A norm or a residual stream would turn the codes into floats again, at the same cost, and the stream has lost
-        what eight bits cannot hold beside each other: a class token among patches, say.
-        """
-        if not graphs.is_op(node, *STREAMS):
-            return graphs.is_op(node, *ARITHMETIC, *TAKEN_APART)
-        readers = [reader for reader, _ in graphs.consumers(_after_activation(node))]
-        return all(reader in self.core or _hands_on_codes(reader) for reader in readers)
-
-    def _tie(self, value: ir.Value, joined: ir.Value) -> None:
-        """Give what only a Concat reads the scale of its output.
-
-        The kernel then copies codes instead of computing them, and they are rounded once instead of twice.
-        """
-        while len(graphs.consumers(value)) == 1 and not value.is_graph_output():
-            source = self.like.get(value)
-            if source is None:
-                self.like[value] = joined
-                return
-            value = source
-
-    def _root(self, value: ir.Value) -> ir.Value:
-        """The value whose scale this one has."""
-        while value in self.like:
-            value = self.like[value]
-        return value
-
-    def _hold(self, value: ir.Value) -> None:
-        if graphs.is_float(value):
-            self.codes.add(value)
-
-    def _reads_codes(self, node: ir.Node) -> bool:
-        """Whether an integer kernel fits: one operand is held as codes, and the others can be."""
-        inputs = [value for value in node.inputs if value is not None]
-        if any(graphs.is_constant(value) or not graphs.is_float(value) for value in inputs):
-            return False
-        return any(value in self.codes for value in inputs)
-
-    def sites(self, scheme_of: Schemes, usual: Spec) -> list[Site]:
-        """Pairs for all readers of held values, and for the core ops alone elsewhere.
-
-        A value has one pair, so where its readers want several formats it gets the widest.
-        """
-        wanted: dict[ir.Value, list[Spec]] = {}
-        uses: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
-        for item in self.chosen:
-            spec = scheme_of(item.node).activations
-            if not spec.enabled:
-                continue
-            wanted.setdefault(self._root(item.activation), []).append(spec)
-            if item.activation not in self.codes:
-                uses.setdefault(item.activation, []).append((item.node, item.activation_index))
-
-        def spec_of(value: ir.Value) -> Spec:
-            return max(wanted.get(value, [usual]), key=lambda spec: spec.format.bits)
-
-        sites = []
-        for value in self._in_order():
-            root = self._root(value)
-            sites.append(Site(value, (), spec_of(root), like=None if root is value else root))
-        return sites + [Site(value, tuple(readers), spec_of(value)) for value, readers in uses.items()]
-
-    def _in_order(self) -> Iterator[ir.Value]:
-        yield from (value for value in self.graph.inputs if value in self.codes)
-        for node in self.graph:
-            for value in node.outputs:
-                if value in self.codes:
-                    yield value
-
-
-def _moves_data(node: ir.Node) -> bool:
-    """Whether the node passes codes on unchanged (a zero Pad does, once it is moved to their side)."""
-    if graphs.is_op(node, "Resize"):
-        return node.attributes.get_string("mode", "nearest") == "nearest"
-    return graphs.is_op(node, *DATA_MOVEMENT) or pads_with_zero(node)
-
-
-def _hands_on_codes(node: ir.Node) -> bool:
-    """Whether the node can read codes and give codes."""
-    return graphs.is_op(node, *ARITHMETIC, *TAKEN_APART, *ABSORBED) or _moves_data(node)
-
-
-def _after_activation(node: ir.Node) -> ir.Value:
-    """The node's output, or that of the Relu or Clip that is its only reader."""
-    output = node.outputs[0]
-    readers = graphs.consumers(output)
-    if len(readers) == 1 and not output.is_graph_output() and graphs.is_op(readers[0][0], *ABSORBED):
-        reader = readers[0][0]
-        if all(value is None or graphs.is_constant(value) for value in reader.inputs[1:]):
-            return reader.outputs[0]
-    return output
-
-
 def _thin_stem(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode]) -> list[str]:
     """The first convolution of an image, and a narrow depthwise one right after it.
 
@@ -341,7 +186,7 @@ def _thin_stem(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode]) -> list[s
         node = readers[0][0] if len(readers) == 1 else None
         limit = STEM_CHANNELS
         while node is not None and node in by_node and node.op_type == "Conv" and _channels(by_node[node]) <= limit:
-            following = graphs.consumers(_after_activation(node))
+            following = graphs.consumers(after_activation(node))
             if len(following) != 1 or following[0][0] not in by_node or following[0][0].op_type != "Conv":
                 break
             names.append(node.name or "")

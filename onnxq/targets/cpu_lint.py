@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.passes.keep_biases_apart import fused_bias
-from onnxq.targets.cpu import ABSORBED, ARITHMETIC, DATA_MOVEMENT
+from onnxq.targets.cpu_ops import ABSORBED, ARITHMETIC, DATA_MOVEMENT
 from onnxq.targets.findings import Finding
 from onnxq.targets.reading import Product, Quantizer, Reading, channel_axis, name_of, scale_axis, scale_shape, spelled
 
