@@ -99,6 +99,22 @@ def test_batches_of_python_hold_them_as_they_are(tokens: Path) -> None:
     assert onnxq.quantize(tokens, batches).numbers["samples"] == 4
 
 
+@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
+@pytest.mark.parametrize("recipe", ["gptq", "adaround", "brecq"])
+def test_recipes_learn_beside_what_is_the_same_for_all_samples(tokens: Path, recipe: str, target: str) -> None:
+    arrays = samples(8) | {"t": np.float32(0.5)}
+    rows = [arrays | {"x": arrays["x"][index : index + 2]} for index in range(0, 8, 2)]
+    settings = {"target": target, "weights": "int4", "activations": "int8"}
+    knobs = {} if recipe == "gptq" else {"iterations": 20}
+    nearest = onnxq.quantize(tokens, rows, **settings).numbers
+    learned = onnxq.quantize(tokens, rows, recipe=recipe, knobs=knobs, **settings).numbers
+    assert learned["quantized_nodes"] == nearest["quantized_nodes"] == (3 if target == "cpu" else 2)
+    assert learned["sqnr_db"] > nearest["sqnr_db"]
+    rows[1] = rows[1] | {"t": np.float32(0.6)}
+    with pytest.raises(OnnxqError, match="expected 't', which has no batch axis, to be the same for all samples"):
+        onnxq.quantize(tokens, rows, recipe=recipe, knobs=knobs, **settings)
+
+
 def test_a_whole_of_another_shape_is_refused(tokens: Path, tmp_path: Path) -> None:
     arrays = samples(4)
     np.savez(tmp_path / "d.npz", **arrays | {"ids": arrays["ids"][:, :2]})

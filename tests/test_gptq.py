@@ -40,6 +40,19 @@ products (float[N,6,32] x) => (float[N,6,24] y, float[N,24,6] z)
 """
 PRODUCT_SHAPES = {"w1": (32, 40), "b1": (40,), "w2": (40, 24), "w3": (24, 40)}
 
+TIED_APART = f"""{HEAD}
+tied (float[N,32] x) => (float[N,32] y)
+{{
+    [zero] a = MatMul (x, w1)
+    b = Gelu (a)
+    [one] c = MatMul (b, w)
+    d = Gelu (c)
+    [between] e = MatMul (d, w3)
+    f = Gelu (e)
+    [two] y = MatMul (f, w)
+}}
+"""
+
 TIED = f"""{HEAD}
 tied (float[N,32] x) => (float[N,32] y, float[N,8] z)
 <int64[8] index = {{0, 3, 5, 7, 9, 11, 13, 30}}>
@@ -305,6 +318,14 @@ def test_a_shared_weight_is_rounded_once_and_other_readers_keep_the_float_one() 
     assert found < nearest
     codes = {node.inputs[1].producer().inputs[0] for node in model.graph if node.name in ("one", "two", "three")}
     assert len(codes) == 1
+
+
+def test_a_weight_is_rounded_for_readers_in_blocks_ahead() -> None:
+    """The network's inputs are still there when the first of them is no longer read."""
+    shapes = {"w1": (32, 32), "w": (32, 32), "w3": (32, 32)}
+    _, found = quantize(TIED_APART, shapes, Gptq(), "int4")
+    _, nearest = quantize(TIED_APART, shapes, Static(weight_ranges="mse"), "int4")
+    assert found < nearest
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

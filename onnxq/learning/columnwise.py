@@ -167,6 +167,7 @@ class Network:
         self._float = as_float(quantizers)
         self._nodes = {value.name: node for node in graph.model.graph for value in node.outputs}
         self._position = {node: index for index, node in enumerate(graph.model.graph)}
+        walk.keeps_inputs = any(len(layers) > 1 for layers in readers.values())  # for readers of a shared weight ahead
 
     def round_block(self, block: Block, weights: Sequence[Quantizer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Round the weights of a block in ``graph``, first readers first.
@@ -298,7 +299,7 @@ class Network:
             exact = lambda index: {**self.walk.inputs(block, index, FLOAT), **before}  # noqa: E731
         sums = self._observed(here, lambda index: self.walk.inputs(block, index, QUANTIZED), self._weights, exact)
         if later:
-            sums |= self._observed(later, self._feeds, self._float)
+            sums |= self._observed(later, self.walk.feeds, self._float)
         result: dict[str, Hessian] = {}
         for output, found in layers.items():
             geometries = [layer.geometry for layer in found]
@@ -326,9 +327,6 @@ class Network:
             for geometry, layer in layers.items():
                 found[geometry].update(layer, values[layer.activation], exact.get(layer.activation))
         return found
-
-    def _feeds(self, index: slice) -> dict[str, Tensor]:
-        return {name: self.walk.cache.rows(QUANTIZED + name, index).flatten(0, 1) for name in self.graph.input_names}
 
     def _first_reader(self, item: Quantizer) -> int:
         layers = self.readers.get(item.output, ())

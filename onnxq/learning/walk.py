@@ -46,21 +46,25 @@ class Walk:
         self._quantized = as_float(item for item in quantizers if item.is_weight)
         self.chunk = ROWS
         self._axes: dict[str, int] = {}  # where each value has its batch
+        self._shared: dict[str, Tensor] = {}  # what has none, as positions: the same for all samples
+        self.keeps_inputs = False  # the network's own, until the last block
 
     def fill(self, source: Source, specs: Sequence[InputSpec], samples: int) -> None:
-        """Read the calibration inputs."""
+        """Read the calibration inputs.
+
+        Raises:
+            OnnxqError: an input without a batch axis differs between samples, which then cannot share a batch.
+        """
         whole = [spec.name for spec in specs if spec.is_whole]
-        if whole:
-            raise OnnxqError(
-                f"expected inputs with a row for each sample, found {', '.join(map(repr, whole))} without a batch axis",
-                hint="export the timestep with shape [batch] to learn in batches, or use --recipe default",
-            )
         self.samples = samples
         start = 0
         for batch in batches(source, specs, batch_size=ROWS, samples=samples):
             feed = inputs_of(batch, specs)
             rows = row_count(feed, specs)
             for name, array in feed.items():
+                if name in whole:
+                    self._share(name, torch.from_numpy(array))
+                    continue
                 values = torch.from_numpy(array[:, None])
                 if start == 0:
                     self.cache.allocate(FLOAT + name, (samples, *values.shape[1:]), values.dtype)
@@ -72,11 +76,23 @@ class Walk:
         fixed = fixed_batch(specs) or 1
         self.chunk = -(-ROWS // fixed) * fixed
 
+    def _share(self, name: str, values: Tensor) -> None:
+        self._shared[QUANTIZED + name] = self._shared.setdefault(FLOAT + name, values)
+        if not torch.equal(self._shared[FLOAT + name], values):
+            raise OnnxqError(
+                f"expected {name!r}, which has no batch axis, to be the same for all samples, found several",
+                hint="export it with shape [batch, …] to learn in batches, or use --recipe default",
+            )
+
     def inputs(
         self, block: Block, index: np.ndarray | slice, kind: str = QUANTIZED, area: Area | None = None
     ) -> dict[str, Tensor]:
         """What the block reads, for some samples; of maps, an area alone if asked for."""
         return {name: self._rows(kind, name, index, area) for name in block.inputs}
+
+    def feeds(self, index: np.ndarray | slice) -> dict[str, Tensor]:
+        """What the network itself reads, for some samples; needs ``keeps_inputs``."""
+        return {name: self._rows(QUANTIZED, name, index) for name in self.graph.input_names}
 
     def target(self, block: Block, index: np.ndarray | slice, area: Area | None = None) -> Tensor:
         """What the float network has at the block's end, for some samples; of a map, an area alone if asked for."""
@@ -90,7 +106,7 @@ class Walk:
             names: All values inside it.
             side: Height and width of a window; 0: whole maps are wanted.
         """
-        if not side or any(self._axes[name] for name in (*block.inputs, block.output)):
+        if not side or any(FLOAT + name in self._shared or self._axes[name] for name in (*block.inputs, block.output)):
             return None
         shapes = {}
         for name in block.inputs:
@@ -118,6 +134,8 @@ class Walk:
         """Compute the quantized network's values at the end of the finished block, and drop what is not read again."""
         self._run(block, QUANTIZED, self._quantized)
         later = {name for other in self.blocks[self.blocks.index(block) + 1 :] for name in other.inputs}
+        if self.keeps_inputs:
+            later.update(self.graph.input_names)
         for name in {*block.inputs, block.output} - later:
             for kind in (FLOAT, QUANTIZED):
                 if kind + name in self.cache:
@@ -126,6 +144,10 @@ class Walk:
     def _run(self, block: Block, kind: str, replaced: Mapping[str, Replacement]) -> None:
         name = block.output
         with torch.no_grad():
+            if all(kind + source in self._shared for source in block.inputs):
+                given = self.inputs(block, slice(0, 1), kind)
+                self._shared[kind + name] = self.graph.run(given, [name], replaced=replaced)[name]
+                return
             for start in range(0, self.samples, self.chunk):
                 index = slice(start, min(start + self.chunk, self.samples))
                 given = self.inputs(block, index, kind)
@@ -158,6 +180,9 @@ class Walk:
         return grown[0]
 
     def _rows(self, kind: str, name: str, index: np.ndarray | slice, area: Area | None = None) -> Tensor:
+        shared = self._shared.get(kind + name)
+        if shared is not None:
+            return shared.to(self.cache.device)
         return self.cache.rows(kind + name, index, area).flatten(0, 1).movedim(0, self._axes[name])
 
 
