@@ -18,7 +18,7 @@ from onnxq.calibration.text import without_padding
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.report.metrics import OutputsSqnr, Sqnr, padded_alike
-from onnxq.report.quality import is_float, size_warning
+from onnxq.report.quality import is_float, nothing_compared, size_warning
 from onnxq.runtime import Feed, Session, integer_kernels, optimized_session, tapped_together
 
 Array = np.ndarray[Any, Any]
@@ -79,6 +79,8 @@ def check(job: Job) -> Check:
                     wanted, found = padded_alike(wanted, found)
                 ratio.update(name, without_padding(feed, wanted), without_padding(feed, found))
         job.warnings.extend(differing.values())
+        if ratio.value is None:
+            job.warnings.append(nothing_compared([value for _, outputs in job.recording.kept for value in outputs]))
         layers = _layer_errors(job, reference, inner)
     if ratio.not_finite:
         raise OnnxqError(

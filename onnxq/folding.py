@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ Array = np.ndarray[Any, Any]
 HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity", "Dropout")
 # Ops whose channels are surely last where no rank is known.
 LAST_CHANNELS = ("LayerNormalization", "RMSNormalization", "Gemm", "MatMul", "Mul", "Add", "Relu", "LeakyRelu")
+RESCALED = "onnxq.rescaled"
 POOLING = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 
 
@@ -182,6 +183,22 @@ def _constants(node: ir.Node, indices: Sequence[int], factor: Array) -> list[Cha
             return None
         changes.append(Change(node, index, factor))
     return changes
+
+
+def mark_rescaled(sources: Iterable[ir.Node], layers: Collection[ir.Node]) -> None:
+    """Note on nodes that their values no longer are what the float model has under the same names.
+
+    Args:
+        sources: The nodes whose constants changed.
+        layers: The layers that take the change back.
+    """
+    seen, open_ = set(layers), list(sources)
+    while open_:
+        node = open_.pop()
+        if node not in seen and not graphs.is_op(node, "Shape", "Size"):
+            seen.add(node)
+            node.metadata_props[RESCALED] = "1"
+            open_ += [reader for output in node.outputs for reader, _ in graphs.consumers(output)]
 
 
 def multiply(graph: ir.Graph, change: Change) -> None:

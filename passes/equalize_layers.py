@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq.folding import mark_rescaled
 
 Array = np.ndarray[Any, Any]
 
@@ -47,6 +48,8 @@ class EqualizeLayers(InPlacePass):
             if not any(moved):
                 break
             modified = True
+        for pair in pairs if modified else ():
+            mark_rescaled([pair.first.node], [pair.second.node])
         return PassResult(model, modified)
 
 

@@ -96,7 +96,7 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
         zeros = _constant(graph, f"{name}_zero_points", np.zeros(scales.shape, np.int8))
         parameters += [_constant(graph, f"{name}_scales", scales), zeros]
     node.attributes.pop("layout", None)  # 0, the only one that the kernel knows
-    _become(node, "DynamicQuantizeLSTM", DOMAIN, [*inputs, *parameters])
+    graphs.become(node, "DynamicQuantizeLSTM", [*inputs, *parameters], DOMAIN)
 
 
 def _raise(graph: ir.Graph, node: ir.Node) -> None:
@@ -110,15 +110,8 @@ def _raise(graph: ir.Graph, node: ir.Node) -> None:
         values = (array_of(codes).astype(np.float32) - zeros[:, None].astype(np.float32)) * scales[:, None]
         name = codes.name if codes is not None else ""
         inputs[index] = _constant(graph, f"{name}_float", np.ascontiguousarray(values.swapaxes(1, 2)))
-    _become(node, "LSTM", "", inputs)
+    graphs.become(node, "LSTM", inputs)
 
 
 def _constant(graph: ir.Graph, name: str, values: Array) -> ir.Value:
     return new_initializer(graph, name, values, ir.DataType.from_numpy(values.dtype))
-
-
-def _become(node: ir.Node, op_type: str, domain: str, inputs: list[ir.Value | None]) -> None:
-    node.op_type, node.domain = op_type, domain
-    node.resize_inputs(len(inputs))
-    for index, value in enumerate(inputs):
-        node.replace_input_with(index, value)

@@ -11,6 +11,7 @@ from conftest import add_weights, sqnr_db
 
 import onnxq
 from onnxq import model as models
+from onnxq.folding import RESCALED
 from onnxq.passes.level_gates import LevelGates, gates
 from onnxq.passes.strip_qdq import StripQDQ
 from onnxq.runtime import Session, optimized_nodes
@@ -92,3 +93,14 @@ def test_a_levelled_hard_swish_runs_on_integer_kernels_and_can_be_stripped(activ
     assert sqnr_db(literal, optimized) > 30
     assert StripQDQ()(model).modified
     assert sqnr_db(Session(path).run({"x": X})[0], Session(model).run({"x": X})[0]) > 30  # weights stay rounded
+
+
+@pytest.mark.parametrize("gate", ["hard swish", "silu"])
+@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
+def test_levelled_values_are_not_compared_with_what_they_were(gate: str, target: str, tmp_path: Path) -> None:
+    path = models.save(network(gate), tmp_path / "m.onnx")
+    result = onnxq.quantize(path, [{"x": X}] * 4, target=target, output=tmp_path / "q.onnx")
+    assert any("first" in node.name and RESCALED in node.metadata_props for node in result.model.graph)
+    compared = onnxq.compare(path, tmp_path / "q.onnx", [{"x": X}], latency=False)
+    assert {layer["name"] for layer in compared.layers} == {"last"}
+    assert all(layer["sqnr_db"] > 15 for layer in compared.layers)

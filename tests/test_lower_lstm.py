@@ -26,7 +26,7 @@ def network(direction: str, inputs: str = "", body: str = "s, h, c = LSTM") -> i
     directions = 2 if direction == "bidirectional" else 1
     text = f"""
     <ir_version: 10, opset_import: ["" : 21]>
-    reader (float[{STEPS},N,{INPUTS}] x) => (float[{STEPS},N,8] y, float[{directions},N,{HIDDEN}] h)
+    reader (float[{STEPS},N,{INPUTS}] x) => (float[{STEPS},N,24] y, float[{directions},N,{HIDDEN}] h)
     <int64[3] flat = {{{STEPS}, -1, {directions * HIDDEN}}}>
     {{
         [first] a = MatMul (x, w1)
@@ -38,7 +38,7 @@ def network(direction: str, inputs: str = "", body: str = "s, h, c = LSTM") -> i
     """
     shapes = {
         "w1": (INPUTS, INPUTS), "w": (directions, 4 * HIDDEN, INPUTS), "r": (directions, 4 * HIDDEN, HIDDEN),
-        "w2": (directions * HIDDEN, 8),
+        "w2": (directions * HIDDEN, 24),
     }  # fmt: skip
     if inputs:
         shapes |= {"b": (directions, 8 * HIDDEN), "p": (directions, 3 * HIDDEN)}

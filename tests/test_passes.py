@@ -20,6 +20,8 @@ from onnxq.passes.fold_batchnorm import FoldBatchNorm
 from onnxq.passes.fuse_activations import FuseActivations
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.keep_biases_apart import KeepBiasesApart
+from onnxq.passes.lower_prelu import LowerPRelu, ShareSlopes
+from onnxq.passes.lower_softplus import LowerSoftplus
 from onnxq.passes.lower_weights import LowerWeights
 from onnxq.passes.pad_codes import PadCodes
 from onnxq.passes.pool_means import PoolMeans
@@ -120,6 +122,30 @@ tokens (float[2,3,16,16] x) => (float[2,3,16,8] y, float[2,3,16,8] z)
 """
 
 
+PRELUS = """
+<ir_version: 10, opset_import: ["" : 21]>
+slopes (float[N,3,16,16] x) => (float[N,3,16,16] y, float[N,3,16,16] z)
+<float[3,1,1] flat = {0.25, -0.5, 1.0}, float[3,1,1] steep = {0.25, -0.5, 1.5}, float[1] one = {0.2}>
+{
+    [shared] s = PRelu (x, one)
+    [flat] y = PRelu (s, flat)
+    [steep] z = PRelu (s, steep)
+}
+"""
+
+
+SOFTPLUS = """
+<ir_version: 10, opset_import: ["" : 21]>
+softplus (float[N,3,16,16] x) => (float[N,3,16,16] y, float[N,3,16,16] z)
+<float many = {60.0}>
+{
+    [wide] w = Mul (x, many)
+    [mish] y = Mish (w)
+    [softplus] z = Softplus (w)
+}
+"""
+
+
 MEANS = """
 <ir_version: 10, opset_import: ["" : 21]>
 means (float[N,3,16,16] x) => (float[N,3,1,1] y, float[N,3] z)
@@ -150,6 +176,10 @@ def outputs(model: ir.Model, *, optimize: bool = True) -> list[np.ndarray]:
         (FoldBatchNorm, PADDED, PADDED_SHAPES, "Pad"),
         (SplitGemmBias, GEMM, {"w": (10, 768), "b": (10,)}, None),
         (PoolMeans, MEANS, {}, "ReduceMean"),
+        (ShareSlopes, PRELUS, {}, None),
+        (LowerPRelu, PRELUS, {}, "PRelu"),
+        (LowerSoftplus, SOFTPLUS, {}, "Softplus"),
+        (LowerSoftplus, SOFTPLUS, {}, "Mish"),
         (KeepBiasesApart, TOKENS, {"w": (16, 8), "b": (8,)}, None),
     ],
 )

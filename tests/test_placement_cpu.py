@@ -11,6 +11,7 @@ from conftest import add_weights, sqnr_db
 
 import onnxq
 from onnxq import graph as graphs
+from onnxq import targets
 from onnxq.runtime import Session
 
 JOINED = """
@@ -118,3 +119,17 @@ def test_several_matrices_have_one_scale(tmp_path: Path) -> None:
     assert result.numbers["quantized_nodes"] == 2
     assert result.numbers["integer_kernels"] >= 2
     assert result.numbers["sqnr_db"] > 25
+
+
+@pytest.mark.parametrize(("channels", "reasons"), [(16, []), (12, ["only 12 channels, which are faster in float"] * 2)])
+def test_products_of_few_channels_stay_float(channels: int, reasons: list[str]) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    heads (float[N,20,64] x) => (float[N,20,64] y)
+    {
+        [down] d = MatMul (x, w1)
+        [up] y = MatMul (d, w2)
+    }
+    """
+    graph, cpu = add_weights(text, {"w1": (64, channels), "w2": (channels, 64)}).graph, targets.get("cpu")
+    assert list(cpu.place(graph, cpu.scheme(None, None)).left_float.values()) == reasons

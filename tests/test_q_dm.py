@@ -248,7 +248,7 @@ def test_the_trained_network_is_the_exported_one(denoiser: Path) -> None:
 def test_one_timestep_for_the_batch_is_refused_in_two_lines(tmp_path: Path) -> None:
     path = tmp_path / "scalar.onnx"
     ir.save(add_weights(NETWORK, SHAPES), path)
-    with pytest.raises(OnnxqError, match="'t' without a batch axis"):
+    with pytest.raises(OnnxqError, match="'t', which has no batch axis, to be the same"):
         onnxq.quantize(path, recipe="q-dm", knobs=KNOBS, **OPTIONS)
 
 

@@ -18,6 +18,7 @@ from onnxq import model as models
 from onnxq import targets
 from onnxq.calibration.data import input_specs
 from onnxq.calibration.noise import Noise
+from onnxq.report.table import plain_lines
 from onnxq.runtime import Session
 
 JSON_KEYS = {
@@ -172,3 +173,30 @@ def test_an_initializer_that_has_the_name_of_a_scale_is_left_alone(network: Path
     outputs = [Session(item, optimize=False).run(feed)[0] for item in (expected, found)]
     np.testing.assert_array_equal(*outputs)
     assert found.graph.initializers["r1_scale"].shape == (10,)
+
+
+@pytest.mark.parametrize(
+    ("tail", "kind", "why"),
+    [
+        ("Compress <axis=0> (p, none)", "float[M,8]", "the outputs are empty"),
+        ("ArgMax <axis=1> (p)", "int64[N,1]", "the outputs are whole numbers"),
+    ],
+)
+def test_what_cannot_be_judged_is_said(tail: str, kind: str, why: str, tmp_path: Path) -> None:
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 21]>
+    detector (float[N,16,8,8] x) => ({kind} y)
+    <bool[1] none = {{0}}>
+    {{
+        [conv] c = Conv (x, w)
+        g = GlobalAveragePool (c)
+        p = Flatten (g)
+        y = {tail}
+    }}
+    """
+    path = models.save(add_weights(text, {"w": (8, 16, 1, 1)}), tmp_path / "model.onnx")
+    x = np.random.default_rng(0).standard_normal((8, 16, 8, 8)).astype(np.float32)
+    (warning,) = onnxq.quantize(path, [{"x": x}], target="cpu").numbers["warnings"]
+    assert warning.startswith(why)
+    lines = "\n".join(plain_lines(onnxq.compare(path, path, [{"x": x}], latency=False).to_json()))
+    assert "worst output" not in lines

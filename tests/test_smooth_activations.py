@@ -28,14 +28,14 @@ from onnxq.targets import get as get_target
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'
 
 NORM = f"""{HEAD}
-norm (float[N,5,16] x) => (float[N,5,8] y, float[N,5,24] z)
+norm (float[N,5,16] x) => (float[N,5,20] y, float[N,5,24] z)
 {{
     a = LayerNormalization <axis=-1> (x, g, b)
     [left] y = MatMul (a, w1)
     [right] z = MatMul (a, w2)
 }}
 """
-NORM_SHAPES = {"g": (16,), "b": (16,), "w1": (16, 8), "w2": (16, 24)}
+NORM_SHAPES = {"g": (16,), "b": (16,), "w1": (16, 20), "w2": (16, 24)}
 
 # An RMSNorm taken apart, a gated feed-forward layer, and an output projection that reads the gate's product.
 GATE = f"""{HEAD}

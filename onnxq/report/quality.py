@@ -172,6 +172,15 @@ class Quality:
         }
 
 
+def nothing_compared(outputs: Sequence[Array]) -> str:
+    """Why no SQNR could be had, which then says nothing."""
+    if any(is_float(value) for value in outputs):
+        return (
+            "the outputs are empty on these samples, so SQNR says nothing: give some that the model finds something in"
+        )
+    return "the outputs are whole numbers, of which SQNR says nothing: onnxq compare counts how many agree"
+
+
 def size_warning(name: str) -> str:
     """What to know of an output whose size the two models do not agree on."""
     return f"the size of output {name!r} depends on its values, and differs: what one model lacks counts as zeros"

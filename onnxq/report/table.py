@@ -62,9 +62,11 @@ def _rows(result: Mapping[str, Any]) -> Iterator[Row]:
         )
     if result.get("outputs"):
         found = [(number(ratio), name) for name, ratio in result["outputs"].items()]
-        ratio, name = min((pair for pair in found if pair[0] is not None), default=(None, ""))
-        tone = _tone(ratio, bad=LOW_SQNR_DB, good=30)
-        yield Row("worst output", "", f"{decibels(ratio)} ({printable(name)}, of {len(found)})", "", tone)
+        compared = [pair for pair in found if pair[0] is not None]
+        if compared:
+            ratio, name = min(compared)
+            tone = _tone(ratio, bad=LOW_SQNR_DB, good=30)
+            yield Row("worst output", "", f"{decibels(ratio)} ({printable(name)}, of {len(found)})", "", tone)
     for what in ("step", "timestep"):
         ratios = [(number(ratio) or 0.0, float(at)) for at, ratio in (result.get(f"{what}_sqnr_db") or {}).items()]
         if ratios:

@@ -19,6 +19,8 @@ from onnxq.scheme import Scheme, Spec, for_integer_products, parse_activations, 
 from onnxq.targets.findings import Finding
 from onnxq.targets.placement import Placement, Schemes, Site, choose, excluded, schemes_of, weight_sites
 
+DIVIDES = "its result divides, and codes make small divisors zero"
+SINGLE_QUERY = "the compiler keeps attention of a single query in float, with its projections"
 NARROW_CHANNELS = 16  # below it the INT8 kernels pad channels and gain nothing
 
 LEGAL_WEIGHTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "fp4", "float")
@@ -77,7 +79,13 @@ class TensorRT:
         """Q/DQ on the inputs of weighted ops (rule P1), and on the shortcut of residual Adds (rule P5)."""
         skipped = excluded(graph, exclude)
         scheme_of = schemes_of(scheme, exceptions)
-        chosen, left_float = choose(graph, skipped, lambda item: _why_float(item, scheme_of(item.node)))
+        reasons: dict[ir.Node, str] = {}
+        if scheme.activations.enabled:
+            reasons |= dict.fromkeys(graphs.dividing_products(graph), DIVIDES)
+            reasons |= dict.fromkeys(graphs.single_query_attention(graph), SINGLE_QUERY)
+        chosen, left_float = choose(
+            graph, skipped, lambda item: reasons.get(item.node) or _why_float(item, scheme_of(item.node))
+        )
         sites = weight_sites(chosen, scheme_of)
         sites += _activation_sites(chosen, scheme_of)
         if scheme.activations.enabled:
