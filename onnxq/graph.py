@@ -407,10 +407,10 @@ class Before:
         self.graph, self.node = graph, node
         self._tape, self._names = ir.tape.Tape(), Names(graph)
 
-    def op(self, op_type: str, *inputs: ir.Value | None) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: float) -> ir.Value:
         """The result of a new op."""
         output, suffix = self.node.outputs[0], op_type.lower()
-        made = self._tape.op(op_type, inputs, name=self._names.free(f"{self.node.name}_{suffix}"))
+        made = self._tape.op(op_type, inputs, attributes, name=self._names.free(f"{self.node.name}_{suffix}"))
         made.name = self._names.free(f"{output.name}_{suffix}")
         made.type, made.shape = output.type, output.shape
         return made

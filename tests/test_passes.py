@@ -20,6 +20,7 @@ from onnxq.passes.fold_batchnorm import FoldBatchNorm
 from onnxq.passes.fuse_activations import FuseActivations
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.keep_biases_apart import KeepBiasesApart
+from onnxq.passes.lower_group_norm import LowerGroupNorm
 from onnxq.passes.lower_prelu import LowerPRelu, ShareSlopes
 from onnxq.passes.lower_softplus import LowerSoftplus
 from onnxq.passes.lower_weights import LowerWeights
@@ -151,6 +152,19 @@ softplus (float[N,3,16,16] x) => (float[N,3,16,16] y, float[N,3,16,16] z, float[
 """
 
 
+GROUPS = """
+<ir_version: 10, opset_import: ["" : 21]>
+groups (float[N,3,16,16] x) => (float[N,8,16,16] y, float[N,8,256] z)
+<int64[3] flat = {0, 8, -1}>
+{
+    [conv] c = Conv <pads=[1,1,1,1]> (x, w1)
+    [map] y = GroupNormalization <num_groups=4, epsilon=0.1> (c, g1, b1)
+    f = Reshape (y, flat)
+    [line] z = GroupNormalization <num_groups=2> (f, g1, b1)
+}
+"""
+
+
 MEANS = """
 <ir_version: 10, opset_import: ["" : 21]>
 means (float[N,3,16,16] x) => (float[N,3,1,1] y, float[N,3] z)
@@ -181,6 +195,7 @@ def outputs(model: ir.Model, *, optimize: bool = True) -> list[np.ndarray]:
         (FoldBatchNorm, PADDED, PADDED_SHAPES, "Pad"),
         (SplitGemmBias, GEMM, {"w": (10, 768), "b": (10,)}, None),
         (PoolMeans, MEANS, {}, "ReduceMean"),
+        (LowerGroupNorm, GROUPS, {"w1": (8, 3, 3, 3), "g1": (8,), "b1": (8,)}, "GroupNormalization"),
         (ShareSlopes, PRELUS, {}, None),
         (LowerPRelu, PRELUS, {}, "PRelu"),
         (LowerSoftplus, SOFTPLUS, {}, "Softplus"),

@@ -118,6 +118,7 @@ class Cpu:
         bias correction gave a Gemm is split off again.
         """
         from onnxq.passes.keep_biases_apart import KeepBiasesApart
+        from onnxq.passes.lower_group_norm import LowerGroupNorm
         from onnxq.passes.lower_hard_swish import LowerHardSwish
         from onnxq.passes.lower_lstm import LowerLstm
         from onnxq.passes.lower_prelu import LowerPRelu
@@ -132,6 +133,7 @@ class Cpu:
         LowerHardSwish()(model)
         LowerPRelu()(model)
         LowerSoftplus()(model)
+        LowerGroupNorm()(model)
         PadCodes()(model)
         _keep_ranges_inside_clips(model.graph)
 
