@@ -114,3 +114,15 @@ def test_perplexity_with_a_cache_is_perplexity_without(shared_data: Path, tmp_pa
     assert with_cache.perplexity_float == pytest.approx(plain.perplexity_float, rel=1e-4)
     assert with_cache.perplexity_quantized == pytest.approx(plain.perplexity_quantized, rel=0.01)
     assert with_cache.perplexity_quantized > with_cache.perplexity_float
+
+
+def test_inputs_of_fixed_lengths_each_have_theirs() -> None:
+    """As the encoder and the decoder of a translator, exported for one length each."""
+    names = {"input_ids": 6, "attention_mask": 6, "decoder_input_ids": 4, "decoder_position_ids": 8}
+    specs = [InputSpec(name, np.dtype(np.int64), (2, length)) for name, length in names.items()]
+    feed = text_feed(specs, np.arange(12).reshape(2, 6))
+    assert {name: array.shape for name, array in feed.items()} == {name: (2, length) for name, length in names.items()}
+    assert feed["decoder_input_ids"].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
+    assert feed["decoder_position_ids"].tolist() == [list(range(8))] * 2
+    longer = text_feed([InputSpec("input_ids", np.dtype(np.int64), (None, 8))], np.arange(6)[None])
+    assert longer["input_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1]]

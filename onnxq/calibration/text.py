@@ -131,18 +131,23 @@ def text_feed(specs: Sequence[InputSpec], tokens: Array, mask: Array | None = No
         mask: 1 where there is text, 0 where a row is filled up; ``None``: text everywhere.
 
     Returns:
-        Arrays by input name: the tokens, the mask, positions from 0, segments of zeros, caches of length 0.
+        Arrays by input name: the tokens, the mask, positions from 0, segments of zeros, caches of length 0; where an
+        input has a fixed length of its own, cut to it or begun again.
     """
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     mask = np.ones_like(tokens) if mask is None else mask
-    values = {"tokens": tokens, "mask": mask, "positions": positions, "segments": np.zeros_like(tokens)}
+    values = {"tokens": tokens, "mask": mask, "segments": np.zeros_like(tokens)}
     feed = {}
     for spec in specs:
         role = role_of(spec) or ""
         if role == "cache":
             feed[spec.name] = np.zeros((len(tokens), *(size or 0 for size in spec.shape[1:])), spec.dtype)
         else:
-            feed[spec.name] = values[role].astype(spec.dtype)
+            places = np.arange(spec.shape[1] or tokens.shape[1])  # the decoder of a translator has a length of its own
+            if role == "positions":
+                rows = np.broadcast_to(places, (len(tokens), len(places)))
+            else:
+                rows = values[role][:, places % tokens.shape[1]]
+            feed[spec.name] = rows.astype(spec.dtype)
     return feed
 
 
