@@ -31,17 +31,31 @@ NAMES = {
     "torchvision": (
         "resnet18", "mobilenet_v3_small", "efficientnet_b0", "densenet121", "shufflenet_v2_x0_5", "googlenet",
         "convnext_tiny", "swin_t", "vit_b_16", "regnet_y_400mf", "mnasnet0_5", "maxvit_t", "r3d_18",
+        "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "swin_v2_t", "vgg11_bn", "efficientnet_v2_s",
     ),
     "timm": (
         "deit_tiny_patch16_224", "mobilevit_xxs", "efficientformer_l1", "levit_128s", "ghostnet_050", "repvgg_a0",
         "fastvit_t8", "edgenext_xx_small", "eva02_tiny_patch14_224", "mobilenetv4_conv_small", "res2net50_14w_8s",
         "poolformer_s12", "hrnet_w18_small", "nfnet_l0", "xcit_nano_12_p16_224", "tiny_vit_5m_224",
+        "convnextv2_atto", "mobileone_s0", "repvit_m0_9", "davit_tiny", "cait_xxs24_224", "swinv2_cr_tiny_ns_224",
+        "twins_pcpvt_small", "pvt_v2_b0", "focalnet_tiny_srf", "gcvit_xxtiny", "hgnetv2_b0", "efficientvit_b0",
+        "efficientvit_m0", "starnet_s1", "vit_small_patch16_dinov3", "resmlp_12_224", "sequencer2d_s", "botnet26t_256",
+        "halonet26t", "dpn48b", "cspdarknet53", "tresnet_m", "skresnet18", "resnest14d", "ecaresnet26t", "rexnet_100",
+        "mobilevitv2_050", "crossvit_tiny_240", "visformer_tiny", "mambaout_femto", "nextvit_small",
+        "inception_next_atto", "hiera_tiny_224", "swiftformer_xs", "fasternet_t0", "shvit_s1", "gmlp_s16_224",
+        "mixer_s32_224", "lambda_resnet26t", "vit_tiny_r_s16_p8_224",
     ),
     "transformers": (
         "BertForSequenceClassification", "RobertaForSequenceClassification", "DebertaV2ForSequenceClassification",
         "AlbertForSequenceClassification", "GPT2LMHeadModel", "OPTForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM",
         "Qwen3ForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Gemma2ForCausalLM", "GPTNeoXForCausalLM",
         "Olmo2ForCausalLM", "MambaForCausalLM", "WhisperModel", "Wav2Vec2ForCTC", "SegformerForSemanticSegmentation",
+        "DistilBertForSequenceClassification", "ElectraForSequenceClassification", "MPNetForSequenceClassification",
+        "ModernBertForSequenceClassification", "T5ForConditionalGeneration", "BartForConditionalGeneration",
+        "MarianMTModel", "BloomForCausalLM", "FalconForCausalLM", "PhiForCausalLM", "GemmaForCausalLM",
+        "Gemma3ForCausalLM", "CohereForCausalLM", "SmolLM3ForCausalLM", "GraniteForCausalLM", "StableLmForCausalLM",
+        "Starcoder2ForCausalLM", "HubertForCTC", "WavLMForCTC", "ViTForImageClassification", "Dinov2Model",
+        "SiglipVisionModel", "CLIPVisionModel", "CLIPTextModel", "SwinModel", "YolosForObjectDetection",
     ),
     "diffusers": (
         "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "SD3Transformer2DModel",
@@ -57,10 +71,15 @@ TEXT = {
     "conv_dim": (64, 64, 64), "conv_stride": (5, 4, 2), "conv_kernel": (10, 8, 4), "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
 }  # fmt: skip
+VISION = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "image_size": 128,
+}  # fmt: skip
 OTHERWISE: dict[str, dict[str, Any]] = {
     "MambaForCausalLM": {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
     "SegformerForSemanticSegmentation": {},
-}
+    "SwinModel": {"image_size": 128, "window_size": 4, "depths": [2, 2], "num_heads": [3, 6]},
+    "YolosForObjectDetection": VISION | {"image_size": [128, 128]},
+} | dict.fromkeys(("ViTForImageClassification", "Dinov2Model", "SiglipVisionModel", "CLIPVisionModel"), VISION)
 Made = tuple[Any, Callable[..., Any], dict[str, Any]]
 
 
@@ -70,6 +89,9 @@ def of_torchvision(name: str) -> Made:
 
     video = name.startswith("r3d")
     size = (1, 3, 16, 112, 112) if video else (2, 3, 224, 224)
+    if name.startswith(("deeplab", "lraspp")):
+        network = torchvision.models.get_model(name, weights=None, weights_backbone=None)
+        return network, lambda net, x: net(x)["out"], {"x": torch.randn(size)}
     options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     return torchvision.models.get_model(name, **options), lambda net, x: net(x), {"x": torch.randn(size)}
 
