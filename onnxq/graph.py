@@ -242,15 +242,6 @@ def pooled_features(graph: ir.Graph, last: Collection[str]) -> set[str]:
     return found
 
 
-def become(node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "") -> None:
-    """Make the node another op with other inputs; its outputs, name and attributes stay."""
-    node.op_type, node.domain = op_type, domain
-    inputs = list(inputs)
-    node.resize_inputs(len(inputs))
-    for index, value in enumerate(inputs):
-        node.replace_input_with(index, value)
-
-
 def let_go(value: ir.Value) -> None:
     """Unmap a weight that lies in a file; it is mapped again when it is read next.
 
@@ -276,80 +267,6 @@ def is_tabulated(value: ir.Value | None) -> bool:
     decoded = scaled.inputs[0].producer() if is_op(scaled, "Mul") and scaled and scaled.inputs[0] else None
     index = decoded.inputs[1].producer() if is_op(decoded, "Gather") and decoded and decoded.inputs[1] else None
     return index is not None and is_op(index, "Cast") and is_constant(index.inputs[0])
-
-
-def attention_products(graph: ir.Graph) -> Iterator[ir.Node]:
-    """The MatMul nodes ``softmax(q · kᵀ) · v`` in the graph's order, also behind an exporter's guard against NaN."""
-    for node in graph:
-        if is_op(node, "MatMul") and _is_softmax(node.inputs[0]):
-            yield node
-
-
-def single_query_attention(graph: ir.Graph) -> set[ir.Node]:
-    """The products of attention that has one query for many keys, and the layers that project what it reads.
-
-    Class attention asks so, and pooling by attention.
-    """
-    found: set[ir.Node] = set()
-    for mixing in attention_products(graph):
-        scoring = list(nearest_behind(mixing.inputs[0], _is_product, _hands_on_scores))
-        if len(scoring) != 1 or _rows(mixing.outputs[0]) != 1:
-            continue
-        keys, *others = (
-            list(nearest_behind(value, _is_layer, _hands_on))
-            for value in (scoring[0].inputs[1], scoring[0].inputs[0], mixing.inputs[1])
-        )
-        if keys and all(_rows(key.outputs[0]) != 1 for key in keys):
-            found.update([mixing, *scoring, *keys], *others)
-    return found
-
-
-def _rows(value: ir.Value) -> int | None:
-    """The size before the last, if it is known."""
-    size = value.shape[-2] if value.shape is not None and len(value.shape) > 1 else None
-    return size if isinstance(size, int) else None
-
-
-def dividing_products(graph: ir.Graph) -> set[ir.Node]:
-    """Products of activations that give a divisor, and those that they multiply, as linear attention has them.
-
-    Relu(q) · (Relu(k)ᵀ · [v, 1]) is divided by its last column: where codes make a small divisor zero, the quotient is
-    infinite.
-    """
-    divisors = [node.inputs[1] for node in graph if is_op(node, "Div")]
-    divisors += [node.inputs[0] for node in graph if is_op(node, "Reciprocal")]
-    found = {product for value in divisors for product in nearest_behind(value, _is_product, _hands_on)}
-    return found.union(*(nearest_behind(value, _is_product, _hands_on) for item in found for value in item.inputs))
-
-
-def _is_product(node: ir.Node) -> bool:
-    """Whether the node multiplies two activations."""
-    item = weighted(node)
-    return item is not None and item.weight_index is None
-
-
-def _is_layer(node: ir.Node) -> bool:
-    item = weighted(node)
-    return item is not None and item.weight_index is not None
-
-
-def _hands_on(node: ir.Node) -> bool:
-    """Whether the node moves, scales, shifts or clips what it reads."""
-    return is_op(node, *DATA_MOVEMENT, *HANDED_ON, "Add", "Mul", "Div", "Clip", "Max")
-
-
-def _hands_on_scores(node: ir.Node) -> bool:
-    return _hands_on(node) or is_op(node, "Softmax", "Where", "IsNaN")
-
-
-def _is_softmax(value: ir.Value | None) -> bool:
-    """Whether a Softmax makes the value, if only through ops that hand its numbers on."""
-    producer = None if value is None else value.producer()
-    if producer is None or is_op(producer, "Softmax"):
-        return producer is not None
-    if is_op(producer, "Where"):  # Where(IsNaN(x), 0, x)
-        return any(_is_softmax(read) for read in producer.inputs[1:])
-    return is_op(producer, *HANDED_ON) and _is_softmax(producer.inputs[0])
 
 
 def holds_float8(graph: ir.Graph) -> bool:
@@ -393,31 +310,6 @@ class Names:
             name += "_"
         self._taken.add(name)
         return name
-
-
-class Before:
-    """Ops to insert before a node, each with a result of the type and shape of the node's own.
-
-    Args:
-        graph: The node's graph.
-        node: The node, which is going to read them.
-    """
-
-    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
-        self.graph, self.node = graph, node
-        self._tape, self._names = ir.tape.Tape(), Names(graph)
-
-    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: float) -> ir.Value:
-        """The result of a new op."""
-        output, suffix = self.node.outputs[0], op_type.lower()
-        made = self._tape.op(op_type, inputs, attributes, name=self._names.free(f"{self.node.name}_{suffix}"))
-        made.name = self._names.free(f"{output.name}_{suffix}")
-        made.type, made.shape = output.type, output.shape
-        return made
-
-    def insert(self) -> None:
-        """Put the ops into the graph."""
-        self.graph.insert_before(self.node, self._tape.nodes)
 
 
 def graphs_in(attribute: ir.Attr) -> Sequence[ir.Graph]:

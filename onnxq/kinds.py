@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq.attention import attention_products
 from onnxq.calibration.batch_axis import whole_inputs
 
 
@@ -36,7 +37,7 @@ def kind_of(model: ir.Model) -> Kind:
     if takes_tokens and any(graphs.is_float(value) and graphs.rank(value) in (2, 3) for value in outputs):
         return Kind.LANGUAGE
     attends = any(graphs.is_op(node, "Attention") for node in model.graph)
-    attends = attends or next(graphs.attention_products(model.graph), None) is not None
+    attends = attends or next(attention_products(model.graph), None) is not None
     return Kind.TRANSFORMER if attends else Kind.CNN
 
 

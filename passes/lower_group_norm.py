@@ -8,6 +8,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
 from onnxq.folding import array_of, new_initializer
+from onnxq.rewriting import Before, become
 
 
 class LowerGroupNorm(InPlacePass):
@@ -47,7 +48,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     assert source is not None and source.shape is not None and scale is not None and scale.dtype is not None
     groups = node.attributes.get_int("num_groups", 1)
     name, dtype = node.outputs[0].name, scale.dtype
-    before = graphs.Before(graph, node)
+    before = Before(graph, node)
 
     def constant(suffix: str, array: np.ndarray, kind: ir.DataType = dtype) -> ir.Value:
         return new_initializer(graph, f"{name}_{suffix}", array, kind)
@@ -66,5 +67,5 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     factor, offset = (constant(what, array_of(value).reshape(spread)) for what, value in (("g", scale), ("b", bias)))
     scaled = before.op("Mul", back, factor)
     node.attributes.clear()
-    graphs.become(node, "Add", [scaled, offset])
+    become(node, "Add", [scaled, offset])
     before.insert()

@@ -11,6 +11,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
 from onnxq.folding import array_of, new_initializer
+from onnxq.rewriting import become
 
 Array = np.ndarray[Any, Any]
 
@@ -96,7 +97,7 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
         zeros = _constant(graph, f"{name}_zero_points", np.zeros(scales.shape, np.int8))
         parameters += [_constant(graph, f"{name}_scales", scales), zeros]
     node.attributes.pop("layout", None)  # 0, the only one that the kernel knows
-    graphs.become(node, "DynamicQuantizeLSTM", [*inputs, *parameters], DOMAIN)
+    become(node, "DynamicQuantizeLSTM", [*inputs, *parameters], DOMAIN)
 
 
 def _raise(graph: ir.Graph, node: ir.Node) -> None:
@@ -110,7 +111,7 @@ def _raise(graph: ir.Graph, node: ir.Node) -> None:
         values = (array_of(codes).astype(np.float32) - zeros[:, None].astype(np.float32)) * scales[:, None]
         name = codes.name if codes is not None else ""
         inputs[index] = _constant(graph, f"{name}_float", np.ascontiguousarray(values.swapaxes(1, 2)))
-    graphs.become(node, "LSTM", inputs)
+    become(node, "LSTM", inputs)
 
 
 def _constant(graph: ir.Graph, name: str, values: Array) -> ir.Value:

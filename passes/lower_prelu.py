@@ -8,6 +8,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
 from onnxq.folding import array_of, new_initializer
+from onnxq.rewriting import Before, become
 
 
 class ShareSlopes(InPlacePass):
@@ -18,7 +19,7 @@ class ShareSlopes(InPlacePass):
         found = [node for node in _with_known_slopes(model.graph) if array_of(node.inputs[1]).size == 1]
         for node in found:
             slope = array_of(node.inputs[1]).item()
-            graphs.become(node, "LeakyRelu", node.inputs[:1])
+            become(node, "LeakyRelu", node.inputs[:1])
             node.attributes["alpha"] = ir.AttrFloat32("alpha", slope)
         return PassResult(model, bool(found))
 
@@ -47,13 +48,13 @@ class LowerPRelu(InPlacePass):
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
-    (source, slopes), before = node.inputs, graphs.Before(graph, node)
+    (source, slopes), before = node.inputs, Before(graph, node)
     if array_of(slopes).max() <= 1:
-        graphs.become(node, "Max", [source, before.op("Mul", source, slopes)])
+        become(node, "Max", [source, before.op("Mul", source, slopes)])
     else:
         zero = new_initializer(graph, f"{node.outputs[0].name}_zero", np.zeros((), np.float32), ir.DataType.FLOAT)
         negative = before.op("Mul", before.op("Min", source, zero), slopes)
-        graphs.become(node, "Add", [before.op("Relu", source), negative])
+        become(node, "Add", [before.op("Relu", source), negative])
     before.insert()
 
 

@@ -9,6 +9,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
 from onnxq.folding import new_initializer
+from onnxq.rewriting import Before, become
 
 SATURATED = 20.0  # tanh(softplus(x)) is 1 long before, and e^(2x) still finite
 
@@ -51,24 +52,24 @@ def _softplus_before(node: ir.Node) -> ir.Node | None:
 
 
 def _open_gate(graph: ir.Graph, node: ir.Node) -> None:
-    softplus, before = _softplus_before(node), graphs.Before(graph, node)
+    softplus, before = _softplus_before(node), Before(graph, node)
     source = node.inputs[0] if softplus is None else softplus.inputs[0]
     two, end = (_number(graph, node, name, value) for name, value in (("two", 2.0), ("end", SATURATED)))
     power = before.op("Exp", before.op("Min", source, end))
     numerator = before.op("Mul", power, before.op("Add", power, two))
     parts = [numerator, before.op("Add", numerator, two)]
     if softplus is not None:
-        graphs.become(node, "Div", parts)
+        become(node, "Div", parts)
     else:
-        graphs.become(node, "Mul", [source, before.op("Div", *parts)])
+        become(node, "Mul", [source, before.op("Div", *parts)])
     before.insert()
 
 
 def _take_apart(graph: ir.Graph, node: ir.Node) -> None:
-    source, before = node.inputs[0], graphs.Before(graph, node)
+    source, before = node.inputs[0], Before(graph, node)
     shrunk = before.op("Exp", before.op("Neg", before.op("Abs", source)))
     raised = before.op("Add", shrunk, _number(graph, node, "one", 1.0))
-    graphs.become(node, "Add", [before.op("Relu", source), before.op("Log", raised)])
+    become(node, "Add", [before.op("Relu", source), before.op("Log", raised)])
     before.insert()
 
 

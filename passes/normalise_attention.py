@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq.attention import attention_products
 from onnxq.folding import new_initializer
 
 EPSILON = 1e-6
@@ -111,7 +112,7 @@ class NormaliseAttention(InPlacePass):
 
 
 def _scores(graph: ir.Graph) -> Iterator[ir.Node]:
-    for product in graphs.attention_products(graph):
+    for product in attention_products(graph):
         yield from graphs.nearest_behind(
             product.inputs[0], lambda node: graphs.is_op(node, "MatMul"), lambda node: graphs.is_op(node, *BETWEEN)
         )

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq.attention import attention_products
 from onnxq.folding import array_of
 from onnxq.rotation import rotate_constant, rotation
 
@@ -44,7 +45,7 @@ class RotateHeads(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Turn what can be turned."""
-        for node in list(model.graph):
+        for node in list(attention_products(model.graph)):
             found = _attention(node)
             if found is None:
                 continue
@@ -68,22 +69,13 @@ class _Attention:
 
 def _attention(node: ir.Node) -> _Attention | None:
     """What a product of probabilities and values is between, if its heads can be turned."""
-    if not graphs.is_op(node, "MatMul") or not _is_softmax(node.inputs[0]) or node.inputs[1] is None:
-        return None
-    size = _last(node.inputs[1])
-    if size is None or size < 2:
+    size = None if node.inputs[1] is None else _last(node.inputs[1])
+    if node.inputs[1] is None or size is None or size < 2:
         return None
     between: list[ir.Value] = []
     before = _layer_before(node.inputs[1], size, between)
     behind = _layer_behind(node.outputs[0], size, between)
     return None if before is None or behind is None else _Attention(size, before + behind, between)
-
-
-def _is_softmax(value: ir.Value | None) -> bool:
-    node = None if value is None else value.producer()
-    while graphs.is_op(node, "Identity", "Cast", "Dropout") and node is not None and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    return graphs.is_op(node, "Softmax")
 
 
 def _layer_before(value: ir.Value, size: int, between: list[ir.Value]) -> list[tuple[ir.Node, int, int]] | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from onnxq import graph as graphs
+from onnxq.attention import attention_products
 from onnxq.passes.decompose_attention import DecomposeAttention
 
 DENSITY_FLOOR = 1e-4
@@ -28,7 +29,7 @@ def attention_outputs(model: ir.Model) -> list[str]:
 
     Those of Attention nodes (opset 23) are found once :class:`DecomposeAttention` has taken them apart.
     """
-    names = [node.outputs[0].name for node in graphs.attention_products(taken_apart(model).graph)]
+    names = [node.outputs[0].name for node in attention_products(taken_apart(model).graph)]
     return [name for name in names if name]
 
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq.attention import dividing_products, single_query_attention
 from onnxq.errors import OnnxqError
 from onnxq.passes.split_shortcuts import PARTIAL_SUM
 from onnxq.scheme import Scheme, Spec, for_integer_products, parse_activations, parse_weights
@@ -81,8 +82,8 @@ class TensorRT:
         scheme_of = schemes_of(scheme, exceptions)
         reasons: dict[ir.Node, str] = {}
         if scheme.activations.enabled:
-            reasons |= dict.fromkeys(graphs.dividing_products(graph), DIVIDES)
-            reasons |= dict.fromkeys(graphs.single_query_attention(graph), SINGLE_QUERY)
+            reasons |= dict.fromkeys(dividing_products(graph), DIVIDES)
+            reasons |= dict.fromkeys(single_query_attention(graph), SINGLE_QUERY)
         chosen, left_float = choose(
             graph, skipped, lambda item: reasons.get(item.node) or _why_float(item, scheme_of(item.node))
         )

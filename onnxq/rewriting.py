@@ -1,0 +1,43 @@
+"""Make a node of a graph another one, with ops before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from onnxq import graph as graphs
+
+
+class Before:
+    """Ops to insert before a node, each with a result of the type and shape of the node's own.
+
+    Args:
+        graph: The node's graph.
+        node: The node, which is going to read them.
+    """
+
+    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
+        self.graph, self.node = graph, node
+        self._tape, self._names = ir.tape.Tape(), graphs.Names(graph)
+
+    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: float) -> ir.Value:
+        """The result of a new op."""
+        output, suffix = self.node.outputs[0], op_type.lower()
+        made = self._tape.op(op_type, inputs, attributes, name=self._names.free(f"{self.node.name}_{suffix}"))
+        made.name = self._names.free(f"{output.name}_{suffix}")
+        made.type, made.shape = output.type, output.shape
+        return made
+
+    def insert(self) -> None:
+        """Put the ops into the graph."""
+        self.graph.insert_before(self.node, self._tape.nodes)
+
+
+def become(node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "") -> None:
+    """Make the node another op with other inputs; its outputs, name and attributes stay."""
+    node.op_type, node.domain = op_type, domain
+    inputs = list(inputs)
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
