@@ -17,7 +17,6 @@ Array = np.ndarray[Any, Any]
 HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Identity", "Dropout")
 # Ops whose channels are surely last where no rank is known.
 LAST_CHANNELS = ("LayerNormalization", "RMSNormalization", "Gemm", "MatMul", "Mul", "Add", "Relu", "LeakyRelu")
-RESCALED = "onnxq.rescaled"
 POOLING = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 
 
@@ -185,20 +184,23 @@ def _constants(node: ir.Node, indices: Sequence[int], factor: Array) -> list[Cha
     return changes
 
 
-def mark_rescaled(sources: Iterable[ir.Node], layers: Collection[ir.Node]) -> None:
-    """Note on nodes that their values no longer are what the float model has under the same names.
+def rename_rescaled(graph: ir.Graph, sources: Iterable[ir.Node], layers: Collection[ir.Node]) -> None:
+    """Give values other names that no longer are what the float model calls so.
 
     Args:
+        graph: The graph.
         sources: The nodes whose constants changed.
         layers: The layers that take the change back.
     """
-    seen, open_ = set(layers), list(sources)
+    seen, open_, names = set(layers), list(sources), graphs.Names(graph)
     while open_:
         node = open_.pop()
-        if node not in seen and not graphs.is_op(node, "Shape", "Size"):
-            seen.add(node)
-            node.metadata_props[RESCALED] = "1"
-            open_ += [reader for output in node.outputs for reader, _ in graphs.consumers(output)]
+        if node in seen or graphs.is_op(node, "Shape", "Size"):
+            continue
+        seen.add(node)
+        for output in node.outputs:
+            output.name = names.free(f"{output.name}_rescaled")
+            open_ += [reader for reader, _ in graphs.consumers(output)]
 
 
 def multiply(graph: ir.Graph, change: Change) -> None:

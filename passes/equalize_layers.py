@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.folding import mark_rescaled
+from onnxq.folding import rename_rescaled
 
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +49,7 @@ class EqualizeLayers(InPlacePass):
                 break
             modified = True
         for pair in pairs if modified else ():
-            mark_rescaled([pair.first.node], [pair.second.node])
+            rename_rescaled(model.graph, [pair.first.node], [pair.second.node])
         return PassResult(model, modified)
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.folding import Change, array_of, fold, mark_rescaled, multiply, new_initializer
+from onnxq.folding import Change, array_of, fold, multiply, new_initializer, rename_rescaled
 from onnxq.passes.smooth_activations import SMOOTHED, Group, groups, scale_weights
 
 Array = np.ndarray[Any, Any]
@@ -156,10 +156,11 @@ class LevelGates(InPlacePass):
                 multiply(model.graph, change)
             _give_back(model.graph, gate, scale)
             scale_weights(model.graph, gate.group, scale)
-            mark_rescaled((change.node for change in changes), {layer.node for layer in gate.group.layers})
             for layer in gate.group.layers:
                 layer.node.metadata_props[SMOOTHED] = "1"
             self.levelled.append(gate.group.name)
+            readers = {layer.node for layer in gate.group.layers}
+            rename_rescaled(model.graph, (change.node for change in changes), readers)
         return PassResult(model, bool(self.levelled))
 
 

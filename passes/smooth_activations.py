@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.folding import Change, array_of, fold, mark_rescaled, multiply, new_initializer
+from onnxq.folding import Change, array_of, fold, multiply, new_initializer, rename_rescaled
 
 Array = np.ndarray[Any, Any]
 
@@ -143,8 +143,9 @@ class SmoothActivations(InPlacePass):
             if changes is not None:
                 for change in changes:
                     multiply(model.graph, change)
-                mark_rescaled((change.node for change in changes), {layer.node for layer in group.layers})
                 self.folded.append(group.name)
+                readers = {layer.node for layer in group.layers}
+                rename_rescaled(model.graph, (change.node for change in changes), readers)
             elif self.insert:
                 _insert_mul(model.graph, group, scale)
                 self.inserted.append(group.name)

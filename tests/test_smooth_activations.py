@@ -148,7 +148,7 @@ def check_function(model: ir.Model, taps: tuple[str, ...], convolutions: bool = 
     axes = {group.name: group.axis for group in groups(model.graph, convolutions)}
     smooth = SmoothActivations(given, convolutions=convolutions)
     assert smooth(model).modified
-    found = run(model, taps)
+    found = run(model, tuple(f"{name}_rescaled" for name in taps))
     for wanted, got in zip(expected[:count], found[:count], strict=True):
         np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-5)
     for name, wanted, got in zip(taps, expected[count:], found[count:], strict=True):

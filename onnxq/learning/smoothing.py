@@ -96,10 +96,10 @@ def level(job: Job) -> None:
         axes |= dict.fromkeys((gate.source.name or "", gate.result.name or ""), gate.group.axis)
     recorded = record(job, axes, LEVELLING_SAMPLES)
 
-    def best(group: Group, tried: Sequence[Array], worth: float) -> Array:
+    def best(group: Group, seen: ChannelStatistics, tried: Sequence[Array], worth: float) -> Array:
         """The scale with the least error, if that is so many times less than with none."""
         tried = [np.ones(group.channels), *tried]
-        errors = [expected_error(group, recorded[group.name], scale, specs, job.scheme.activations) for scale in tried]
+        errors = [expected_error(group, seen, scale, specs, job.scheme.activations) for scale in tried]
         index = int(np.argmin(errors))
         return tried[index] if errors[index] * worth < errors[0] else tried[0]
 
@@ -107,16 +107,17 @@ def level(job: Job) -> None:
     # of 4 bits a mild gain is none either: ResNet-8 and DS-CNN lose up to 2 dB to it.
     few = min(len(job.source), job.settings.samples or LEVELLING_SAMPLES) < LEVELLING_SAMPLES
     worth = WORTH_WHEN_UNSURE if few or narrow else WORTH_FOLDING
-    levels = {}
+    levels, by_name = {}, {group.name: group for group in found}  # levelled gates get other names
     for gate in gated:
         evened = _level(recorded[gate.source.name or ""], recorded[gate.result.name or ""])
-        levels[gate.group.name] = best(gate.group, [evened], WORTH_A_GATE)
+        name = gate.group.name
+        levels[name] = best(gate.group, recorded[name], [evened], WORTH_A_GATE)
     LevelGates(levels)(job.model)
     scales = {}
-    for group in found:
-        maxima, weights = recorded[group.name].maxima, weight_maxima(group)
+    for name, group in by_name.items():
+        maxima, weights = recorded[name].maxima, weight_maxima(group)
         tried = [migration(maxima, weights, alpha) for alpha in LEVELLING_ALPHAS]
-        scales[group.name] = best(group, tried, worth)
+        scales[name] = best(group, recorded[name], tried, worth)
     SmoothActivations(scales, convolutions=True)(job.model)
 
 

@@ -65,6 +65,7 @@ class Awq:
         job.prepare()
         specs = layer_specs(job)
         found = [group for group in groups(job.model.graph) if any(layer.node in specs for layer in group.layers)]
+        by_name = {group.name: group for group in found}  # what is scaled gets another name
         recorded = record(job, axes_of(found), self.samples)
         scales = self._scales(found, recorded, specs)
         smooth = SmoothActivations(scales, insert=self.insert)
@@ -72,7 +73,7 @@ class Awq:
         applied = {name: scales[name] for name in smooth.folded + smooth.inserted}
         job.insert()  # the result is checked against the model before the clips
         if self.clip and job.placement is not None:
-            _clip(job.placement, found, recorded, applied)
+            _clip(job.placement, by_name, recorded, applied)
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observer)
         calibrate.set_weight_scales(job.model)
         job.lower()
@@ -92,14 +93,14 @@ class Awq:
 
 def _clip(
     placement: Placement,
-    found: Sequence[Group],
+    found: Mapping[str, Group],
     recorded: Mapping[str, ChannelStatistics],
     scales: Mapping[str, Array],
 ) -> None:
     """Clip the float weights, which only their quantizers read by now."""
     sites = {node: site for site in placement.sites if graphs.is_constant(site.value) for node, _ in site.uses}
-    for group in found:
-        rows = recorded[group.name].rows / scales.get(group.name, np.ones(group.channels))
+    for name, group in found.items():
+        rows = recorded[name].rows / scales.get(name, np.ones(group.channels))
         for layer in group.layers:
             site = sites.get(layer.node)
             if site is None or len(site.uses) > 1 or len(site.value.uses()) > 1 or graphs.rank(site.value) != 2:

@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.folding import RESCALED
 from onnxq.report.metrics import OutputsSqnr, Sqnr
 from onnxq.report.quality import is_float
 from onnxq.runtime import Session
@@ -47,13 +46,9 @@ def common_layers(original: ir.Model, quantized: ir.Model) -> list[Layer]:
     A Conv that a BatchNormalization follows is compared after it: a quantizer folds the two, and a value of the
     Conv's own name would then mean something else. A value that is only read through Q/DQ is compared after them,
     as the next layer sees it: its own rounding counts, and so does a Relu that the rounding has absorbed. Values
-    whose channels were levelled are left out.
+    whose channels were levelled have other names, and are left out.
     """
-    known = {
-        name: value
-        for name, value in graphs.values(quantized.graph).items()
-        if (producer := value.producer()) is not None and RESCALED not in producer.metadata_props
-    }
+    known = {name: value for name, value in graphs.values(quantized.graph).items() if value.producer() is not None}
     found = []
     for weighted in graphs.weighted_nodes(original.graph):
         for value in _stand_ins(weighted.node):
