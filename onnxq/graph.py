@@ -49,6 +49,11 @@ def is_float(value: ir.Value) -> bool:
     return value.dtype in (None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
+def is_float32(value: ir.Value) -> bool:
+    """Whether the value is float32 (an unknown type counts as that)."""
+    return value.dtype in (None, ir.DataType.FLOAT)
+
+
 def rank(value: ir.Value) -> int | None:
     """Number of dimensions, if it is known."""
     return None if value.shape is None else len(value.shape)

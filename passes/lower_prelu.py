@@ -59,4 +59,8 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _with_known_slopes(graph: ir.Graph) -> list[ir.Node]:
-    return [node for node in graph if graphs.is_op(node, "PRelu") and graphs.is_constant(node.inputs[1])]
+    return [
+        node
+        for node in graph
+        if graphs.is_op(node, "PRelu") and graphs.is_constant(node.inputs[1]) and graphs.is_float32(node.outputs[0])
+    ]

@@ -35,12 +35,13 @@ class LowerSoftplus(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite every Softplus and Mish."""
-        gates = [node for node in model.graph if graphs.is_op(node, "Mish") or _softplus_before(node) is not None]
+        nodes = [node for node in model.graph if graphs.is_float32(node.outputs[0])]
+        gates = [node for node in nodes if graphs.is_op(node, "Mish") or _softplus_before(node) is not None]
         for node in gates:
             _open_gate(model.graph, node)
         if gates:
             common_passes.RemoveUnusedNodesPass()(model)
-        alone = [node for node in model.graph if graphs.is_op(node, "Softplus")]
+        alone = [node for node in nodes if graphs.is_op(node, "Softplus") and node.graph is not None]
         for node in alone:
             _take_apart(model.graph, node)
         return PassResult(model, bool(gates or alone))
