@@ -104,7 +104,7 @@ def test_batches_of_python_hold_them_as_they_are(tokens: Path) -> None:
 def test_recipes_learn_beside_what_is_the_same_for_all_samples(tokens: Path, recipe: str, target: str) -> None:
     arrays = samples(8) | {"t": np.float32(0.5)}
     rows = [arrays | {"x": arrays["x"][index : index + 2]} for index in range(0, 8, 2)]
-    settings = {"target": target, "weights": "int4", "activations": "int8"}
+    settings = {"target": target, "weights": "int4", "activations": "int8", "samples": 7}  # no whole batches of two
     knobs = {} if recipe == "gptq" else {"iterations": 20}
     nearest = onnxq.quantize(tokens, rows, **settings).numbers
     learned = onnxq.quantize(tokens, rows, recipe=recipe, knobs=knobs, **settings).numbers

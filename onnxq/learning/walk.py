@@ -60,12 +60,12 @@ class Walk:
         start = 0
         for batch in batches(source, specs, batch_size=ROWS, samples=samples):
             feed = inputs_of(batch, specs)
-            rows = row_count(feed, specs)
+            rows = min(row_count(feed, specs), samples - start)  # a last batch may be filled by repeating rows
             for name, array in feed.items():
                 if name in whole:
                     self._share(name, torch.from_numpy(array))
                     continue
-                values = torch.from_numpy(array[:, None])
+                values = torch.from_numpy(array[:rows, None])
                 if start == 0:
                     self.cache.allocate(FLOAT + name, (samples, *values.shape[1:]), values.dtype)
                     self.cache.alias(QUANTIZED + name, FLOAT + name)
