@@ -212,3 +212,14 @@ def test_the_second_phase_moves_steps_of_activations_alone(denoiser: Path, monke
 
 def snapshot(model: ir.Model) -> dict[str, np.ndarray]:
     return {name: value.const_value.numpy().copy() for name, value in model.graph.initializers.items()}
+
+
+@pytest.mark.parametrize("recipe", ["default", "tfmq-dm"])
+def test_a_fixed_batch_needs_no_data_either(recipe: str, tmp_path: Path) -> None:
+    """As exports for guidance have, one row with the condition and one without."""
+    found = []
+    for batch in ("N", "2"):
+        path = models.save(add_weights(NETWORK.replace("[N", f"[{batch}"), SHAPES), tmp_path / f"{batch}.onnx")
+        result = onnxq.quantize(path, recipe=recipe, steps=6, knobs={"iterations": 20} if recipe == "tfmq-dm" else {})
+        found.append(result.numbers["sqnr_db"])
+    assert found[1] > found[0] - 3

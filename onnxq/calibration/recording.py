@@ -203,8 +203,8 @@ def _observe_shard(
         else:
             chosen = list(range(rows)) if position < KEPT_SAMPLES else []
         if chosen:
-            whole = any(spec.is_whole for spec in plan.specs)
-            part.kept.append(_rows_of(feed, outputs[: plan.own], range(rows) if whole else chosen, rows))
+            together = any(spec.is_whole or spec.batch is not None for spec in plan.specs)  # rows that run as they are
+            part.kept.append(_rows_of(feed, outputs[: plan.own], range(rows) if together else chosen, rows))
         part.samples += rows
         del outputs, tapped, observed  # before another run allocates its own
         if on_batch is not None:
