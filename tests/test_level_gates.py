@@ -101,5 +101,5 @@ def test_levelled_values_are_not_compared_with_what_they_were(gate: str, target:
     result = onnxq.quantize(path, [{"x": X}] * 4, target=target, output=tmp_path / "q.onnx")
     assert any(value.name.endswith("_rescaled") for node in result.model.graph for value in node.outputs)
     compared = onnxq.compare(path, tmp_path / "q.onnx", [{"x": X}], latency=False)
-    assert {layer["name"] for layer in compared.layers} == {"last"}
+    assert "last" in {layer["name"] for layer in compared.layers} <= {"deep", "last"}
     assert all(layer["sqnr_db"] > 15 for layer in compared.layers)

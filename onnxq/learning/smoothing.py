@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxq import graph as graphs
 from onnxq import kinds
 from onnxq.calibration.channels import ChannelStatistics, record_channels
 from onnxq.calibration.random_tokens import RandomTokens, vocabulary_size
@@ -32,6 +33,9 @@ EIGHT_BITS = 8
 SILENT = 1e-4  # of the largest channel
 WORTH_WHEN_UNSURE = 4.0  # where extremes of channels are hardly known, or weights coarse
 WORTH_FOLDING = 1.25  # times less error of the layers that read the value; it costs no node
+# Where every channel is mixed with all others, large ones leave rare large values, which range rules cut anyway: at
+# promises of 2 and 4.9 times less error ResNet-20 loses 1.7 dB and SqueezeNet 2.
+WORTH_AMONG_DENSE = 5.0
 RARE_TOKENS = 2048
 JUDGED_ROWS = 256
 SMALLEST_POWER = 1e-9  # of the largest; a row of zeros has none
@@ -117,8 +121,18 @@ def level(job: Job) -> None:
     for name, group in by_name.items():
         maxima, weights = recorded[name].maxima, weight_maxima(group)
         tried = [migration(maxima, weights, alpha) for alpha in LEVELLING_ALPHAS]
-        scales[name] = best(group, recorded[name], tried, worth)
+        scales[name] = best(group, recorded[name], tried, worth if _is_separable(group) else WORTH_AMONG_DENSE)
     SmoothActivations(scales, convolutions=True)(job.model)
+
+
+def _is_separable(group: Group) -> bool:
+    """Whether a convolution of the channels one by one makes the value or reads it."""
+
+    def is_layer(node: ir.Node) -> bool:
+        return graphs.weighted(node) is not None
+
+    nodes = [*(layer.node for layer in group.layers), *graphs.nearest_behind(group.value, is_layer, lambda node: True)]
+    return any(node.attributes.get_int("group", 1) > 1 for node in nodes)
 
 
 def _level(argument: ChannelStatistics, result: ChannelStatistics) -> Array:
