@@ -184,6 +184,16 @@ def _constants(node: ir.Node, indices: Sequence[int], factor: Array) -> list[Cha
     return changes
 
 
+def along_reads(layer: graphs.WeightedNode, scale: Array, shape: Sequence[int]) -> Array:
+    """The scale of each channel that a layer reads, in a shape that broadcasts over its weight of this ``shape``."""
+    if layer.node.op_type != "Conv":
+        axis = layer.reduction_axis % len(shape)
+        return scale.reshape([-1 if index == axis else 1 for index in range(len(shape))])
+    count = layer.node.attributes.get_int("group", 1)
+    by_output = np.repeat(scale.reshape(count, -1), shape[0] // count, axis=0)  # [out, in / groups]
+    return by_output.reshape(*by_output.shape, *[1] * (len(shape) - 2))
+
+
 def rename_rescaled(graph: ir.Graph, sources: Iterable[ir.Node], layers: Collection[ir.Node]) -> None:
     """Give values other names that no longer are what the float model calls so.
 

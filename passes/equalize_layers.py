@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.folding import rename_rescaled
+from onnxq.folding import along_reads, rename_rescaled
 
 Array = np.ndarray[Any, Any]
 
@@ -42,15 +42,15 @@ class EqualizeLayers(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         """Equalize until the ranges have settled."""
         pairs = _pairs(model.graph)
-        modified = False
+        moved: dict[_Pair, None] = {}  # in order
         for _ in range(ROUNDS):
-            moved = [_equalize(pair) for pair in pairs]
-            if not any(moved):
+            moving = [pair for pair in pairs if _equalize(pair)]
+            if not moving:
                 break
-            modified = True
-        for pair in pairs if modified else ():
+            moved |= dict.fromkeys(moving)
+        for pair in moved:
             rename_rescaled(model.graph, [pair.first.node], [pair.second.node])
-        return PassResult(model, modified)
+        return PassResult(model, bool(moved))
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _equalize(pair: _Pair) -> bool:
     if np.all(np.maximum(scale, 1 / scale) < SETTLED):
         return False
     _write(pair.first.weight, first / _along(scale, first.ndim, pair.first.channel_axis))
-    _write(pair.second.weight, second * _scale_of_readers(scale, pair.second, second))
+    _write(pair.second.weight, second * along_reads(pair.second, scale, second.shape))
     if pair.bias is not None:
         _write(pair.bias, _numbers(pair.bias) / scale)
     return True
@@ -171,15 +171,6 @@ def _ranges_read(weight: Array, item: graphs.WeightedNode) -> Array:
     by_group = np.abs(weight).reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
     largest: Array = by_group.max(axis=(1, 3)).reshape(-1)
     return largest
-
-
-def _scale_of_readers(scale: Array, item: graphs.WeightedNode, weight: Array) -> Array:
-    """The scale of each channel, laid out so that it multiplies the weight that reads it."""
-    if item.node.op_type != "Conv":
-        return _along(scale, weight.ndim, item.reduction_axis)
-    groups = item.node.attributes.get_int("group", 1)
-    per_row = np.repeat(scale.reshape(groups, -1), weight.shape[0] // groups, axis=0)  # [out, in / groups]
-    return per_row.reshape(*per_row.shape, *[1] * (weight.ndim - 2))
 
 
 def _along(scale: Array, dimensions: int, axis: int) -> Array:

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.folding import Change, array_of, fold, multiply, new_initializer, rename_rescaled
-from onnxq.passes.smooth_activations import SMOOTHED, Group, groups, scale_weights
+from onnxq.folding import Change, array_of, fold, multiply, new_initializer
+from onnxq.passes.smooth_activations import Group, groups, take_back
 
 Array = np.ndarray[Any, Any]
 
@@ -155,12 +155,8 @@ class LevelGates(InPlacePass):
             for change in changes:
                 multiply(model.graph, change)
             _give_back(model.graph, gate, scale)
-            scale_weights(model.graph, gate.group, scale)
-            for layer in gate.group.layers:
-                layer.node.metadata_props[SMOOTHED] = "1"
             self.levelled.append(gate.group.name)
-            readers = {layer.node for layer in gate.group.layers}
-            rename_rescaled(model.graph, (change.node for change in changes), readers)
+            take_back(model.graph, gate.group, scale, changes)
         return PassResult(model, bool(self.levelled))
 
 

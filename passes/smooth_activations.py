@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.folding import Change, array_of, fold, multiply, new_initializer, rename_rescaled
+from onnxq.folding import Change, along_reads, array_of, fold, multiply, new_initializer, rename_rescaled
 
 Array = np.ndarray[Any, Any]
 
@@ -144,16 +144,11 @@ class SmoothActivations(InPlacePass):
                 for change in changes:
                     multiply(model.graph, change)
                 self.folded.append(group.name)
-                readers = {layer.node for layer in group.layers}
-                rename_rescaled(model.graph, (change.node for change in changes), readers)
+                take_back(model.graph, group, scale, changes)
             elif self.insert:
                 _insert_mul(model.graph, group, scale)
                 self.inserted.append(group.name)
-            else:
-                continue
-            scale_weights(model.graph, group, scale)
-            for layer in group.layers:
-                layer.node.metadata_props[SMOOTHED] = "1"
+                take_back(model.graph, group, scale)
         return PassResult(model, bool(self.folded or self.inserted))
 
 
@@ -171,7 +166,22 @@ def divided(group: Group, scale: Array) -> list[Change] | None:
     return fold(group.value, group.axis, 1 / scale)
 
 
-def scale_weights(graph: ir.Graph, group: Group, scale: Array) -> None:
+def take_back(graph: ir.Graph, group: Group, scale: Array, changes: Sequence[Change] = ()) -> None:
+    """Let the layers of a group take back what its value was divided by.
+
+    Args:
+        graph: The graph.
+        group: The value and its layers, which are marked as having taken a scale.
+        scale: What the value was divided by, per channel.
+        changes: What divided it, where constants did; values from there to the layers get other names.
+    """
+    _scale_weights(graph, group, scale)
+    for layer in group.layers:
+        layer.node.metadata_props[SMOOTHED] = "1"
+    rename_rescaled(graph, (change.node for change in changes), {layer.node for layer in group.layers})
+
+
+def _scale_weights(graph: ir.Graph, group: Group, scale: Array) -> None:
     """Multiply the weights of all layers; a weight that only these layers read is written once and stays shared."""
     written: dict[ir.Value, ir.Value] = {}
     for layer in group.layers:
@@ -181,13 +191,7 @@ def scale_weights(graph: ir.Graph, group: Group, scale: Array) -> None:
             node.replace_input_with(index, written[weight])
             continue
         array = array_of(weight)
-        if node.op_type == "Conv":
-            count = group.channels // array.shape[1]
-            per_output = np.repeat(scale.reshape(count, -1), array.shape[0] // count, axis=0)
-            factor = per_output.reshape(*array.shape[:2], *[1] * (array.ndim - 2))
-        else:
-            axis = layer.reduction_axis
-            factor = scale.reshape([-1 if position == axis else 1 for position in range(array.ndim)])
+        factor = along_reads(layer, scale, array.shape)
         if layer.node.op_type != "Conv" and _same_axis(group, weight):
             assert weight.dtype is not None
             product = (array.astype(np.float64) * factor).astype(weight.dtype.numpy())
