@@ -10,6 +10,9 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.attention import attention_products
 from onnxq.calibration.batch_axis import whole_inputs
+from onnxq.diffusion.timestep_input import becomes_waves, is_called_timestep
+
+Size = int | ir.SymbolicDim | None
 
 
 class Kind(enum.Enum):
@@ -24,9 +27,9 @@ class Kind(enum.Enum):
 def kind_of(model: ir.Model) -> Kind:
     """Tell model kinds apart from inputs, outputs and ops alone.
 
-    A denoiser takes a sample and a timestep and returns something of the sample's shape. A language model takes
-    integer tokens, looks them up and returns a float for each. A transformer has an Attention, or multiplies a Softmax
-    with something.
+    A denoiser takes a sample and a timestep and returns something of the sample's shape (see :func:`channel_axis`). A
+    language model takes integer tokens, looks them up and returns a float for each. A transformer has an Attention, or
+    multiplies a Softmax with something.
     """
     inputs = [value for value in model.graph.inputs if not value.is_initializer()]
     outputs = list(model.graph.outputs)
@@ -41,6 +44,29 @@ def kind_of(model: ir.Model) -> Kind:
     return Kind.TRANSFORMER if attends else Kind.CNN
 
 
+def channel_axis(sample: Sequence[Size], output: Sequence[Size]) -> int | None:
+    """The axis of channels of a denoiser's sample, if an output could be its prediction.
+
+    Args:
+        sample: The shape of an input; sizes that are no numbers are free.
+        output: The shape of an output. It is that of the sample, but for one axis: twice as long it predicts a variance
+            too; shorter, the sample has channels beside its noise (inpainting, super-resolution, video from a picture).
+
+    Returns:
+        The axis, which is 1 where the shapes agree; ``None`` if the output is no prediction.
+    """
+    if len(sample) != len(output) or len(sample) < 2:
+        return None
+    known = [
+        (a, b) if isinstance(a, int) and isinstance(b, int) else (1, 1) for a, b in zip(sample, output, strict=True)
+    ]
+    other = [axis for axis, (a, b) in enumerate(known) if axis and a != b]
+    if not other:
+        return 1
+    have, found = known[other[0]]
+    return other[0] if len(other) == 1 and (found < have or found == 2 * have) else None
+
+
 def _takes_a_timestep(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> bool:
     states = whole_inputs(inputs)  # of a recurrent network, which returns its new one: no sample
     samples = [
@@ -49,14 +75,18 @@ def _takes_a_timestep(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -
         if graphs.is_float(value) and (graphs.rank(value) or 0) >= 3 and value.name not in states
     ]
     timesteps = [value for value in inputs if graphs.rank(value) in (0, 1)]
+    is_sure = any(is_called_timestep(value.name) or becomes_waves(value) for value in timesteps)
     return bool(timesteps) and any(
-        graphs.rank(sample) == graphs.rank(output) and _same_inner_sizes(sample, output)
+        _may_predict(list(sample.shape or ()), list(output.shape or ()), is_sure)
         for sample in samples
         for output in outputs
     )
 
 
-def _same_inner_sizes(first: ir.Value, second: ir.Value) -> bool:
-    """Whether all axes after batch and channels agree where both are known."""
-    pairs = zip(list(first.shape or ())[2:], list(second.shape or ())[2:], strict=True)
-    return all(not isinstance(a, int) or not isinstance(b, int) or a == b for a, b in pairs)
+def _may_predict(sample: Sequence[Size], output: Sequence[Size], is_sure: bool) -> bool:
+    """Whether the output is a prediction of the sample; features and masks of pictures have other channels, too."""
+    axis = channel_axis(sample, output)
+    if axis is None or is_sure:
+        return axis is not None
+    have, found = sample[axis], output[axis]
+    return axis == 1 and not (isinstance(have, int) and isinstance(found, int) and found < have)

@@ -14,7 +14,7 @@ from scipy import stats
 from test_cli_errors import assert_two_lines, run
 
 import onnxq
-from onnxq import OnnxqError
+from onnxq import OnnxqError, kinds
 from onnxq import model as models
 from onnxq.calibration.archives import Npz
 from onnxq.diffusion import denoiser as denoisers
@@ -306,6 +306,107 @@ def test_conditions_that_are_no_labels_are_given(tmp_path: Path) -> None:
     sampler.check()
     feed = next(iter(sampler.run(Session(model), [0, 1, 2]))).feed
     assert feed["prompt"].shape == (6, 3, 8) and feed["prompt"][:3].all() and not feed["prompt"][3:].any()
+
+
+def beside(sample: str, output: str, axis: int, noisy: slice) -> ir.Model:
+    """A network that predicts the sum of the noisy channels and the mean of the others."""
+    start, end = noisy.start, noisy.stop
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+    net (float[{sample}] x, float[N] t) => (float[{output}] eps)
+    <int64[1] start = {{{start}}}, int64[1] end = {{{end}}}, int64[1] axis = {{{axis}}}>
+    {{ noisy = Slice (x, start, end, axis)  mean = ReduceMean <keepdims=1> (x, axis)  eps = Add (noisy, mean) }}"""
+    return ir.from_onnx_text(text)
+
+
+@pytest.mark.parametrize(
+    ("sample", "output", "axis"),
+    [("N,9,4,4", "N,4,4,4", 1), ("N,2,9,4,4", "N,2,4,4,4", 2), ("N,16,9", "N,16,4", 2)],
+    ids=["inpainting", "video", "tokens"],
+)
+@pytest.mark.parametrize("place", ["behind", "before"])
+def test_a_sample_may_have_channels_beside_its_noise(
+    sample: str, output: str, axis: int, place: str, tmp_path: Path
+) -> None:
+    """They are given as conditions, stay as they are along the trajectory, and may differ without the condition."""
+    noisy = slice(0, 4) if place == "behind" else slice(5, 9)
+    model = beside(sample, output, axis, noisy)
+    assert kinds.kind_of(model) is kinds.Kind.DENOISER
+    denoiser = denoisers.find(model)
+    shape = tuple(map(int, output.split(",")[1:]))
+    assert (denoiser.channels, denoiser.channel_axis, denoiser.beside, denoiser.noise_shape) == (4, axis, 5, shape)
+    with pytest.raises(OnnxqError, match=r"'x.behind', which are not class labels, found none"):
+        denoisers.open_conditions(None, denoiser)
+    wide = [5 if index == axis - 1 else size for index, size in enumerate(shape)]
+    path, rows = tmp_path / "conditions.npz", np.random.default_rng(0).standard_normal((2, *wide)).astype(np.float32)
+    np.savez(path, **{f"x.{place}": rows[..., :-1]})
+    with pytest.raises(OnnxqError, match=r"expected rows of shape .*5.* under 'x.behind'"):
+        denoisers.open_conditions(path, denoiser)
+    np.savez(path, **{f"x.{place}": rows})
+    schedule = schedules.make({"_class_name": "FlowMatching"}, denoiser, 3)
+    run = Sampler(denoiser, schedule, 1.0, denoisers.open_conditions(path, denoiser)).run(Session(model), [0, 1, 2])
+    for visit in run:
+        given, noise = np.split(visit.feed["x"], [5] if place == "before" else [4], axis)[
+            :: 1 if place == "before" else -1
+        ]
+        np.testing.assert_array_equal(given, rows[[0, 1, 0]])
+        np.testing.assert_array_equal(noise, run.sample)
+        assert visit.raw.shape == run.sample.shape == (3, *shape)
+
+
+def test_what_is_beside_the_noise_may_differ_without_the_condition(tmp_path: Path) -> None:
+    model = beside("N,3,4,4", "N,1,4,4", 1, slice(0, 1))
+    model.graph.inputs.append(ir.Value(name="y", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["N", 2])))
+    denoiser, path = denoisers.find(model), tmp_path / "conditions.npz"
+    schedule = schedules.make({"_class_name": "FlowMatching"}, denoiser, 1)
+    rows = {"x.behind": np.ones((1, 2, 4, 4), np.float32), "y": np.ones((1, 2), np.float32)}
+    rows["y.unconditional"] = np.zeros(2, np.float32)
+
+    def without() -> np.ndarray:
+        np.savez(path, **rows)
+        sampler = Sampler(denoiser, schedule, 2.0, denoisers.open_conditions(path, denoiser))
+        feed = next(iter(sampler.run(Session(model), [0]))).feed
+        assert feed["x"].shape == (2, 3, 4, 4) and feed["x"][0, 1:].all() and not feed["y"][1].any()
+        return feed["x"][1, 1:]
+
+    assert without().all()  # the same mask
+    rows["x.behind.unconditional"] = np.zeros((2, 4, 4), np.float32)
+    assert not without().any()
+    rows["x.behind.unconditional"] = np.zeros((2, 4, 5), np.float32)
+    with pytest.raises(OnnxqError, match=r"one row of shape .* under 'x.behind.unconditional'"):
+        without()
+
+
+def test_features_of_pictures_make_no_denoiser() -> None:
+    """Fewer channels are a prediction only where something is surely a timestep."""
+    model = beside("N,3,4,4", "N,1,4,4", 1, slice(0, 1))
+    assert kinds.kind_of(model) is kinds.Kind.DENOISER
+    model.graph.inputs[1].name = "threshold"
+    assert kinds.kind_of(model) is kinds.Kind.CNN
+
+
+def test_an_inpainting_denoiser_needs_no_data(tmp_path: Path) -> None:
+    """A guided UNet whose sample has a mask beside the noise, from the command line's own function."""
+    model = models.load(UNET)
+    first = next(node for node in model.graph if node.op_type == "Conv")
+    weight = first.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    array = weight.const_value.numpy()
+    wider = np.concatenate([array, 0.1 * array, 0.1 * array], 1)
+    weight.const_value = ir.Tensor(wider, name=weight.name)
+    weight.shape = ir.Shape(wider.shape)
+    sample = next(value for value in model.graph.inputs if value.name == "x")
+    size = wider.shape[1]
+    sample.shape = ir.Shape([sample.shape[0], size, *sample.shape[2:]])  # type: ignore[index]
+    path = tmp_path / "inpainting.onnx"
+    onnxq.save(model, path)
+    masks = np.random.default_rng(1).random((8, size - array.shape[1], 28, 28)).astype(np.float32)
+    np.savez(tmp_path / "conditions.npz", **{"x.behind": masks})
+    given = {"conditions": str(tmp_path / "conditions.npz"), "scheduler": str(UNET.with_suffix(".scheduler.json"))}
+    with pytest.raises(OnnxqError, match=r"x.behind"):
+        onnxq.quantize(path, steps=5, samples=16)
+    for recipe, knobs in (("int8", {}), ("ptqd", {"base": "int8"})):
+        numbers = onnxq.quantize(path, recipe=recipe, knobs=knobs, steps=5, samples=32, guidance=2.0, **given).numbers
+        assert sorted(numbers["step_sqnr_db"]) == list(range(5)) and min(numbers["step_sqnr_db"].values()) > 20
 
 
 def test_the_flow_of_diffusers_reaches_what_its_velocity_points_at() -> None:

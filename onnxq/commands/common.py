@@ -67,7 +67,7 @@ Conditions = Annotated[
     typer.Option(
         metavar="NPZ",
         help="For denoisers: rows for inputs that are not class labels (embeddings), keyed by input name; "
-        "NAME.unconditional is one row for guidance.",
+        "NAME.unconditional is one row for guidance; SAMPLE.behind (or .before) are channels beside the noisy ones.",
         show_default=False,
     ),
 ]

@@ -10,19 +10,14 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from onnxq import graph as graphs
 from onnxq.calibration.archives import read_arrays
 from onnxq.calibration.data import Array, InputSpec, fixed_batch, input_specs
+from onnxq.diffusion.timestep_input import becomes_waves, is_called_timestep, table_rows
 from onnxq.errors import OnnxqError
+from onnxq.kinds import channel_axis
 from onnxq.runtime import Feed
 
 USUAL_LATENT_SIDE = 64  # of a sample whose size neither the model nor the user says
-TIMESTEP_NAMES = ("t", "timestep", "timesteps", "time", "time_step", "sigma", "step")
-BETWEEN_INPUT_AND_EMBEDDING = (
-    "Cast", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Mul", "Div", "Add", "Sub", "Identity", "Flatten", "Neg",
-    "Log", "Clip",
-)  # fmt: skip
-DEEPEST_EMBEDDING = 10
 
 
 class Runnable(Protocol):
@@ -60,7 +55,9 @@ class Denoiser:
         timestep: A number for each sample, or one for the batch (rank 0).
         conditions: The other inputs.
         output: The output that has the sample's shape.
-        channels: The sample's channels; an output with twice as many predicts a variance too, which is dropped.
+        channels: Those of the sample that are noisy; an output with twice as many predicts a variance too, which is
+            dropped. Others beside them hold what the picture is made from, as the mask of inpainting.
+        channel_axis: Their axis; 2 in a video whose frames come first, the last one in a sample of tokens.
         timestep_rows: Rows of the table that the timestep picks from, where there is one.
     """
 
@@ -70,7 +67,25 @@ class Denoiser:
     conditions: tuple[Condition, ...]
     output: str
     channels: int
+    channel_axis: int = 1
     timestep_rows: int | None = None
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """The shape of one sample's noise, and of its prediction."""
+        sizes = [size or 1 for size in self.sample.shape]
+        sizes[self.channel_axis] = self.channels
+        return tuple(sizes[1:])
+
+    @property
+    def beside(self) -> int:
+        """Channels of the sample that are not noisy."""
+        return (self.sample.shape[self.channel_axis] or self.channels) - self.channels
+
+    @property
+    def beside_names(self) -> tuple[str, str]:
+        """What those before the noisy ones are called among conditions, and those behind."""
+        return f"{self.sample.name}.before", f"{self.sample.name}.behind"
 
     @property
     def whole(self) -> set[str]:
@@ -97,18 +112,26 @@ class Denoiser:
             }
             parts.append(session.run(part, [self.output])[0])
         predicted, wanted = np.concatenate([np.atleast_1d(part) for part in parts]), feed[self.sample.name].shape
-        if predicted.ndim < 2 or len(predicted) < total or predicted.shape[2:] != wanted[2:]:
+        axis = self.channel_axis
+        if len(predicted) < total or _without(predicted.shape, axis) != _without(wanted, axis):
             raise OnnxqError(
                 f"expected a prediction of the sample's shape {list(wanted)}, found {list(predicted.shape)}",
                 hint="the graph is not that of the denoiser; if it is one of several, write them all again",
             )
-        return predicted[:total, : self.channels]
+        noisy: Array = predicted[(slice(total), *[slice(None)] * (axis - 1), slice(self.channels))]
+        return noisy
+
+
+def _without(shape: Sequence[int | None], axis: int) -> list[int | None]:
+    """The sizes of a sample but for its channels."""
+    return [*shape[1:axis], *shape[axis + 1 :]]
 
 
 def find(model: ir.Model) -> Denoiser:
     """The roles of the inputs of a denoiser.
 
-    The sample is the float input of rank 3 or more whose shape an output repeats. Among inputs of rank 0 or 1 the
+    The sample is the float input of rank 3 or more whose shape an output repeats, but for channels: twice as many of
+    them predict a variance too, and with fewer the sample has others beside its noise. Among inputs of rank 0 or 1 the
     timestep is the float one, or what becomes sines and cosines, or what is called so; labels pick rows of a table.
 
     Raises:
@@ -123,42 +146,40 @@ def find(model: ir.Model) -> Denoiser:
             f"expected a denoiser (a float sample and an output of its shape), found inputs {shapes}",
             hint="sampling is for denoisers; other models take --data, and `onnxq compare` judges them",
         )
-    sample, output = found
+    sample, output, axis, predicted = found
     others = [spec for spec in specs if spec is not sample]
     timestep = _timestep(others, values)
-    tables = {spec.name: _table_rows(values[spec.name]) for spec in others}
+    tables = {spec.name: table_rows(values[spec.name]) for spec in others}
     conditions = tuple(
         Condition(spec, tables[spec.name] if spec.dtype.kind in "iu" and len(spec.shape) == 1 else None)
         for spec in others
         if spec is not timestep
     )
-    channels = sample.shape[1]
-    if channels is None or None in sample.shape[2:]:
+    channels = sample.shape[axis]
+    if channels is None or None in sample.shape[1:]:
         raise OnnxqError(
             f"expected a sample of known size, found {sample.name!r} {_shown(sample.shape)}",
             hint=f"give {sample.example(USUAL_LATENT_SIDE)} with your sizes, or export it with only its batch free",
         )
-    return Denoiser(tuple(specs), sample, timestep, conditions, output, channels, tables[timestep.name])
+    noisy = min(channels, predicted or channels)
+    return Denoiser(tuple(specs), sample, timestep, conditions, output, noisy, axis, tables[timestep.name])
 
 
-def _samples(model: ir.Model, specs: Sequence[InputSpec]) -> Iterator[tuple[InputSpec, str]]:
+def _samples(model: ir.Model, specs: Sequence[InputSpec]) -> Iterator[tuple[InputSpec, str, int, int | None]]:
+    """Inputs that may be the sample, with the output, the axis of channels, and how many the output has if known."""
     for spec in specs:
         for value in model.graph.outputs:
-            shape = list(value.shape or ())
-            if spec.dtype.kind != "f" or len(spec.shape) < 3 or len(shape) != len(spec.shape):
-                continue
-            pairs = list(zip(spec.shape, shape, strict=True))
-            channels, found = pairs[1]
-            same = all(a is None or not isinstance(b, int) or a == b for a, b in pairs[2:])
-            if same and (channels is None or not isinstance(found, int) or found in (channels, 2 * channels)):
-                yield spec, value.name or ""
+            shape = [size if isinstance(size, int) else None for size in value.shape or ()]
+            axis = channel_axis(spec.shape, shape) if spec.dtype.kind == "f" and len(spec.shape) >= 3 else None
+            if axis is not None:
+                yield spec, value.name or "", axis, shape[axis]
 
 
 def _timestep(others: Sequence[InputSpec], values: Mapping[str | None, ir.Value]) -> InputSpec:
     numbers = [spec for spec in others if len(spec.shape) <= 1 or spec.shape[1:] == (1,)]
-    named = [spec for spec in others if spec.name.lower() in TIMESTEP_NAMES]
+    named = [spec for spec in others if is_called_timestep(spec.name)]
     candidates = [spec for spec in numbers if spec.dtype.kind == "f"]
-    candidates = candidates or [spec for spec in numbers if _becomes_waves(values[spec.name])]
+    candidates = candidates or [spec for spec in numbers if becomes_waves(values[spec.name])]
     candidates = candidates or [spec for spec in numbers if spec in named] or named or numbers
     if not candidates:
         raise OnnxqError(
@@ -175,35 +196,6 @@ def _timestep(others: Sequence[InputSpec], values: Mapping[str | None, ir.Value]
     return chosen
 
 
-def _becomes_waves(value: ir.Value) -> bool:
-    """Whether sines or cosines are taken of the value: the usual embedding of time."""
-    return any(graphs.is_op(node, "Sin", "Cos") for node, _ in _readers(value))
-
-
-def _table_rows(value: ir.Value) -> int | None:
-    """Rows of the constant table that the value picks from, if it is an index."""
-    for node, index in _readers(value):
-        table = node.inputs[0]
-        if graphs.is_op(node, "Gather") and index == 1 and table is not None and graphs.is_constant(table):
-            rows = table.shape[0] if table.shape is not None and len(table.shape) == 2 else None
-            if isinstance(rows, int):
-                return rows
-    return None
-
-
-def _readers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-    """What reads the value, if only through conversions and arithmetic."""
-    level = [value]
-    for _ in range(DEEPEST_EMBEDDING):
-        following: list[ir.Value] = []
-        for item in level:
-            for node, index in graphs.consumers(item):
-                yield node, index
-                if graphs.is_op(node, *BETWEEN_INPUT_AND_EMBEDDING):
-                    following.append(node.outputs[0])
-        level = following
-
-
 def _rows(array: Array, start: int, count: int) -> Array:
     """Some rows; the last is repeated where there are too few."""
     index = np.minimum(np.arange(start, start + count), len(array) - 1)
@@ -218,20 +210,22 @@ def open_conditions(path: Path | None, denoiser: Denoiser) -> dict[str, Array]:
     """Rows for the conditions that cannot be drawn (embeddings of text, images, …).
 
     Args:
-        path: An ``.npz`` keyed by input name; ``NAME.unconditional`` holds one row for guidance.
+        path: An ``.npz`` keyed by input name; ``NAME.unconditional`` holds one row for guidance. The channels of a
+            sample that are not noisy come under ``SAMPLE.behind``, or ``SAMPLE.before`` where they stand before them.
         denoiser: The denoiser.
 
     Raises:
         OnnxqError: an array is missing, or has another shape.
     """
     needed = [item.spec for item in denoiser.conditions if item.classes is None]
-    if not needed:
+    keys = [spec.name for spec in needed] + ([denoiser.beside_names[1]] if denoiser.beside else [])
+    if not keys:
         return {}
-    names = ", ".join(repr(spec.name) for spec in needed)
+    names = ", ".join(map(repr, keys))
     if path is None:
         raise OnnxqError(
             f"expected values for the condition {names}, which are not class labels, found none",
-            hint=f"give --conditions FILE.npz with rows under {needed[0].name!r}",
+            hint=f"give --conditions FILE.npz with rows under {keys[0]!r}",
         )
     hint = f"write it with np.savez, keyed by input name: {names}"
     found = read_arrays(path, what="an .npz of conditions", hint=hint)
@@ -245,4 +239,28 @@ def open_conditions(path: Path | None, denoiser: Denoiser) -> dict[str, Array]:
                 f"{spec.name!r} in {path}, found {'nothing' if array is None else list(array.shape)}",
                 hint="one row for each condition along the first axis; one array where the input has no batch axis",
             )
+    if denoiser.beside:
+        _check_beside(denoiser, [found[key] for key in denoiser.beside_names if key in found], path)
+    for name, array in found.items():
+        row = found.get(f"{name}.unconditional")
+        if row is not None and row.size != np.prod(array.shape[1:]):
+            raise OnnxqError(
+                f"expected one row of shape {list(array.shape[1:])} under '{name}.unconditional' in {path}, "
+                f"found {list(row.shape)}",
+                hint=f"it stands for no condition, beside the rows under {name!r}",
+            )
     return {name: np.asarray(array) for name, array in found.items()}
+
+
+def _check_beside(denoiser: Denoiser, given: Sequence[Array], path: Path) -> None:
+    """Refuse what does not fill the channels of the sample that are not noisy."""
+    sample, axis = denoiser.sample, denoiser.channel_axis
+    channels = sum(array.shape[axis] if array.ndim == len(sample.shape) and len(array) else 0 for array in given)
+    sizes = [_without(array.shape, axis) for array in given]
+    if channels != denoiser.beside or any(size != _without(sample.shape, axis) for size in sizes):
+        shape = _shown([None, *sample.shape[1:axis], denoiser.beside, *sample.shape[axis + 1 :]])
+        (before, behind), found = denoiser.beside_names, " and ".join(str(list(array.shape)) for array in given)
+        raise OnnxqError(
+            f"expected rows of shape {shape} under {behind!r} in {path}, found {found or 'nothing'}",
+            hint=f"what {sample.name!r} holds behind its {denoiser.channels} noisy channels; before them: {before!r}",
+        )

@@ -233,7 +233,7 @@ def correct_noise(sampler: Sampler, table: str) -> dict[int, float]:
         times = np.asarray([row["timestep"] for row in rows], np.float64)
         for step, time in enumerate(schedule.timesteps):
             row = rows[int(np.abs(times - time).argmin())]  # as the correction in the graph is looked up
-            mean = np.broadcast_to(np.asarray(row["mean"], np.float64), (sampler.denoiser.channels,))
+            mean = np.broadcast_to(np.asarray(row["mean"], np.float64), sampler.denoiser.noise_shape[:1])
             if not 1 + float(row["slope"]) > 0:
                 raise ValueError("the correction divides by 1 + slope")
             found[step] = Correction(float(row["slope"]), mean, float(row["deviation"]), float(row["r_squared"]))
@@ -243,7 +243,7 @@ def correct_noise(sampler: Sampler, table: str) -> dict[int, float]:
             hint="quantize the model again",
         ) from error
     plain, corrected = (
-        sampler_tables(alphas, items, sampler.denoiser.channels, eta=schedule.eta).noise for items in ({}, found)
+        sampler_tables(alphas, items, sampler.denoiser.noise_shape[0], eta=schedule.eta).noise for items in ({}, found)
     )
     left = np.divide(corrected, plain, out=np.ones_like(plain), where=plain > 0)
     schedule.noise_factors = {step: float(factor) for step, factor in enumerate(left) if factor < 1}

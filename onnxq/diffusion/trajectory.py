@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -122,7 +123,7 @@ class Run:
     def __init__(self, sampler: Sampler, session: Runnable, indices: Sequence[int]) -> None:
         self.sampler, self.session = sampler, session
         denoiser = sampler.denoiser
-        shape = [size or 1 for size in denoiser.sample.shape[1:]]
+        shape = denoiser.noise_shape
         generators = [np.random.default_rng([sampler.seed, index]) for index in indices]
         noise = np.stack([generator.standard_normal(shape, np.float32) for generator in generators])
         scale = sampler.schedule.begin([int(generator.integers(1 << 62)) for generator in generators])
@@ -141,27 +142,38 @@ class Run:
             elif item.spec.is_whole:
                 self.shared[name] = given[name].astype(item.spec.dtype)
             else:
-                rows = given[name]
-                self.conditional[name] = rows[np.asarray(indices) % len(rows)].astype(item.spec.dtype)
-                if f"{name}.unconditional" in given:
-                    row = given[f"{name}.unconditional"].reshape(1, *rows.shape[1:]).astype(item.spec.dtype)
-                    self.unconditional[name] = np.repeat(row, len(indices), axis=0)
+                self._take_rows(name, item.spec.dtype, indices)
+        for name in denoiser.beside_names:
+            if name in given:
+                self._take_rows(name, denoiser.sample.dtype, indices)
+                self.unconditional.setdefault(name, self.conditional[name])  # the same mask with and without a prompt
+
+    def _take_rows(self, name: str, dtype: np.dtype[Any], indices: Sequence[int]) -> None:
+        """The rows of some samples under a name of the conditions, and that for guidance if it is there."""
+        given = self.sampler.conditions or {}
+        rows = given[name]
+        self.conditional[name] = rows[np.asarray(indices) % len(rows)].astype(dtype)
+        if f"{name}.unconditional" in given:
+            row = given[f"{name}.unconditional"].reshape(1, *rows.shape[1:]).astype(dtype)
+            self.unconditional[name] = np.repeat(row, len(indices), axis=0)
 
     def __iter__(self) -> Iterator[Visit]:
         sampler, denoiser, schedule = self.sampler, self.sampler.denoiser, self.sampler.schedule
         count = len(self.sample)
         for step, time in enumerate(schedule.timesteps):
-            seen = schedule.scaled(self.sample, step).astype(denoiser.sample.dtype, copy=False)
+            noisy = schedule.scaled(self.sample, step).astype(denoiser.sample.dtype, copy=False)
             rows, conditions = count, dict(self.conditional)
             if sampler.is_guided(step):
-                rows, seen = 2 * count, np.concatenate([seen, seen])
+                rows, noisy = 2 * count, np.concatenate([noisy, noisy])
                 conditions = {name: np.concatenate([conditions[name], self.unconditional[name]]) for name in conditions}
+            before, behind = ([conditions.pop(name)] if name in conditions else [] for name in denoiser.beside_names)
+            seen = np.concatenate([*before, noisy, *behind], denoiser.channel_axis)
             feed = {denoiser.sample.name: seen, denoiser.timestep.name: denoiser.timesteps(time, rows), **conditions}
             feed |= self.shared
             raw = denoiser.predict(self.session, feed).astype(np.float32, copy=False)
-            if raw.shape != seen.shape:
+            if raw.shape != noisy.shape:
                 raise OnnxqError(
-                    f"expected a prediction of the sample's shape {list(seen.shape)}, found {list(raw.shape)}",
+                    f"expected a prediction of the sample's shape {list(noisy.shape)}, found {list(raw.shape)}",
                     hint="this is not a denoiser; quantize it with --data",
                 )
             prediction = self.guided(raw, step)

@@ -151,10 +151,10 @@ class Fit:
         """Correct the model's prediction."""
         steps = sorted(self.corrections)
         found = [self.corrections[step] for step in steps]
-        if denoiser.channels != found[0].mean.size:
+        channels = denoiser.noise_shape[0]
+        if channels != found[0].mean.size:
             raise OnnxqError(
-                f"expected {denoiser.channels} channels in the prediction {denoiser.output!r}, "
-                f"found {found[0].mean.size}",
+                f"expected {channels} channels in the prediction {denoiser.output!r}, found {found[0].mean.size}",
                 hint="use a recipe without correction, for example --recipe int8",
             )
         times = np.asarray([self.timesteps[step] for step in steps])
