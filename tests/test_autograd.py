@@ -224,6 +224,17 @@ def test_a_batch_that_is_no_multiple_is_filled(rows: int) -> None:
     torch.testing.assert_close(graph.run({"x": x[:rows]}, ["y"])["y"], whole[:rows], rtol=1e-5, atol=1e-6)
 
 
+def test_a_fixed_batch_of_channels_that_lie_last_is_normalised() -> None:
+    """As behind the projection of attention in a UNet that was exported for two rows."""
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    norm (float[2,4,4,8] x, float[8] scale, float[8] bias) => (float[2,8,4,4] y)
+    { t = Transpose <perm = [0,3,1,2]> (x)  y = GroupNormalization <num_groups = 2> (t, scale, bias) }"""
+    graph = TorchGraph(ir.from_onnx_text(text))
+    given = {"x": torch.randn(6, 4, 4, 8), "scale": torch.ones(8), "bias": torch.zeros(8)}
+    found = graph.run(given, ["y"])["y"]
+    torch.testing.assert_close(found, torch.nn.functional.group_norm(given["x"].permute(0, 3, 1, 2), 2))
+
+
 def test_refuses_an_empty_batch() -> None:
     with pytest.raises(OnnxqError, match="rows in batches of 2 for 'x', found 0"):
         fixed_batch().run({"x": torch.zeros(0, 3, 8, 8)}, ["y"])

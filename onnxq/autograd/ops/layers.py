@@ -186,7 +186,8 @@ def GroupNormalization(
     channels = x.shape[1]
     if scale.shape[0] != channels:
         scale, bias = (part.repeat_interleave(channels // num_groups) for part in (scale, bias))
-    return F.group_norm(x, num_groups, scale, bias, epsilon)
+    # Of channels that lie last torch asks how they lie, which it cannot for batches of a fixed batch.
+    return F.group_norm(x.contiguous(), num_groups, scale, bias, epsilon)
 
 
 def LayerNormalization(
