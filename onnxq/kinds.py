@@ -69,13 +69,14 @@ def channel_axis(sample: Sequence[Size], output: Sequence[Size]) -> int | None:
 
 def _takes_a_timestep(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> bool:
     states = whole_inputs(inputs)  # of a recurrent network, which returns its new one: no sample
+    timesteps = [value for value in inputs if graphs.rank(value) in (0, 1)]
+    is_sure = any(is_called_timestep(value.name) or becomes_waves(value) for value in timesteps)
+    least_rank = 2 if is_sure else 3
     samples = [
         value
         for value in inputs
-        if graphs.is_float(value) and (graphs.rank(value) or 0) >= 3 and value.name not in states
+        if graphs.is_float(value) and (graphs.rank(value) or 0) >= least_rank and value.name not in states
     ]
-    timesteps = [value for value in inputs if graphs.rank(value) in (0, 1)]
-    is_sure = any(is_called_timestep(value.name) or becomes_waves(value) for value in timesteps)
     return bool(timesteps) and any(
         _may_predict(list(sample.shape or ()), list(output.shape or ()), is_sure)
         for sample in samples

@@ -376,6 +376,25 @@ def test_what_is_beside_the_noise_may_differ_without_the_condition(tmp_path: Pat
         without()
 
 
+def test_the_timestep_is_the_one_that_is_called_so() -> None:
+    """The weight of guidance is a float for each sample, too, and may come first (FLUX)."""
+    text = CLOCK.replace("float[N] t)", "float[N] guidance, float[N] t)")
+    found = denoisers.find(ir.from_onnx_text(text))
+    assert found.timestep.name == "t" and [item.spec.name for item in found.conditions] == ["guidance"]
+
+
+def test_a_sample_may_be_one_row_of_numbers() -> None:
+    """As in the prior of unCLIP, which makes embeddings; two states of a control loop are none."""
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    prior (float[N,8] x, float[N] t) => (float[N,8] y)
+    <int64[1] last = {1}> { a = Unsqueeze (t, last)  y = Add (x, a) }"""
+    model = ir.from_onnx_text(text)
+    denoiser = denoisers.find(model)
+    assert kinds.kind_of(model) is kinds.Kind.DENOISER and denoiser.noise_shape == (8,)
+    model.graph.inputs[1].name = "gain"
+    assert kinds.kind_of(model) is kinds.Kind.CNN
+
+
 def test_features_of_pictures_make_no_denoiser() -> None:
     """Fewer channels are a prediction only where something is surely a timestep."""
     model = beside("N,3,4,4", "N,1,4,4", 1, slice(0, 1))

@@ -130,7 +130,7 @@ def _without(shape: Sequence[int | None], axis: int) -> list[int | None]:
 def find(model: ir.Model) -> Denoiser:
     """The roles of the inputs of a denoiser.
 
-    The sample is the float input of rank 3 or more whose shape an output repeats, but for channels: twice as many of
+    The sample is the float input of rank 2 or more whose shape an output repeats, but for channels: twice as many of
     them predict a variance too, and with fewer the sample has others beside its noise. Among inputs of rank 0 or 1 the
     timestep is the float one, or what becomes sines and cosines, or what is called so; labels pick rows of a table.
 
@@ -170,7 +170,7 @@ def _samples(model: ir.Model, specs: Sequence[InputSpec]) -> Iterator[tuple[Inpu
     for spec in specs:
         for value in model.graph.outputs:
             shape = [size if isinstance(size, int) else None for size in value.shape or ()]
-            axis = channel_axis(spec.shape, shape) if spec.dtype.kind == "f" and len(spec.shape) >= 3 else None
+            axis = channel_axis(spec.shape, shape) if spec.dtype.kind == "f" else None
             if axis is not None:
                 yield spec, value.name or "", axis, shape[axis]
 
@@ -186,7 +186,7 @@ def _timestep(others: Sequence[InputSpec], values: Mapping[str | None, ir.Value]
             "expected an input for the timestep (one number a sample), found none",
             hint="export the denoiser with its timestep as an input of shape [batch] or []",
         )
-    chosen = candidates[0]
+    chosen = next((spec for spec in candidates if spec in named), candidates[0])  # guidance has waves, too
     if chosen.dtype.kind not in "iuf" or len(chosen.shape) > 1:
         raise OnnxqError(
             f"expected integers or floats of shape [batch] or [] for the timestep, found {chosen.name!r} "
