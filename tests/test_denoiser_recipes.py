@@ -223,3 +223,18 @@ def test_a_fixed_batch_needs_no_data_either(recipe: str, tmp_path: Path) -> None
         result = onnxq.quantize(path, recipe=recipe, steps=6, knobs={"iterations": 20} if recipe == "tfmq-dm" else {})
         found.append(result.numbers["sqnr_db"])
     assert found[1] > found[0] - 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "knobs"),
+    [("apq-dm", {"groups": 2, "iterations": 4}), ("q-dm", {"steps": 2}), ("q-diffusion", {"iterations": 2})],
+)
+def test_a_fixed_batch_may_have_inputs_that_all_rows_share(recipe: str, knobs: dict, tmp_path: Path) -> None:
+    """As FLUX's positions, in an export for two rows, which are of different steps."""
+    network = NETWORK.replace("int64[N] t)", "int64[N] t, float[8,8] places_of)").replace("[N", "[2")
+    network = network.replace("[first] h1 = Conv <pads=[1,1,1,1]> (x, w1)", "p = Add (x, places_of) h1 = CONV (p, w1)")
+    path = models.save(add_weights(network.replace("CONV", "Conv <pads=[1,1,1,1]>"), SHAPES), tmp_path / "network.onnx")
+    np.savez(tmp_path / "conditions.npz", places_of=np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8))
+    given = {"steps": 4, "samples": 16, "conditions": str(tmp_path / "conditions.npz"), "budget": "quick"}
+    numbers = onnxq.quantize(path, recipe=recipe, knobs=knobs, **given).numbers
+    assert numbers["sqnr_db"] > 15

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.calibration.data import STEP_KEY, InputSpec, Source, batches, inputs_of
+from onnxq.calibration.data import STEP_KEY, InputSpec, Source, batches, fixed_batch, inputs_of
 from onnxq.calibration.observers import Statistics
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
@@ -81,7 +81,8 @@ def record(
     """
     names = {spec.name for spec in specs}
     inner = [name for name in taps if name not in names]
-    shared = any(spec.is_whole or spec.batch == 1 for spec in specs)  # one timestep, one step, for the whole run
+    fixed = fixed_batch(specs)
+    alone = fixed == 1 or (fixed is None and any(spec.is_whole for spec in specs))  # one sample, one step, in a run
     total = min(len(source), samples or len(source))
     sampled = max(LEAST_SAMPLED, SAMPLED_VALUES // max(total, 1))
 
@@ -100,12 +101,12 @@ def record(
         tapped = run(feed)
         if not done:
             fewer = _fewer(feed, specs)
-            probe = tapped if shared or fewer is None else run(fewer)
-            rows = len(steps) if shared or fewer is None else len(fewer[specs[0].name])
-            found = {name: StepStatistics() for name in taps if shared or _has_rows(tapped[name], probe[name], rows)}
-            found = {name: item for name, item in found.items() if shared or len(tapped[name]) == len(steps)}
+            probe = tapped if alone or fewer is None else run(fewer)
+            rows = len(steps) if alone or fewer is None else len(fewer[specs[0].name])
+            found = {name: StepStatistics() for name in taps if alone or _has_rows(tapped[name], probe[name], rows)}
+            found = {name: item for name, item in found.items() if alone or len(tapped[name]) == len(steps)}
         for name, statistics in found.items():
-            statistics.update(tapped[name][None] if shared else tapped[name], steps, sampled)
+            statistics.update(tapped[name][None] if alone else tapped[name], steps, sampled)
         done += len(steps)
         if on_batch is not None:
             on_batch(done)

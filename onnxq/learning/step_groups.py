@@ -149,7 +149,8 @@ def learn_groups(
             grouped[item.scale] = new
             replaced[item.output] = Replacement((item.source,), new)
     exact = as_float(quantizers)
-    taught, judged = _by_step(job, search.samples)
+    whole = {spec.name for spec in job.specs if spec.is_whole}
+    taught, judged = _by_step(job, search.samples, whole)
     wanted = graph.output_names[:1]
 
     def error(feed: Mapping[str, Array], step: int) -> Tensor:
@@ -165,7 +166,7 @@ def learn_groups(
         for item in grouped.values():
             item.hard = hard
         with torch.no_grad():
-            errors = [float(error(_stacked(rows[: search.batch]), step)) for step, rows in judged.items()]
+            errors = [float(error(_stacked(rows[: search.batch], whole), step)) for step, rows in judged.items()]
         for item in grouped.values():
             item.hard = False
         return float(np.mean(errors))
@@ -184,7 +185,7 @@ def learn_groups(
             step = active.pick(entropies)
             rows = taught[step]
             picked = generator.permutation(len(rows))[: search.batch]
-            loss = error(_stacked([rows[index] for index in picked]), step)
+            loss = error(_stacked([rows[index] for index in picked], whole), step)
             # The error is a small part of the signal; λ weighs entropy against the error that there was at first.
             # It grows, because a mixture is finer than any of its quantizers: the error alone would leave all open.
             weight = search.undecided * DECISION ** (iteration / search.iterations)
@@ -212,19 +213,23 @@ def _entropy(grouped: Mapping[str, GroupedQuantizer], step: int) -> Tensor:
     return torch.stack([item.entropy(step) for item in grouped.values()]).mean()
 
 
-def _by_step(job: Job, samples: int) -> tuple[dict[int, list[dict[str, Array]]], dict[int, list[dict[str, Array]]]]:
+def _by_step(
+    job: Job, samples: int, whole: set[str]
+) -> tuple[dict[int, list[dict[str, Array]]], dict[int, list[dict[str, Array]]]]:
     """Samples to learn from and samples to judge on, by step."""
     taught: dict[int, list[dict[str, Array]]] = {}
     judged: dict[int, list[dict[str, Array]]] = {}
     for batch in batches(job.source, job.specs, batch_size=1, samples=min(samples, len(job.source))):
-        step = int(np.atleast_1d(batch[STEP_KEY])[0])
-        seen = len(taught.get(step, [])) + len(judged.get(step, []))
-        (judged if seen % HELD_OUT == HELD_OUT - 1 else taught).setdefault(step, []).append(inputs_of(batch, job.specs))
+        feed = inputs_of(batch, job.specs)
+        for row, step in enumerate(np.atleast_1d(batch[STEP_KEY]).tolist()):  # an export may be fixed to several rows
+            seen = len(taught.get(step, [])) + len(judged.get(step, []))
+            sample = {name: array if name in whole else array[row : row + 1] for name, array in feed.items()}
+            (judged if seen % HELD_OUT == HELD_OUT - 1 else taught).setdefault(step, []).append(sample)
     return taught, judged or taught
 
 
-def _stacked(rows: list[dict[str, Array]]) -> dict[str, Array]:
-    """Rows of one step as a batch; a timestep for the whole batch stays one number."""
+def _stacked(rows: list[dict[str, Array]], whole: set[str]) -> dict[str, Array]:
+    """Rows of one step as a batch; what has no batch axis is the same for all of them."""
     return {
-        name: np.concatenate([row[name] for row in rows]) if array.ndim else array for name, array in rows[0].items()
+        name: array if name in whole else np.concatenate([row[name] for row in rows]) for name, array in rows[0].items()
     }

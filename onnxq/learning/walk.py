@@ -63,9 +63,9 @@ class Walk:
             rows = min(row_count(feed, specs), samples - start)  # a last batch may be filled by repeating rows
             for name, array in feed.items():
                 if name in whole:
-                    self._share(name, torch.from_numpy(array))
+                    self._share(name, torch.from_numpy(np.array(array)))
                     continue
-                values = torch.from_numpy(array[:rows, None])
+                values = torch.from_numpy(np.array(array[:rows, None]))
                 if start == 0:
                     self.cache.allocate(FLOAT + name, (samples, *values.shape[1:]), values.dtype)
                     self.cache.alias(QUANTIZED + name, FLOAT + name)
