@@ -267,11 +267,17 @@ class Job:
 
 
 def quantized_counts(graph: ir.Graph) -> tuple[int, int]:
-    """How many Conv, Gemm and MatMul read quantized inputs, and how many there are; LSTMs on integers count too."""
+    """How many Conv, Gemm and MatMul read codes, and how many there are; LSTMs on integers count too.
+
+    A layer with float weights reads none, also where what it reads had codes for its neighbours.
+    """
     total = quantized = sum(graphs.is_integer_lstm(node) for node in graph)
     for item in graphs.weighted_nodes(graph):
         total += 1
-        quantized += any(graphs.is_dequantized(value) or graphs.is_tabulated(value) for value in item.node.inputs[:2])
+        if not graphs.is_constant(item.weight):
+            quantized += any(
+                graphs.is_dequantized(value) or graphs.is_tabulated(value) for value in item.node.inputs[:2]
+            )
     return quantized, total
 
 

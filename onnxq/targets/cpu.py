@@ -25,9 +25,10 @@ from onnxq.targets.cpu_regions import Regions
 from onnxq.targets.findings import Finding
 from onnxq.targets.placement import Placement, Schemes, choose, excluded, schemes_of, weight_sites
 
-NARROW_CHANNELS = 16  # below it a product of rows takes 1.1 to 4 times as long with codes as in float
+NARROW_CHANNELS = 16  # below it a product of rows, or a depthwise convolution, takes 1.1 to 4 times as long with codes
 STEM_CHANNELS = 4
 STEM_DEPTHWISE_CHANNELS = 32
+NARROW_GROUP = 4  # channels that a group reads: 2 take four times as long with codes as in float, 4 up to twice
 
 LEGAL_WEIGHTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "uint8", "uint4", "float")
 LEGAL_ACTIVATIONS = (
@@ -115,9 +116,11 @@ class Cpu:
         """Weights become codes, Pads move to codes, scales after a Clip stay inside it, and biases stay apart.
 
         A Clip is absorbed by the kernel before it only if its bounds are never cut by the quantizer's own range. What
-        bias correction gave a Gemm is split off again.
+        bias correction gave a Gemm is split off again. Layers that stay in float between codes are kept from being
+        rounded by onnxruntime.
         """
         from onnxq.passes.keep_biases_apart import KeepBiasesApart
+        from onnxq.passes.keep_layers_float import KeepLayersFloat
         from onnxq.passes.lower_group_norm import LowerGroupNorm
         from onnxq.passes.lower_hard_swish import LowerHardSwish
         from onnxq.passes.lower_lstm import LowerLstm
@@ -135,6 +138,7 @@ class Cpu:
         LowerSoftplus()(model)
         LowerGroupNorm()(model)
         PadCodes()(model)
+        KeepLayersFloat()(model)
         _keep_ranges_inside_clips(model.graph)
 
     def lint(self, model: ir.Model, sm: int | None = None) -> list[Finding]:
@@ -178,6 +182,12 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
         return "the integer Gemm has no beta"
     if scheme.weights.granularity == "block" and node.op_type == "Conv":
         return "block scales are for matrix products"
+    if scheme.activations.enabled and node.op_type == "Conv" and (groups := node.attributes.get_int("group", 1)) > 1:
+        width = int(weight.shape.numpy()[1])
+        if 1 < width <= NARROW_GROUP:
+            return f"groups of {width} channels are faster in float"
+        if width == 1 and groups < NARROW_CHANNELS:
+            return f"only {groups} channels, which are faster in float"
     if scheme.activations.enabled and node.op_type == "MatMul":
         rows, narrowest = graphs.rank(item.activation), int(min(weight.shape.numpy()[-2:]))
         if rows is not None and rows > 2 and narrowest < NARROW_CHANNELS:  # one row costs nothing either way

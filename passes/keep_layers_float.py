@@ -1,0 +1,83 @@
+"""Keep onnxruntime from quantizing, on its own, layers that stay in float between codes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from onnxq import graph as graphs
+from onnxq.folding import array_of, new_initializer
+
+LAYERS = ("Conv", "ConvTranspose")
+
+
+class KeepLayersFloat(InPlacePass):
+    """Give layers with float weights between codes an input with a scale for each channel, all of them the same.
+
+    Before::
+
+        q ─► DequantizeLinear(s []) ─► Conv(W float) ─► Relu ─► QuantizeLinear
+
+    After::
+
+        q ─► DequantizeLinear(s [channels]) ─► Conv(W float) ─► Relu ─► QuantizeLinear
+
+    onnxruntime rounds the weights of the first to eight bits, with one scale for all, and runs it on integers (a
+    ConvTranspose in float, with rounded weights): what was kept in float because it is sensitive, or slow in integers,
+    would be both. The second it leaves alone, and it computes the same.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite the input of every layer that qualifies."""
+        found = [node for node in model.graph if _would_be_rounded(node)]
+        changed = [node for node in found if _spread(model.graph, node)]
+        return PassResult(model, bool(changed))
+
+
+def _would_be_rounded(node: ir.Node) -> bool:
+    if not graphs.is_op(node, *LAYERS):
+        return False
+    source, weight = node.inputs[0], node.inputs[1]
+    if source is None or weight is None or not graphs.is_constant(weight) or not graphs.is_dequantized(source):
+        return False
+    reader = _only_reader(node)
+    while reader is not None and graphs.is_op(reader, "Relu", "Clip"):
+        reader = _only_reader(reader)
+    return reader is not None and graphs.is_quantize(reader)
+
+
+def _only_reader(node: ir.Node) -> ir.Node | None:
+    readers = graphs.consumers(node.outputs[0])
+    return readers[0][0] if len(readers) == 1 else None
+
+
+def _spread(graph: ir.Graph, node: ir.Node) -> bool:
+    """Write the scale once for each channel, for this layer alone; whether that was possible."""
+    source = node.inputs[0]
+    pair = None if source is None else source.producer()
+    if source is None or pair is None or not all(graphs.is_constant(value) for value in pair.inputs[1:3]):
+        return False
+    channels = _channels(node)
+    if channels < 2 or array_of(pair.inputs[1]).size != 1:
+        return False  # with a single channel the scale for each is one again
+    codes, *numbers = pair.inputs
+    made = []
+    for value in numbers:
+        assert value is not None and value.dtype is not None
+        made.append(new_initializer(graph, f"{value.name}_spread", np.full(channels, array_of(value)), value.dtype))
+    tape = ir.tape.Tape()
+    spread = tape.op("DequantizeLinear", [codes, *made], {"axis": 1}, name=f"{pair.name}_{node.name}")
+    spread.name, spread.type, spread.shape = f"{source.name}_{node.name}", source.type, source.shape
+    tape.nodes[0].metadata_props.update(pair.metadata_props)
+    graph.insert_before(node, tape.nodes)
+    node.replace_input_with(0, spread)
+    if not source.uses() and not source.is_graph_output():
+        graph.remove(pair, safe=True)
+    return True
+
+
+def _channels(node: ir.Node) -> int:
+    """How many channels the layer reads."""
+    shape = array_of(node.inputs[1]).shape
+    return int(shape[0] if node.op_type == "ConvTranspose" else shape[1] * node.attributes.get_int("group", 1))
