@@ -376,6 +376,16 @@ def test_what_is_beside_the_noise_may_differ_without_the_condition(tmp_path: Pat
         without()
 
 
+def test_what_is_beside_the_noise_may_be_all_that_guides() -> None:
+    """As the small picture in super-resolution, or none."""
+    denoiser = denoisers.find(beside("N,3,4,4", "N,1,4,4", 1, slice(0, 1)))
+    schedule = schedules.make({"_class_name": "FlowMatching"}, denoiser, 1)
+    rows = {"x.behind": np.ones((1, 2, 4, 4), np.float32)}
+    with pytest.raises(OnnxqError, match="a model without conditions"):
+        Sampler(denoiser, schedule, 2.0, rows).check()
+    Sampler(denoiser, schedule, 2.0, rows | {"x.behind.unconditional": np.zeros((2, 4, 4), np.float32)}).check()
+
+
 def test_the_timestep_is_the_one_that_is_called_so() -> None:
     """The weight of guidance is a float for each sample, too, and may come first (FLUX)."""
     text = CLOCK.replace("float[N] t)", "float[N] guidance, float[N] t)")

@@ -79,14 +79,15 @@ class Sampler:
         """
         if self.guidance == 1:
             return
+        known = {
+            name.removesuffix(".unconditional") for name in self.conditions or {} if name.endswith(".unconditional")
+        }
         missing = [
             item.spec.name
             for item in self.denoiser.conditions
-            if item.null_class is None
-            and not item.spec.is_whole
-            and f"{item.spec.name}.unconditional" not in (self.conditions or {})
+            if item.null_class is None and not item.spec.is_whole and item.spec.name not in known
         ]
-        if missing or not self.denoiser.conditions:
+        if missing or not (self.denoiser.conditions or known.intersection(self.denoiser.beside_names)):
             found = f"none for {', '.join(missing)}" if missing else "a model without conditions"
             raise OnnxqError(
                 f"expected an unconditional input for guidance {self.guidance:g}, found {found}",
