@@ -30,16 +30,21 @@ class KeepLayersFloat(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the input of every layer that qualifies."""
-        found = [node for node in model.graph if _would_be_rounded(node)]
-        changed = [node for node in found if _spread(model.graph, node)]
-        return PassResult(model, bool(changed))
+        changed = [_spread(model.graph, node) for node in list(model.graph) if is_rounded(node)]
+        return PassResult(model, any(changed))
 
 
-def _would_be_rounded(node: ir.Node) -> bool:
-    if not graphs.is_op(node, *LAYERS):
+def is_rounded(node: ir.Node) -> bool:
+    """Whether onnxruntime would round the float weights of this layer: between codes, those before it of one scale."""
+    source = node.inputs[0] if graphs.is_op(node, *LAYERS) else None
+    pair = None if source is None else source.producer()
+    if (
+        pair is None
+        or not graphs.is_dequantize(pair)
+        or not all(graphs.is_constant(value) for value in pair.inputs[1:])
+    ):
         return False
-    source, weight = node.inputs[0], node.inputs[1]
-    if source is None or weight is None or not graphs.is_constant(weight) or not graphs.is_dequantized(source):
+    if array_of(pair.inputs[1]).size != 1 or not graphs.is_constant(node.inputs[1]):
         return False
     reader = _only_reader(node)
     while reader is not None and graphs.is_op(reader, "Relu", "Clip"):
@@ -54,12 +59,9 @@ def _only_reader(node: ir.Node) -> ir.Node | None:
 
 def _spread(graph: ir.Graph, node: ir.Node) -> bool:
     """Write the scale once for each channel, for this layer alone; whether that was possible."""
-    source = node.inputs[0]
+    source, channels = node.inputs[0], _channels(node)
     pair = None if source is None else source.producer()
-    if source is None or pair is None or not all(graphs.is_constant(value) for value in pair.inputs[1:3]):
-        return False
-    channels = _channels(node)
-    if channels < 2 or array_of(pair.inputs[1]).size != 1:
+    if source is None or pair is None or channels < 2:
         return False  # with a single channel the scale for each is one again
     codes, *numbers = pair.inputs
     made = []

@@ -53,6 +53,7 @@ def test_a_layer_kept_in_float_is_not_rounded_by_onnxruntime(
     monkeypatch.setattr(KeepLayersFloat, "call", lambda self, model: PassResult(model, False))
     onnxq.quantize(path, inputs, target="cpu", exclude=["middle"], output=output)
     assert _deployed(output, tmp_path) != (2, 0)
+    assert [(item.rule, item.node) for item in get("cpu").lint(models.load(output))] == [("C12", "middle")]
 
 
 def _deployed(path: Path, folder: Path) -> tuple[int, int]:

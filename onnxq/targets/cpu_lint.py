@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.passes.keep_biases_apart import fused_bias
+from onnxq.passes.keep_layers_float import is_rounded
 from onnxq.targets.cpu_ops import ABSORBED, ARITHMETIC, DATA_MOVEMENT
 from onnxq.targets.findings import Finding
 from onnxq.targets.reading import Product, Quantizer, Reading, channel_axis, name_of, scale_axis, scale_shape, spelled
@@ -207,6 +208,17 @@ def bias_apart(reading: Reading) -> Broken:
         yield product.node, "expected a bias with two dimensions, found one: both become a float Gemm"
 
 
+def float_kept(reading: Reading) -> Broken:
+    """C12: a float convolution between codes reads a scale for each channel, or onnxruntime rounds its weights."""
+    for node in reading.nodes:
+        if is_rounded(node):
+            yield (
+                node,
+                "expected codes with a scale for each channel before a layer with float weights, found one for all: "
+                "onnxruntime rounds the weights to 8 bits of one scale",
+            )
+
+
 ERRORS: dict[str, Rule] = {
     "C2": scale_usable,
     "C3": format_accepted,
@@ -221,6 +233,7 @@ WARNINGS: dict[str, Rule] = {
     "C9": kernel_exists,
     "C10": format_native,
     "C11": bias_apart,
+    "C12": float_kept,
 }
 
 
