@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
+import threading
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -26,6 +28,8 @@ from onnxq.commands import (
     view,
 )
 from onnxq.commands.common import BAD_INPUT, CHECK_FAILED, INTERRUPTED
+
+REPEAT_SECONDS = 0.05
 
 UsageError: Any = typer.BadParameter.__base__  # which the library does not name
 
@@ -67,9 +71,10 @@ def main() -> None:
     """Entry point: two lines and an exit code instead of a traceback."""
     from onnxq.errors import CheckError, OnnxqError
 
-    stdout = sys.stdout
+    stdout, dropped = sys.stdout, sys.unraisablehook
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    sys.unraisablehook = _interrupt_again
     try:
         code = app(standalone_mode=False)
         if code:
@@ -95,7 +100,7 @@ def main() -> None:
             f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), "check the path and the disk", BAD_INPUT
         )
     finally:
-        sys.stdout = stdout
+        sys.stdout, sys.unraisablehook = stdout, dropped
 
 
 def _fail_usage(error: Any) -> NoReturn:
@@ -113,6 +118,14 @@ class _Interrupted(BaseException):
 
 def _interrupt(number: int, frame: object) -> None:
     raise _Interrupted
+
+
+def _interrupt_again(dropped: Any) -> None:
+    """An interrupt that came where Python drops exceptions, as in the callback of a weak reference, comes again."""
+    if dropped.exc_type is _Interrupted:
+        threading.Timer(REPEAT_SECONDS, _thread.interrupt_main).start()  # when the callback is over
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def _fail(message: str, hint: str, code: int) -> NoReturn:

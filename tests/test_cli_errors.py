@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -258,6 +259,25 @@ def test_quantizing_twice_is_refused(
     assert code == 0, stderr
     code, stderr = run(capsys, "quantize", once, "--data", calibration, "-o", tmp_path / "twice.onnx")
     assert_two_lines(code, stderr, "quantized already")
+
+
+def test_an_interrupt_is_heard_where_python_drops_exceptions() -> None:
+    """One that came in the callback of a weak reference was printed, and the command went on."""
+    script = """
+        import os, signal, time, weakref
+        from onnxq import cli
+        class Thing: pass
+        def work(**options):
+            thing = Thing()
+            reference = weakref.ref(thing, lambda _: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.01)))
+            del thing
+            for _ in range(2000):
+                time.sleep(0.01)
+        cli.app = work
+        cli.main()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr.startswith("error: interrupted") and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
