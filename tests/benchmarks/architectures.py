@@ -286,14 +286,26 @@ def measure(folder: Path, library: str, name: str, exporter: str, sm: str | None
         keys = ("sqnr_db", "quantized_nodes", "weighted_nodes", "latency_ms_float", "latency_ms_quantized")
         found[target] = {key: value for key, value in json.loads(numbers.read_text()).items() if key in keys}
         if target == "tensorrt" and sm is not None:
-            proof = path.with_suffix(".build.json")
-            code, error = run(
-                "-m", "onnxq.cli", "build", str(result), "-o", str(path.with_suffix(".engine")), "--sm", sm, "-q",
-                "--json", str(proof),
-            )  # fmt: skip
-            made = json.loads(proof.read_text()) if proof.is_file() else {}
-            found[target]["engine"] = error if code == 2 else f"{len(made.get('promised_but_float', []))} lost"
+            found[target]["engine"] = built(result, path, sm)
     return found
+
+
+def built(result: Path, path: Path, sm: str) -> str:
+    """How many layers lost their codes in the engine that is written beside ``path``, or the error."""
+    proof = path.with_suffix(".build.json")
+    code, error = run(
+        "-m", "onnxq.cli", "build", str(result), "-o", str(path.with_suffix(".engine")), "--sm", sm, "-q",
+        "--json", str(proof),
+    )  # fmt: skip
+    made = json.loads(proof.read_text()) if proof.is_file() else {}
+    return error if code == 2 else f"{len(made.get('promised_but_float', []))} lost"
+
+
+def quality(numbers: dict[str, Any]) -> str:
+    """How many layers have codes, and what the output keeps."""
+    ratio = numbers["sqnr_db"]
+    kept = "lossless" if ratio in (None, "inf") else f"{ratio:.1f} dB"
+    return f"{numbers['quantized_nodes']}/{numbers['weighted_nodes']} {kept}"
 
 
 def line(name: str, found: dict[str, Any]) -> str:
@@ -306,9 +318,7 @@ def line(name: str, found: dict[str, Any]) -> str:
         if "error" in cell:
             cells.append(f"{cell['error'][:60]:>30}")
             continue
-        ratio = cell["sqnr_db"]
-        quality = "lossless" if ratio in (None, "inf") else f"{ratio:.1f} dB"
-        text = f"{cell['quantized_nodes']}/{cell['weighted_nodes']} {quality}"
+        text = quality(cell)
         if target == "cpu" and cell.get("latency_ms_float"):
             text += f" {cell['latency_ms_quantized'] / cell['latency_ms_float']:.2f}"
         cells.append(f"{text:>24} {cell.get('engine', '')}")

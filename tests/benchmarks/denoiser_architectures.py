@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from architectures import run
+from architectures import built, quality, run
 
 from onnxq import targets
 
@@ -229,16 +228,9 @@ def measure(folder: Path, name: str, sm: str | None) -> dict[str, str]:
         if code:
             found[recipe] = error
             continue
-        made = json.loads(numbers.read_text())
-        found[recipe] = f"{made['quantized_nodes']}/{made['weighted_nodes']} {made['sqnr_db']:.1f} dB"
+        found[recipe] = quality(json.loads(numbers.read_text()))
         if recipe == "int8 tensorrt" and sm is not None:
-            proof = path.with_suffix(".build.json")
-            code, error = run(
-                "-m", "onnxq.cli", "build", str(result), "-o", str(path.with_suffix(".engine")), "--sm", sm, "-q",
-                "--json", str(proof),
-            )  # fmt: skip
-            lost = json.loads(proof.read_text())["promised_but_float"] if proof.is_file() else []
-            found["engine"] = error if code == 2 else f"{len(lost)} lost"
+            found["engine"] = built(result, path, sm)
     return found
 
 
@@ -265,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
