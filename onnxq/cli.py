@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -74,7 +75,7 @@ def main() -> None:
     stdout, dropped = sys.stdout, sys.unraisablehook
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    sys.unraisablehook = _interrupt_again
+    sys.unraisablehook = _interrupt_again(dropped)
     try:
         code = app(standalone_mode=False)
         if code:
@@ -120,12 +121,16 @@ def _interrupt(number: int, frame: object) -> None:
     raise _Interrupted
 
 
-def _interrupt_again(dropped: Any) -> None:
+def _interrupt_again(otherwise: Callable[[Any], object]) -> Callable[[Any], None]:
     """An interrupt that came where Python drops exceptions, as in the callback of a weak reference, comes again."""
-    if dropped.exc_type is _Interrupted:
-        threading.Timer(REPEAT_SECONDS, _thread.interrupt_main).start()  # when the callback is over
-    else:
-        sys.__unraisablehook__(dropped)
+
+    def on_dropped(found: Any) -> None:
+        if found.exc_type is _Interrupted:
+            threading.Timer(REPEAT_SECONDS, _thread.interrupt_main).start()  # when the callback is over
+        else:
+            otherwise(found)
+
+    return on_dropped
 
 
 def _fail(message: str, hint: str, code: int) -> NoReturn:

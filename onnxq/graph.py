@@ -64,6 +64,12 @@ def consumers(value: ir.Value) -> list[tuple[ir.Node, int]]:
     return [(use.node, use.idx) for use in value.uses()]
 
 
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The node that alone reads the value, and once; ``None`` if there is none, or if the value leaves the graph."""
+    readers = consumers(value)
+    return readers[0][0] if len(readers) == 1 and not value.is_graph_output() else None
+
+
 @dataclass(frozen=True)
 class WeightedNode:
     """A Conv, ConvTranspose, Gemm or MatMul, with its constant weight if it has one.

@@ -83,7 +83,7 @@ def _pair(first: graphs.WeightedNode) -> _Pair | None:
     bias = first.node.inputs[2] if len(first.node.inputs) > 2 else None
     channels = _size(first.weight, first.channel_axis)
     node = first.node
-    while (reader := _only_reader(node)) is not None:
+    while (reader := graphs.only_reader(node.outputs[0])) is not None:
         if bias is None and node is first.node and node.op_type != "Conv" and graphs.is_op(reader, "Add"):
             bias = next((value for value in reader.inputs if graphs.is_constant(value)), None)
             if bias is None:
@@ -103,12 +103,6 @@ def _pair(first: graphs.WeightedNode) -> _Pair | None:
     if bias is not None and not _per_channel(bias, channels):
         return None
     return _Pair(first, second, bias)
-
-
-def _only_reader(node: ir.Node) -> ir.Node | None:
-    output = node.outputs[0]
-    readers = {reader for reader, _ in graphs.consumers(output)}
-    return None if len(readers) != 1 or output.is_graph_output() else readers.pop()
 
 
 def _can_scale(item: graphs.WeightedNode) -> bool:

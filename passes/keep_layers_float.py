@@ -46,15 +46,10 @@ def is_rounded(node: ir.Node) -> bool:
         return False
     if array_of(pair.inputs[1]).size != 1 or not graphs.is_constant(node.inputs[1]):
         return False
-    reader = _only_reader(node)
+    reader = graphs.only_reader(node.outputs[0])
     while reader is not None and graphs.is_op(reader, "Relu", "Clip"):
-        reader = _only_reader(reader)
+        reader = graphs.only_reader(reader.outputs[0])
     return reader is not None and graphs.is_quantize(reader)
-
-
-def _only_reader(node: ir.Node) -> ir.Node | None:
-    readers = graphs.consumers(node.outputs[0])
-    return readers[0][0] if len(readers) == 1 else None
 
 
 def _spread(graph: ir.Graph, node: ir.Node) -> bool:

@@ -78,7 +78,7 @@ def _gate(group: Group) -> Gate | None:
         if node.op_type == "Add":
             shifts.append((node, index))
         behind = node.inputs[1 - index]
-        if behind is None or behind.is_graph_output() or len(graphs.consumers(behind)) != 1:
+        if behind is None or graphs.only_reader(behind) is None:
             return None
         node = behind.producer()
     source = None if node is None else node.inputs[0]

@@ -16,7 +16,7 @@ from onnxq.passes.keep_biases_apart import fused_bias
 from onnxq.passes.keep_layers_float import is_rounded
 from onnxq.targets.cpu_ops import ABSORBED, ARITHMETIC, DATA_MOVEMENT
 from onnxq.targets.findings import Finding
-from onnxq.targets.reading import Product, Quantizer, Reading, channel_axis, name_of, scale_axis, scale_shape, spelled
+from onnxq.targets.reading import Product, Quantizer, Reading, name_of, output_axis, scale_axis, scale_shape, spelled
 
 Broken = Iterator[tuple[ir.Node, str]]
 Rule = Callable[[Reading], Broken]
@@ -142,7 +142,7 @@ def gemm_kernel(reading: Reading) -> Broken:
             found = f"beta {attributes.get_float('beta', 1.0):g}"
         elif len(weight.quantizer.node.inputs) < 3 or weight.quantizer.node.inputs[2] is None:
             found = "a weight without zero point"
-        elif scale_axis(weight) not in (None, channel_axis(product, weight)):
+        elif scale_axis(weight) not in (None, output_axis(product, weight)):
             found = f"weight scales along axis {scale_axis(weight)}"
         elif bias is not None and _dequantize(reading, bias) is None and _quantize_after(reading, product.node) is None:
             found = "a float bias and an output that is not quantized"
@@ -174,7 +174,7 @@ def weight_axis(reading: Reading) -> Broken:
         weight = product.weight
         if product.node.op_type not in ("Conv", "MatMul") or not product.is_quantized or weight is None:
             continue
-        found, expected = scale_axis(weight), channel_axis(product, weight)
+        found, expected = scale_axis(weight), output_axis(product, weight)
         if found is not None and graphs.multiplies_several(product.node):
             yield product.node, f"expected one scale for a weight of several matrices, found scales along axis {found}"
         elif found is not None and expected is not None and found != expected:
@@ -267,19 +267,14 @@ def _dequantize(reading: Reading, value: ir.Value) -> Quantizer | None:
 
 def _quantize_after(reading: Reading, node: ir.Node) -> Quantizer | None:
     """The QuantizeLinear that alone reads the node's output, if only after a Relu or Clip that it absorbs."""
-    reader = _only_reader(node.outputs[0])
+    reader = graphs.only_reader(node.outputs[0])
     if reader is None or not graphs.is_op(reader, *ABSORBED):
         return reading.quantizers[reader] if reader is not None and graphs.is_quantize(reader) else None
-    after = _only_reader(reader.outputs[0])
+    after = graphs.only_reader(reader.outputs[0])
     if after is None or not graphs.is_quantize(after):
         return None
     quantizer = reading.quantizers[after]
     return quantizer if _absorbs(reading, quantizer, reader) else None
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    readers = graphs.consumers(value)
-    return readers[0][0] if len(readers) == 1 and not value.is_graph_output() else None
 
 
 def _absorbs(reading: Reading, quantizer: Quantizer, activation: ir.Node) -> bool:

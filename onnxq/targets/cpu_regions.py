@@ -72,7 +72,7 @@ class Regions:
 
         The kernel then copies codes instead of computing them, and they are rounded once instead of twice.
         """
-        while len(graphs.consumers(value)) == 1 and not value.is_graph_output():
+        while graphs.only_reader(value) is not None:
             source = self.like.get(value)
             if source is None:
                 self.like[value] = joined

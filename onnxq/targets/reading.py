@@ -206,7 +206,7 @@ def spelled(dtype: ir.DataType | None) -> str:
     return "an unknown type" if dtype is None else dtype.name.lower()
 
 
-def channel_axis(product: Product, weight: Operand) -> int | None:
+def output_axis(product: Product, weight: Operand) -> int | None:
     """The axis of output channels of a weight, as the product reads it."""
     if product.node.op_type == "Conv":
         return 0

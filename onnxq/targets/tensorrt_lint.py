@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.targets.findings import Finding
-from onnxq.targets.reading import Operand, Reading, channel_axis, name_of, scale_axis, scale_shape, spelled
+from onnxq.targets.reading import Operand, Reading, name_of, output_axis, scale_axis, scale_shape, spelled
 
 Broken = Iterator[tuple[ir.Node, str]]
 Rule = Callable[[Reading], Broken]
@@ -139,7 +139,7 @@ def weight_axis(reading: Reading) -> Broken:
         if product.node.op_type == "ConvTranspose" or weight is None or not product.is_quantized:
             continue
         found = scale_axis(weight)
-        expected = channel_axis(product, weight)
+        expected = output_axis(product, weight)
         if None not in (found, expected) and found != expected:
             yield (
                 product.node,
