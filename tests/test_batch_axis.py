@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from conftest import add_weights
 
 import onnxq
 from onnxq import OnnxqError
 from onnxq import model as models
+from onnxq.autograd.interpreter import TorchGraph
 from onnxq.calibration import data
 from onnxq.calibration.batch_axis import whole_inputs
+from onnxq.runtime import Session
 
 FLUX = {
     "hidden": ["batch", 16, 64],
@@ -110,9 +113,44 @@ def test_recipes_learn_beside_what_is_the_same_for_all_samples(tokens: Path, rec
     learned = onnxq.quantize(tokens, rows, recipe=recipe, knobs=knobs, **settings).numbers
     assert learned["quantized_nodes"] == nearest["quantized_nodes"] == (3 if target == "cpu" else 2)
     assert learned["sqnr_db"] > nearest["sqnr_db"]
-    rows[1] = rows[1] | {"t": np.float32(0.6)}
-    with pytest.raises(OnnxqError, match="expected 't', which has no batch axis, to be the same for all samples"):
-        onnxq.quantize(tokens, rows, recipe=recipe, knobs=knobs, **settings)
+
+
+@pytest.mark.parametrize("recipe", ["gptq", "adaround", "brecq", "lsq"])
+def test_recipes_learn_beside_what_each_sample_has_of_its_own(tokens: Path, recipe: str, tmp_path: Path) -> None:
+    """As well as where it has a batch axis."""
+    rows = add_weights(
+        TOKENS.replace("float t,", "float[N,1,1] t,").replace("BATCH", "N"),
+        {"w1": (32, 64), "w2": (3, 64), "w3": (64, 32)},
+    )
+    arrays, found = samples(8), []
+    knobs = {"gptq": {}, "lsq": {"steps": 20}}.get(recipe, {"iterations": 20})
+    settings = {"weights": "int4", "activations": "int8", "recipe": recipe, "knobs": knobs}
+    for model, time in ((tokens, arrays["t"]), (models.save(rows, tmp_path / "rows.onnx"), arrays["t"][:, None, None])):
+        file, output = tmp_path / "data.npz", tmp_path / "q.onnx"
+        np.savez(file, **arrays | {"t": time})
+        assert onnxq.quantize(model, file, output=output, **settings).numbers["quantized_nodes"] == 2
+        found.append(onnxq.compare(model, output, file, latency=False).sqnr_db)
+    assert abs(found[0] - found[1]) < 0.3 and min(found) > 18, found
+
+
+def test_torch_runs_samples_one_by_one(tokens: Path) -> None:
+    arrays = {name: torch.from_numpy(array) for name, array in samples(3).items()}
+    graph = TorchGraph(models.load(tokens))
+    graph.shared = {"ids", "p"}
+    weight = graph.trainable(["w3"])[0]
+    found = graph.run(arrays, ["p", "b", "y"])
+    gradient = torch.autograd.grad(found["y"].square().sum(), weight)[0]
+    session = Session(models.load(tokens))
+    rows = data.fixed_batch(data.input_specs(models.load(tokens))) or 1
+    for index in range(3):
+        feed = {"x": np.repeat(arrays["x"][index : index + 1].numpy(), rows, axis=0), "t": arrays["t"][index].numpy()}
+        expected = session.run(feed | {"ids": arrays["ids"].numpy()}, ["y"])[0]
+        torch.testing.assert_close(
+            found["y"][index * rows : (index + 1) * rows].detach(), torch.from_numpy(expected), rtol=1e-4, atol=1e-5
+        )
+    later = graph.run({name: found[name].detach() for name in ("b", "p")} | {"t": arrays["t"]}, ["y"])["y"]
+    torch.testing.assert_close(later, found["y"])
+    torch.testing.assert_close(torch.autograd.grad(later.square().sum(), weight)[0], gradient)
 
 
 def test_a_whole_of_another_shape_is_refused(tokens: Path, tmp_path: Path) -> None:

@@ -62,6 +62,9 @@ class TorchGraph:
     Attributes:
         parameters: Float initializers by name, made when they are first needed. They ask for no gradient until
             :meth:`trainable` says so.
+        shared: Where samples have to run one by one, because an input without a batch axis differs between them, as a
+            single timestep does: the names of given values that are the same for all of them. ``None``: samples run
+            together.
     """
 
     def __init__(self, model: ir.Model, device: str = "cpu") -> None:
@@ -70,6 +73,8 @@ class TorchGraph:
         if self.device.type == "cuda":
             cuda.prepare_torch()
         self.parameters: dict[str, Tensor] = {}
+        self.shared: set[str] | None = None
+        self._each: dict[str, int] = {}  # rows of one sample, where samples run one by one; 0: not even an axis
         self.input_names = [value.name or "" for value in model.graph.inputs if not value.is_initializer()]
         self.output_names = [value.name or "" for value in model.graph.outputs]
         self._constants: dict[str, Tensor] = {}
@@ -89,7 +94,8 @@ class TorchGraph:
         Args:
             given: Known values by name: graph inputs, inner values, or initializers to run with another tensor, on
                 any device. Their batch may differ from one that the export fixed: several of those run then, the
-                last filled with repeated rows.
+                last filled with repeated rows. What differs between samples that run one by one has an axis for
+                them in front, if it has no batch axis.
             wanted: Names of the values to return.
             replaced: Values that are computed by a function instead of by their node.
 
@@ -102,6 +108,8 @@ class TorchGraph:
         names = tuple(wanted)
         replaced = replaced or {}
         given = {name: self._placed(tensor) for name, tensor in given.items()}
+        if self.shared is not None:
+            return self._run_apart(given, names, replaced)
         batched = self._batched(given)
         if not batched:
             return self._run(given, names, replaced)
@@ -109,11 +117,7 @@ class TorchGraph:
         chunks = {
             name: _filled(given[name], size).reshape(-1, size, *given[name].shape[1:]) for name, size in batched.items()
         }
-
-        def one(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
-            return self._run(rest | chunk, names, replaced)
-
-        results = torch.func.vmap(one, randomness="different")(chunks)
+        results = self._run_chunks(chunks, rest, names, replaced)
         first, size = next(iter(batched.items()))
         rows = len(given[first])
         total = rows + -rows % size
@@ -123,6 +127,45 @@ class TorchGraph:
             return value.flatten(0, 1)[: math.prod(value.shape[:2]) * rows // total] if value.ndim > 1 else value
 
         return {name: joined(value) for name, value in results.items()}
+
+    def _run_chunks(
+        self,
+        chunks: dict[str, Tensor],
+        rest: dict[str, Tensor],
+        wanted: tuple[str, ...],
+        replaced: Mapping[str, Replacement],
+    ) -> dict[str, Tensor]:
+        """Run the graph once for every chunk, [chunks, …] each; results have them in front too."""
+
+        def one(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
+            return self._run(rest | chunk, wanted, replaced)
+
+        found: dict[str, Tensor] = torch.func.vmap(one, randomness="different")(chunks)
+        return found
+
+    def _run_apart(
+        self, given: dict[str, Tensor], wanted: tuple[str, ...], replaced: Mapping[str, Replacement]
+    ) -> dict[str, Tensor]:
+        """Run samples one by one; rows of all of them are joined again."""
+        assert self.shared is not None
+        own = [name for name in given if name not in self.shared and not graphs.is_constant(self._values.get(name))]
+        if not own:
+            return self._run(given, wanted, replaced)
+        rest = {name: tensor for name, tensor in given.items() if name not in own}
+        found = self._run_chunks({name: self._samples(name, given[name]) for name in own}, rest, wanted, replaced)
+        self._each |= {name: value.shape[1] if value.ndim > 1 else 0 for name, value in found.items()}
+        return {name: value.flatten(0, 1) if value.ndim > 1 else value for name, value in found.items()}
+
+    def _samples(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of a value, laid out as samples [samples, …] of the graph's own shape."""
+        if name not in self.input_names:
+            each = self._each.get(name, 1)
+            return rows.reshape(-1, each, *rows.shape[1:]) if each else rows
+        declared = self._values[name].shape
+        if declared is None or rows.ndim > len(declared):
+            return rows
+        batch = declared[0] if isinstance(declared[0], int) else 1  # one that the export fixed has equal rows
+        return rows[:, None].expand(len(rows), batch, *rows.shape[1:])
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The graph's outputs for its inputs, in their order."""

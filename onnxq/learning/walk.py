@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -52,20 +54,25 @@ class Walk:
     def fill(self, source: Source, specs: Sequence[InputSpec], samples: int) -> None:
         """Read the calibration inputs.
 
-        Raises:
-            OnnxqError: an input without a batch axis differs between samples, which then cannot share a batch.
+        Samples run one by one where an input without a batch axis differs between them, as a single timestep does.
         """
-        whole = [spec.name for spec in specs if spec.is_whole]
+        whole = {spec.name for spec in specs if spec.is_whole}
+        differing = _differing(source, whole, samples)
+        if differing:
+            specs = [
+                spec if spec.is_whole else dataclasses.replace(spec, shape=(None, *spec.row_shape)) for spec in specs
+            ]
+            self.graph.shared = whole - differing
         self.samples = samples
         start = 0
         for batch in batches(source, specs, batch_size=ROWS, samples=samples):
             feed = inputs_of(batch, specs)
             rows = min(row_count(feed, specs), samples - start)  # a last batch may be filled by repeating rows
             for name, array in feed.items():
-                if name in whole:
-                    self._share(name, torch.from_numpy(np.array(array)))
+                if name in whole - differing:
+                    self._shared[FLOAT + name] = self._shared[QUANTIZED + name] = torch.from_numpy(np.array(array))
                     continue
-                values = torch.from_numpy(np.array(array[:rows, None]))
+                values = torch.from_numpy(np.array(array[None, None] if name in differing else array[:rows, None]))
                 if start == 0:
                     self.cache.allocate(FLOAT + name, (samples, *values.shape[1:]), values.dtype)
                     self.cache.alias(QUANTIZED + name, FLOAT + name)
@@ -75,14 +82,6 @@ class Walk:
         self.samples = start  # an incomplete last batch of an export with a fixed batch is left out
         fixed = fixed_batch(specs) or 1
         self.chunk = -(-ROWS // fixed) * fixed
-
-    def _share(self, name: str, values: Tensor) -> None:
-        self._shared[QUANTIZED + name] = self._shared.setdefault(FLOAT + name, values)
-        if not torch.equal(self._shared[FLOAT + name], values):
-            raise OnnxqError(
-                f"expected {name!r}, which has no batch axis, to be the same for all samples, found several",
-                hint="export it with shape [batch, …] to learn in batches, or use --recipe default",
-            )
 
     def inputs(
         self, block: Block, index: np.ndarray | slice, kind: str = QUANTIZED, area: Area | None = None
@@ -147,6 +146,8 @@ class Walk:
             if all(kind + source in self._shared for source in block.inputs):
                 given = self.inputs(block, slice(0, 1), kind)
                 self._shared[kind + name] = self.graph.run(given, [name], replaced=replaced)[name]
+                if self.graph.shared is not None:
+                    self.graph.shared.add(name)
                 return
             for start in range(0, self.samples, self.chunk):
                 index = slice(start, min(start + self.chunk, self.samples))
@@ -184,6 +185,16 @@ class Walk:
         if shared is not None:
             return shared.to(self.cache.device)
         return self.cache.rows(kind + name, index, area).flatten(0, 1).movedim(0, self._axes[name])
+
+
+def _differing(source: Source, whole: Collection[str], samples: int) -> set[str]:
+    """The inputs without a batch axis that are not the same for all samples."""
+    found: set[str] = set()
+    first: Mapping[str, np.ndarray] = {}
+    for sample in itertools.islice(source, samples) if whole else ():
+        first = first or sample
+        found |= {name for name in whole if not np.array_equal(first[name], sample[name])}
+    return found
 
 
 def inside(graph: TorchGraph, block: Block) -> set[str]:
