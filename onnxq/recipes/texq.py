@@ -38,6 +38,7 @@ class TexQ(ZeroShotKnobs):
         - A class is what the float network takes an image for.
 
     Attributes:
+        weight_rate: Rate of weights and biases, ten times that of the other games: they lose by it, this one gains.
         class_images: How many calibration images are made, of all classes in turn.
         batch: Images of the generator in a step.
         statistics: Weight of the distance to remembered statistics in the generator's loss.
@@ -47,6 +48,7 @@ class TexQ(ZeroShotKnobs):
         generator_rate: Adam's rate of the generator.
     """
 
+    weight_rate: float = 1e-4
     class_images: int = 128
     statistics: float = 0.4
     centers: float = 0.04
