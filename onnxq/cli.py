@@ -70,7 +70,7 @@ def _options(
 
 def main() -> None:
     """Entry point: two lines and an exit code instead of a traceback."""
-    from onnxq.errors import CheckError, OnnxqError
+    from onnxq.errors import LESS_MEMORY, CheckError, OnnxqError, ran_out_of_memory
 
     stdout, dropped = sys.stdout, sys.unraisablehook
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -90,8 +90,10 @@ def main() -> None:
             "no output was written; the same command goes on after the last block that a recipe has learned",
             INTERRUPTED,
         )
-    except MemoryError:
-        _fail("out of memory", "use fewer or smaller samples, or a machine with more memory", BAD_INPUT)
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        _fail("out of memory", LESS_MEMORY, BAD_INPUT)
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stdout = sys.stderr
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+# What torch (on either device), onnxruntime and C++ say, each in an exception of its own.
+NO_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "bad allocation")
+LESS_MEMORY = "use fewer or smaller samples, a smaller batch (--set batch=), or a machine with more memory"
+
 
 class OnnxqError(Exception):
     """Something the user can put right.
@@ -24,3 +28,8 @@ class OnnxqError(Exception):
 
 class CheckError(OnnxqError):
     """A result was made but does not pass its own check (exit code 1)."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what a library raises where memory ran out, the machine's or the GPU's."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)

@@ -20,7 +20,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from onnxq import cuda, machine
-from onnxq.errors import OnnxqError
+from onnxq.errors import LESS_MEMORY, OnnxqError, ran_out_of_memory
 from onnxq.parts import Parts
 
 Array = np.ndarray[Any, Any]
@@ -199,9 +199,10 @@ class Session:
             result: list[Array] = self._session.run(outputs, dict(feed))
         except Exception as error:
             shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feed.items())
+            hint = "check that the data has the shapes that the model was exported for"
             raise OnnxqError(
                 f"expected the model to run on {shapes}, found an error in onnxruntime ({_one_line(error)})",
-                hint="check that the data has the shapes that the model was exported for",
+                hint=LESS_MEMORY if ran_out_of_memory(error) else hint,
             ) from error
         return result
 

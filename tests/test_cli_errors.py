@@ -15,8 +15,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from onnxq import cli
+from onnxq import model as models
+from onnxq.autograd.interpreter import TorchGraph
+from onnxq.errors import LESS_MEMORY, OnnxqError
+from onnxq.runtime import Session
 
 CYCLE = """
 <ir_version: 10, opset_import: ["" : 17]>
@@ -259,6 +264,37 @@ def test_quantizing_twice_is_refused(
     assert code == 0, stderr
     code, stderr = run(capsys, "quantize", once, "--data", calibration, "-o", tmp_path / "twice.onnx")
     assert_two_lines(code, stderr, "quantized already")
+
+
+def test_memory_that_ran_out_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime and torch really try to get more than a processor can address; gradients are looked for elsewhere."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    huge (float[4] x, int64[2] shape) => (float[N,4] y)
+    {
+        [spread] e = Expand (x, shape)
+        [sum] y = Add (e, x)
+    }
+    """
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "huge.onnx")
+    feed = {"x": np.ones(4, np.float32), "shape": np.array([1 << 45, 4])}
+    for run_it in (
+        lambda: Session(tmp_path / "huge.onnx").run(feed),
+        lambda: TorchGraph(models.load(tmp_path / "huge.onnx")).run(
+            {name: torch.from_numpy(array) for name, array in feed.items()}, ["y"]
+        ),
+    ):
+        with pytest.raises(OnnxqError) as caught:
+            run_it()
+        assert caught.value.hint == LESS_MEMORY, caught.value
+
+    def learn(*, standalone_mode: bool) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(cli, "app", learn)
+    assert_two_lines(*run(capsys), "out of memory", "--set batch=")
 
 
 def test_an_interrupt_is_heard_where_python_drops_exceptions() -> None:

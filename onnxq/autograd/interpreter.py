@@ -22,7 +22,7 @@ from onnxq import cuda
 from onnxq import graph as graphs
 from onnxq.autograd.ops import OPS, takes_outputs
 from onnxq.autograd.ops.operands import TORCH_TYPES, to_torch
-from onnxq.errors import OnnxqError
+from onnxq.errors import LESS_MEMORY, OnnxqError, ran_out_of_memory
 
 PLANS_KEPT = 64
 
@@ -212,9 +212,10 @@ class TorchGraph:
             try:
                 result = function(*self._together([alive[name] for name in step.inputs]), **step.attributes)
             except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError) as error:
+                hint = "check the shapes that the data gives it; an op or attribute may not be supported here"
                 raise OnnxqError(
                     f"expected {step.label} to run in torch, found: {' '.join(str(error).split())[:300]}",
-                    hint="check the shapes that the data gives it; an op or attribute may not be supported here",
+                    hint=LESS_MEMORY if ran_out_of_memory(error) else hint,
                 ) from error
             if isinstance(result, Tensor):
                 alive[step.outputs[0]] = self._moved(result)
