@@ -329,7 +329,22 @@ def test_a_network_trains_with_normalised_attention(tmp_path: Path) -> None:
     assert errors["q-dm"] < errors["int8"]
 
 
-def _attention(folder: Path) -> Path:
+@pytest.mark.parametrize(
+    "export",
+    [
+        ATTENTION.replace("[N", "[2"),
+        ATTENTION.replace("int64[N] t", "int64 t").replace("int64[2] tail = {1", "int64[3] tail = {0, 1"),
+    ],
+    ids=["batch of two", "single timestep"],
+)
+def test_it_trains_alike_in_exports_whose_samples_cannot_share_a_run(export: str, tmp_path: Path) -> None:
+    knobs = {"trajectories": 4, "kept_steps": 10, "steps": 20, "taq": "norm"}
+    options = {"steps": 10, "samples": 40, "recipe": "q-dm", "knobs": knobs}
+    found = [onnxq.quantize(_attention(tmp_path, text), **options).numbers["sqnr_db"] for text in (ATTENTION, export)]
+    assert abs(found[0] - found[1]) < 1 and min(found) > 8, found
+
+
+def _attention(folder: Path, text: str = ATTENTION) -> Path:
     path = folder / "attention.onnx"
-    ir.save(add_weights(ATTENTION, ATTENTION_SHAPES), path)
+    ir.save(add_weights(text, ATTENTION_SHAPES), path)
     return path

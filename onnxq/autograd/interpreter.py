@@ -108,53 +108,33 @@ class TorchGraph:
         names = tuple(wanted)
         replaced = replaced or {}
         given = {name: self._placed(tensor) for name, tensor in given.items()}
-        if self.shared is not None:
-            return self._run_apart(given, names, replaced)
-        batched = self._batched(given)
-        if not batched:
+        chunks = self._chunks(given)
+        if not chunks:
             return self._run(given, names, replaced)
-        rest = {name: tensor for name, tensor in given.items() if name not in batched}
-        chunks = {
-            name: _filled(given[name], size).reshape(-1, size, *given[name].shape[1:]) for name, size in batched.items()
-        }
-        results = self._run_chunks(chunks, rest, names, replaced)
-        first, size = next(iter(batched.items()))
-        rows = len(given[first])
-        total = rows + -rows % size
+        rest = {name: tensor for name, tensor in given.items() if name not in chunks}
+
+        def one(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
+            return self._run(rest | chunk, names, replaced)
+
+        found = torch.func.vmap(one, randomness="different")(chunks)
+        if self.shared is not None:
+            self._each |= {name: value.shape[1] if value.ndim > 1 else 0 for name, value in found.items()}
+            return {name: value.flatten(0, 1) if value.ndim > 1 else value for name, value in found.items()}
+        first, chunk = next(iter(chunks.items()))
+        rows, total = len(given[first]), chunk.shape[0] * chunk.shape[1]
 
         def joined(value: Tensor) -> Tensor:
             """All rows of a value, of which there may be several for each sample."""
             return value.flatten(0, 1)[: math.prod(value.shape[:2]) * rows // total] if value.ndim > 1 else value
 
-        return {name: joined(value) for name, value in results.items()}
+        return {name: joined(value) for name, value in found.items()}
 
-    def _run_chunks(
-        self,
-        chunks: dict[str, Tensor],
-        rest: dict[str, Tensor],
-        wanted: tuple[str, ...],
-        replaced: Mapping[str, Replacement],
-    ) -> dict[str, Tensor]:
-        """Run the graph once for every chunk, [chunks, …] each; results have them in front too."""
-
-        def one(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
-            return self._run(rest | chunk, wanted, replaced)
-
-        found: dict[str, Tensor] = torch.func.vmap(one, randomness="different")(chunks)
-        return found
-
-    def _run_apart(
-        self, given: dict[str, Tensor], wanted: tuple[str, ...], replaced: Mapping[str, Replacement]
-    ) -> dict[str, Tensor]:
-        """Run samples one by one; rows of all of them are joined again."""
-        assert self.shared is not None
-        own = [name for name in given if name not in self.shared and not graphs.is_constant(self._values.get(name))]
-        if not own:
-            return self._run(given, wanted, replaced)
-        rest = {name: tensor for name, tensor in given.items() if name not in own}
-        found = self._run_chunks({name: self._samples(name, given[name]) for name in own}, rest, wanted, replaced)
-        self._each |= {name: value.shape[1] if value.ndim > 1 else 0 for name, value in found.items()}
-        return {name: value.flatten(0, 1) if value.ndim > 1 else value for name, value in found.items()}
+    def runs(self, given: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """What a runtime that has no other batch than the graph's is given instead, run by run (see :meth:`run`)."""
+        chunks = self._chunks(given)
+        rest = {name: tensor for name, tensor in given.items() if name not in chunks}
+        for index in range(len(next(iter(chunks.values()))) if chunks else 1):
+            yield rest | {name: chunk[index] for name, chunk in chunks.items()}
 
     def _samples(self, name: str, rows: Tensor) -> Tensor:
         """Rows of a value, laid out as samples [samples, …] of the graph's own shape."""
@@ -336,6 +316,19 @@ class TorchGraph:
         if producer is None or not graphs.is_quantize(producer) or not tensor.is_floating_point():
             return tensor
         return tensor.to(TORCH_TYPES[_code_type(producer)])
+
+    def _chunks(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Given values laid out as runs [runs, …], of what has rows; none where all rows go into one run."""
+        if self.shared is None:
+            return {
+                name: _filled(given[name], size).reshape(-1, size, *given[name].shape[1:])
+                for name, size in self._batched(given).items()
+            }
+        return {
+            name: self._samples(name, tensor)
+            for name, tensor in given.items()
+            if name not in self.shared and not graphs.is_constant(self._values.get(name))
+        }
 
     def _batched(self, given: Mapping[str, Tensor]) -> dict[str, int]:
         """Given values whose batch is not the one that the export fixed, and that fixed batch."""

@@ -122,12 +122,16 @@ class Walk:
         name = block.output
         for start in range(0, self.samples, self.chunk):
             index = slice(start, min(start + self.chunk, self.samples))
-            given = {key: value.cpu().numpy() for key, value in self.inputs(block, index, FLOAT).items()}
-            value = torch.from_numpy(teacher.run(given, [name])[0])
+            found = []
+            for given in self.graph.runs(self.inputs(block, index, FLOAT)):
+                found.append(teacher.run({key: value.cpu().numpy() for key, value in given.items()}, [name])[0])
+            value, rows = torch.from_numpy(np.concatenate(found)), index.stop - index.start
+            each = 1 if self.graph.shared is None else len(value) // rows
+            kept = value[: rows * each].reshape(rows, each, *value.shape[1:])
             if start == 0:
                 self._axes[name] = 0
-                self.cache.allocate(FLOAT + name, (self.samples, 1, *value.shape[1:]), value.dtype)
-            self.cache.write(FLOAT + name, index, value[:, None])
+                self.cache.allocate(FLOAT + name, (self.samples, *kept.shape[1:]), kept.dtype)
+            self.cache.write(FLOAT + name, index, kept)
 
     def advance(self, block: Block) -> None:
         """Compute the quantized network's values at the end of the finished block, and drop what is not read again."""
