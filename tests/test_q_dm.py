@@ -245,11 +245,17 @@ def test_the_trained_network_is_the_exported_one(denoiser: Path) -> None:
     np.testing.assert_allclose(found["eps"].detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_one_timestep_for_the_batch_is_refused_in_two_lines(tmp_path: Path) -> None:
-    path = tmp_path / "scalar.onnx"
-    ir.save(add_weights(NETWORK, SHAPES), path)
-    with pytest.raises(OnnxqError, match="'t', which has no batch axis, to be the same"):
-        onnxq.quantize(path, recipe="q-dm", knobs=KNOBS, **OPTIONS)
+@pytest.mark.parametrize("taq", ["none", "table"])
+def test_one_timestep_for_the_batch_trains_as_well_as_one_for_each_row(
+    taq: str, denoiser: Path, tmp_path: Path
+) -> None:
+    single = tmp_path / "scalar.onnx"
+    ir.save(add_weights(NETWORK, SHAPES), single)
+    knobs = KNOBS | {"taq": taq, "steps": 60}
+    found = [
+        onnxq.quantize(path, recipe="q-dm", knobs=knobs, **OPTIONS).numbers["sqnr_db"] for path in (single, denoiser)
+    ]
+    assert abs(found[0] - found[1]) < 1 and min(found) > 5, found
 
 
 def test_taq_is_table_norm_or_none(denoiser: Path) -> None:
