@@ -117,11 +117,11 @@ class TorchGraph:
             return self._run(rest | chunk, names, replaced)
 
         found = torch.func.vmap(one, randomness="different")(chunks)
-        if self.shared is not None:
-            self._each |= {name: value.shape[1] if value.ndim > 1 else 0 for name, value in found.items()}
-            return {name: value.flatten(0, 1) if value.ndim > 1 else value for name, value in found.items()}
         first, chunk = next(iter(chunks.items()))
-        rows, total = len(given[first]), chunk.shape[0] * chunk.shape[1]
+        rows, total = len(given[first]), math.prod(chunk.shape[:2])
+        if self.shared is not None:  # nothing was filled up
+            self._each |= {name: value.shape[1] if value.ndim > 1 else 0 for name, value in found.items()}
+            rows = total
 
         def joined(value: Tensor) -> Tensor:
             """All rows of a value, of which there may be several for each sample."""
