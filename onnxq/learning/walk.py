@@ -198,6 +198,8 @@ def _differing(source: Source, whole: Collection[str], samples: int) -> set[str]
     for sample in itertools.islice(source, samples) if whole else ():
         first = first or sample
         found |= {name for name in whole if not np.array_equal(first[name], sample[name])}
+        if len(found) == len(whole):
+            break
     return found
 
 
