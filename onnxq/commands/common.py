@@ -53,8 +53,9 @@ Scheduler = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="For denoisers: diffusers' scheduler_config.json (or the README's flow matching). Without it: the model's "
-        "metadata, else MODEL.scheduler.json beside it, else the usual one is assumed, which is said.",
+        help="For denoisers: diffusers' scheduler_config.json, the folder of a pipeline, or the README's flow "
+        "matching. Without it: the model's metadata, else MODEL.scheduler.json beside it, else the pipeline that the "
+        "model lies in, else the usual one is assumed, which is said.",
         show_default=False,
     ),
 ]

@@ -132,7 +132,8 @@ def find(model: ir.Model) -> Denoiser:
 
     The sample is the float input of rank 2 or more whose shape an output repeats, but for channels: twice as many of
     them predict a variance too, and with fewer the sample has others beside its noise. Among inputs of rank 0 or 1 the
-    timestep is the float one, or what becomes sines and cosines, or what is called so; labels pick rows of a table.
+    timestep is a float one or one that becomes sines and cosines, that which is called so first; labels pick rows of a
+    table.
 
     Raises:
         OnnxqError: there is no sample or no timestep, or the timestep has another rank or dtype.
@@ -178,15 +179,15 @@ def _samples(model: ir.Model, specs: Sequence[InputSpec]) -> Iterator[tuple[Inpu
 def _timestep(others: Sequence[InputSpec], values: Mapping[str | None, ir.Value]) -> InputSpec:
     numbers = [spec for spec in others if len(spec.shape) <= 1 or spec.shape[1:] == (1,)]
     named = [spec for spec in others if is_called_timestep(spec.name)]
-    candidates = [spec for spec in numbers if spec.dtype.kind == "f"]
-    candidates = candidates or [spec for spec in numbers if becomes_waves(values[spec.name])]
-    candidates = candidates or [spec for spec in numbers if spec in named] or named or numbers
+    embedded = [spec for spec in numbers if spec.dtype.kind == "f" or becomes_waves(values[spec.name])]
+    candidates = embedded or [spec for spec in numbers if spec in named] or named or numbers
     if not candidates:
         raise OnnxqError(
             "expected an input for the timestep (one number a sample), found none",
             hint="export the denoiser with its timestep as an input of shape [batch] or []",
         )
-    chosen = next((spec for spec in candidates if spec in named), candidates[0])  # guidance has waves, too
+    # Guidance is a float that becomes waves, too; without names a float is the timestep rather than whole numbers.
+    chosen = min(candidates, key=lambda spec: (spec not in named, spec.dtype.kind != "f"))
     if chosen.dtype.kind not in "iuf" or len(chosen.shape) > 1:
         raise OnnxqError(
             f"expected integers or floats of shape [batch] or [] for the timestep, found {chosen.name!r} "

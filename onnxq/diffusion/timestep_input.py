@@ -18,7 +18,12 @@ DEEPEST_EMBEDDING = 10
 
 def becomes_waves(value: ir.Value) -> bool:
     """Whether sines or cosines are taken of the value: the usual embedding of time."""
-    return any(graphs.is_op(node, "Sin", "Cos") for node, _ in _readers(value))
+    return bool(waves(value))
+
+
+def waves(value: ir.Value) -> list[ir.Node]:
+    """The sines and cosines that are taken of the value."""
+    return [node for node, _ in _readers(value) if graphs.is_op(node, "Sin", "Cos")]
 
 
 def table_rows(value: ir.Value) -> int | None:

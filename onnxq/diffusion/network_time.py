@@ -1,0 +1,70 @@
+"""What a network is told of the time that its scheduler counts, and which way it predicts.
+
+Schedulers of diffusers count timesteps down from ``num_train_timesteps``. Some networks are told that number; others,
+of flows, how much of a sample is noise (from 1 to 0) or how much is data (from 0 to 1), and the last ones predict the
+way from noise to data, against the scheduler's. Pipelines know that of their networks; a graph says part of it, and the
+``config.json`` that exporters put beside it names the network.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq.diffusion.denoiser import Denoiser
+from onnxq.diffusion.temporal_tables import tabulate
+from onnxq.diffusion.timestep_input import waves
+
+# Embeddings turn by one radian for each timestep; those of networks that are told a part of 1 by about a thousand.
+FAST_WAVES = 100.0
+# What pipelines of diffusers do with these networks, beyond what their graphs show.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "Lumina2Transformer2DModel": {"network_time": "data", "even_sigmas": True},
+    "LuminaNextDiT2DModel": {"network_time": "data"},
+    "ZImageTransformer2DModel": {"network_time": "data"},
+    "AuraFlowTransformer2DModel": {"network_time": "noise"},
+    "HiDreamImageTransformer2DModel": {"negated": True},
+    "NucleusMoEImageTransformer2DModel": {"network_time": "noise", "negated": True, "even_sigmas": True},
+    "LTXVideoTransformer3DModel": {"even_sigmas": True},
+    "HunyuanVideoTransformer3DModel": {"even_sigmas": True},
+    "BriaTransformer2DModel": {"even_sigmas": True},
+}
+
+
+def conventions(model: ir.Model, path: Path | None, denoiser: Denoiser) -> dict[str, Any]:
+    """Entries of a schedule that follow from the network (see :mod:`onnxq.diffusion.schedule`).
+
+    Args:
+        model: The denoiser's graph.
+        path: Its file.
+        denoiser: The roles of its inputs.
+    """
+    known = NETWORKS.get(_class_name(path))
+    if known is not None:
+        return dict(known)
+    if denoiser.timestep.dtype.kind != "f":
+        return {}
+    if wave_rate(model, denoiser) < FAST_WAVES:
+        return {}
+    return {"network_time": "noise", "even_sigmas": True}  # FLUX and its kin
+
+
+def wave_rate(model: ir.Model, denoiser: Denoiser) -> float:
+    """By how many radians the fastest wave of the network's embedding turns for each unit of time; 0: none is found."""
+    value = next(value for value in model.graph.inputs if value.name == denoiser.timestep.name)
+    turning = sorted({node.inputs[0].name or "" for node in waves(value) if node.inputs[0] is not None})
+    tables = tabulate(model, turning, {denoiser.timestep.name}, denoiser, [1.0, 2.0])
+    return max((float(np.abs(np.diff(table.rows, axis=0)).max()) for table in tables.values()), default=0.0)
+
+
+def _class_name(path: Path | None) -> str:
+    """The network's class, where an exporter has left its configuration beside the model."""
+    try:
+        entries = {} if path is None else json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return str(entries.get("_class_name", "")) if isinstance(entries, dict) else ""
