@@ -438,18 +438,18 @@ def test_an_inpainting_denoiser_needs_no_data(tmp_path: Path) -> None:
         assert sorted(numbers["step_sqnr_db"]) == list(range(5)) and min(numbers["step_sqnr_db"].values()) > 20
 
 
-def test_the_flow_of_diffusers_reaches_what_its_velocity_points_at() -> None:
+@pytest.mark.parametrize("name", [name for name in schedules.MODULES if "Flow" in name])
+def test_the_flow_of_diffusers_reaches_what_its_velocity_points_at(name: str) -> None:
     """It has no init_noise_sigma, as the schedulers of diffusion have."""
     pytest.importorskip("diffusers")
     model = ir.from_onnx_text(
         '<ir_version: 10, opset_import: ["" : 21]> net (float[N,1,2,2] x, float[N] t) => (float[N,1,2,2] y) '
         "{ y = Identity (x) }"
     )
-    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-    schedule = schedules.make(config, denoisers.find(model), 4)
+    schedule = schedules.make({"_class_name": name, "shift": 3.0}, denoisers.find(model), 4)
     assert schedule.begin([0]) == 1.0
     noise, data = np.full((1, 1, 2, 2), 2.0, np.float32), np.full((1, 1, 2, 2), -1.0, np.float32)
     sample = noise
-    for step in range(4):
+    for step in range(len(schedule.timesteps)):
         sample = schedule.advance(noise - data, step, sample)
     np.testing.assert_allclose(sample, data, atol=1e-5)

@@ -31,6 +31,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "NucleusMoEImageTransformer2DModel": {"network_time": "noise", "negated": True, "even_sigmas": True},
     "LTXVideoTransformer3DModel": {"even_sigmas": True},
     "HunyuanVideoTransformer3DModel": {"even_sigmas": True},
+    "OmniGenTransformer2DModel": {"even_sigmas": True},
     "BriaTransformer2DModel": {"even_sigmas": True},
 }
 
