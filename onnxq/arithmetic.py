@@ -192,6 +192,11 @@ def scale_and_zero_point(
     return scale, np.asarray(zero).astype(number_format.numpy_dtype)
 
 
+def storable_scale(scale: Array, dtype: ir.DataType | None) -> Array:
+    """The scale, or the smallest that its type holds in full: one that rounds to 0 divides by it."""
+    return np.maximum(scale, np.finfo(np.float16).tiny) if dtype == ir.DataType.FLOAT16 else scale
+
+
 class _Grid:
     """Scales and zero points laid out so that they broadcast against a tensor of a given shape."""
 

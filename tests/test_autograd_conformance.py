@@ -103,7 +103,7 @@ def compare(name: str, case: Any, found: torch.Tensor, data: Any) -> None:
 def problem(case: Any) -> str | None:
     """What is wrong with our result, or None."""
     try:
-        graph = TorchGraph(ir.serde.deserialize_model(case.model))
+        graph = TorchGraph(ir.serde.deserialize_model(case.model), in_half=True)
         for inputs, outputs in case.data_sets:
             given = {name: operand(data) for name, data in zip(graph.input_names, inputs, strict=False)}
             with torch.no_grad():

@@ -9,9 +9,13 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import pytest
-from conftest import ONNXRUNTIME, add_weights
+import torch
+from conftest import MODELS, ONNXRUNTIME, add_weights
 
 import onnxq
+from onnxq import model as models
+from onnxq.arithmetic import storable_scale
+from onnxq.autograd.interpreter import TorchGraph
 from onnxq.errors import OnnxqError
 from onnxq.half import to_float16
 from onnxq.passes.change_precision import ChangePrecision
@@ -120,3 +124,46 @@ def test_a_base_of_float16_is_refused_where_kernels_read_float32(network: Path, 
     with pytest.raises(OnnxqError, match="--base float32 for cpu") as caught:
         onnxq.quantize(network, calibration, target="cpu", base="float16")
     assert "--target tensorrt" in str(caught.value.hint)
+
+
+@pytest.fixture(scope="module")
+def in_half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained classifier that computes in float16, as many exports do."""
+    model = models.load(MODELS / "fashion_resnet.onnx")
+    ChangePrecision(FLOAT, FLOAT16, set())(model)
+    path = tmp_path_factory.mktemp("half") / "model.onnx"
+    ir.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("recipe", "knobs"),
+    [
+        ("gptq", {}),
+        ("adaround", {"iterations": 10}),
+        ("qdrop", {"iterations": 10}),
+        ("lsq", {"steps": 5}),
+        ("multiquant", {"steps": 5}),
+    ],
+)
+def test_models_in_float16_learn_as_well_as_those_in_float32(in_half: Path, recipe: str, knobs: dict[str, int]) -> None:
+    """Torch computes them in float32; nodes met halves and floats together, and scales were too small to store."""
+    found = [
+        onnxq.quantize(path, MODELS / "fashion_calibration.npz", recipe=recipe, knobs=knobs, samples=64).numbers
+        for path in (MODELS / "fashion_resnet.onnx", in_half)
+    ]
+    assert found[0]["quantized_nodes"] == found[1]["quantized_nodes"]
+    assert found[1]["sqnr_db"] > found[0]["sqnr_db"] - 1.5
+
+
+def test_halves_are_widened_in_torch_unless_asked_not_to() -> None:
+    model = ir.from_onnx_text(f"{HEAD} net (float16[N,2] x) => (float16[N,2] y) {{ y = Mul (x, x) }}")
+    x = torch.tensor([[1e-4, 2.0]], dtype=torch.float16)
+    assert TorchGraph(model).run({"x": x}, ["y"])["y"].dtype == torch.float32
+    assert TorchGraph(model, in_half=True).run({"x": x}, ["y"])["y"].dtype == torch.float16
+
+
+def test_no_stored_scale_rounds_to_nothing() -> None:
+    small = np.asarray([1e-9, 1.0], np.float32)
+    assert storable_scale(small, FLOAT16).astype(np.float16).min() == np.finfo(np.float16).tiny
+    assert storable_scale(small, FLOAT) is small

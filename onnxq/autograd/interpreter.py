@@ -25,6 +25,7 @@ from onnxq.autograd.ops.operands import TORCH_TYPES, to_torch
 from onnxq.errors import LESS_MEMORY, OnnxqError, ran_out_of_memory
 
 PLANS_KEPT = 64
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class TorchGraph:
     Args:
         model: The graph, in the form of :func:`onnxq.model.load` (opset 18 or later).
         device: Where tensors live, ``cpu`` or ``cuda``; integers that describe shapes stay on the CPU.
+        in_half: Whether what the graph computes in float16 or bfloat16 is computed so here. In float32 gradients of
+            small numbers are not lost, and learned scales and roundings meet weights of their own precision.
 
     Attributes:
         parameters: Float initializers by name, made when they are first needed. They ask for no gradient until
@@ -67,8 +70,8 @@ class TorchGraph:
             together.
     """
 
-    def __init__(self, model: ir.Model, device: str = "cpu") -> None:
-        self.model = model
+    def __init__(self, model: ir.Model, device: str = "cpu", *, in_half: bool = False) -> None:
+        self.model, self._in_half = model, in_half
         self.device = torch.device(device)
         if self.device.type == "cuda":
             cuda.prepare_torch()
@@ -290,14 +293,18 @@ class TorchGraph:
             raise OnnxqError(f"expected a value named {name!r} in the graph, found none", hint="check its name")
         tensor = to_torch(value.const_value)
         if tensor.is_floating_point():
-            self.parameters[name] = tensor.to(self.device)
+            self.parameters[name] = self._placed(tensor)
             return self.parameters[name]
         self._constants[name] = self._placed(tensor)
         return self._constants[name]
 
     def _placed(self, tensor: Tensor) -> Tensor:
         """The tensor where it is used: integers that may describe shapes on the CPU, all else on the device."""
-        return tensor if tensor.dtype == torch.int64 else tensor.to(self.device)
+        return tensor if tensor.dtype == torch.int64 else self._widened(tensor.to(self.device))
+
+    def _widened(self, tensor: Tensor) -> Tensor:
+        """The tensor in float32, if it is half as wide and need not be."""
+        return tensor.float() if tensor.dtype in HALVES and not self._in_half else tensor
 
     def _together(self, operands: list[Tensor | None]) -> list[Tensor | None]:
         """Operands of one node where it runs: on the device if one is there, but for integers, which it may read."""
@@ -307,7 +314,9 @@ class TorchGraph:
 
     def _moved(self, result: Tensor) -> Tensor:
         """A node's result; floats that came of integers on the CPU, such as a time step, go to the device."""
-        return result.to(self.device) if isinstance(result, Tensor) and result.is_floating_point() else result
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            return result
+        return self._widened(result.to(self.device))
 
     def _as_declared(self, name: str, tensor: Any) -> Any:
         """Codes travel as floats between Q and DQ, to carry gradients; whoever asks for them gets integers."""

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.arithmetic import scale_and_zero_point
+from onnxq.arithmetic import scale_and_zero_point, storable_scale
 from onnxq.calibration.let_through import Interval, let_through
 from onnxq.calibration.observers import Observer, Range, Statistics, minmax, with_headroom
 from onnxq.formats import NumberFormat, one_sided, parse_format
@@ -130,9 +130,11 @@ def write_scales(node: ir.Node, scale: Array, zero_point: Array) -> None:
     """Put new values into the initializers that a QuantizeLinear reads."""
     for value, array in zip(node.inputs[1:3], (scale, zero_point), strict=True):
         assert value is not None and value.dtype is not None and value.const_value is not None
-        if value.dtype == ir.DataType.FLOAT16:
-            array = np.maximum(array, np.finfo(np.float16).tiny)  # a scale that rounds to 0 divides by it
-        array = np.asarray(array).astype(value.dtype.numpy()).reshape(value.const_value.numpy().shape)
+        array = (
+            np.asarray(storable_scale(array, value.dtype))
+            .astype(value.dtype.numpy())
+            .reshape(value.const_value.numpy().shape)
+        )
         value.const_value = ir.Tensor(array, dtype=value.dtype, name=value.name)
 
 

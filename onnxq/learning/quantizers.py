@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from onnxq import graph as graphs
+from onnxq.arithmetic import storable_scale
 from onnxq.autograd.interpreter import Replacement, TorchGraph
 from onnxq.formats import parse_format
 from onnxq.passes.insert_qdq import CLIP, FORMAT, SYMMETRIC
+
+SCALE = 1  # which input of a QuantizeLinear
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ def store(graph: TorchGraph, tensors: dict[str, Tensor] | dict[str, np.ndarray])
         value = graph.model.graph.initializers[name]
         assert value.dtype is not None
         array = tensor.detach().cpu().numpy() if isinstance(tensor, Tensor) else tensor
+        if any(graphs.is_quantize(node) and index == SCALE for node, index in graphs.consumers(value)):
+            array = storable_scale(array, value.dtype)
         array = array.astype(value.dtype.numpy(), order="C")
         value.const_value = ir.Tensor(array, dtype=value.dtype, name=name)
     graph.reload(tensors)
