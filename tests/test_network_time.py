@@ -128,6 +128,12 @@ def test_a_network_that_is_told_how_much_is_data_predicts_the_other_way(tmp_path
     np.testing.assert_allclose(one, two, atol=1e-5)
 
 
+def test_logarithms_of_noise_are_told_as_they_are() -> None:
+    """Networks of EDM have random, fast waves of a number that their schedulers do not count."""
+    found = told(network(), {"_class_name": "EDMEulerScheduler"}, 4)
+    assert found[0] == pytest.approx(np.log(80) / 4, rel=1e-3)
+
+
 def test_larger_samples_shift_more_and_mu_can_be_said() -> None:
     config = FLOW | {"use_dynamic_shifting": True}
     latent = network(size="4,16,16")  # 64 squares
@@ -205,6 +211,7 @@ def test_guidance_in_floats_is_no_timestep_beside_a_whole_one() -> None:
     ("entries", "words"),
     [
         ({"network_time": "sigma"}, ("network_time of timestep, noise, data", "'sigma'")),
+        ({"negated": "no"}, ("true or false for negated", "'no'")),
         ({"use_dynamic_shifting": True, "base_shift": "x"}, ("base_shift", "'x'")),
         ({"use_dynamic_shifting": True, "base_image_seq_len": 4096}, ("base_image_seq_len", "4096")),
         ({"use_dynamic_shifting": True, "mu": "x"}, ("FlowMatchEulerDiscreteScheduler takes",)),

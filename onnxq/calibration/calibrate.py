@@ -130,12 +130,9 @@ def write_scales(node: ir.Node, scale: Array, zero_point: Array) -> None:
     """Put new values into the initializers that a QuantizeLinear reads."""
     for value, array in zip(node.inputs[1:3], (scale, zero_point), strict=True):
         assert value is not None and value.dtype is not None and value.const_value is not None
-        array = (
-            np.asarray(storable_scale(array, value.dtype))
-            .astype(value.dtype.numpy())
-            .reshape(value.const_value.numpy().shape)
-        )
-        value.const_value = ir.Tensor(array, dtype=value.dtype, name=value.name)
+        stored = np.asarray(storable_scale(array, value.dtype)).astype(value.dtype.numpy())
+        shape = value.const_value.numpy().shape
+        value.const_value = ir.Tensor(stored.reshape(shape), dtype=value.dtype, name=value.name)
 
 
 def write_clip(node: ir.Node, scale: Array, zero_point: Array, number_format: NumberFormat) -> None:

@@ -50,6 +50,9 @@ OWN_KEYS = (
     "num_inference_steps", "use_clipped_model_output", "eta", "network_time", "negated", "even_sigmas", "mu", *PAIRS,
 )  # fmt: skip
 NETWORK_TIMES = ("timestep", "noise", "data")
+FEWEST_COUNTED = (
+    10.0  # the largest timestep of a scheduler that counts steps; EDM's are quarters of logarithms, below 2
+)
 # Tokens of a small and of a large sample, and the shifts of their schedules: keys of a configuration, FLUX's numbers.
 SHIFTS = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
 TOKEN_SIDE = 2  # places of a latent that become one token, along each axis
@@ -173,7 +176,10 @@ class Diffusers:
         self._generators: list[Any] = []
         with _blaming(scheduler):
             scheduler.set_timesteps(**self._chosen)
-            self.timesteps = [self._told(float(value)) for value in scheduler.timesteps]
+            counted = [float(value) for value in scheduler.timesteps]
+        if self._network_time == "noise" and max(counted) < FEWEST_COUNTED:
+            self._network_time = "timestep"  # it tells parts of 1 already, or logarithms
+        self.timesteps = [self._told(time) for time in counted]
         low, high = own.get("guidance_interval", (-np.inf, np.inf))
         self.guidance_interval = (float(low), float(high))
         low, high = own.get("data_range", (-1.0, 1.0))
@@ -351,6 +357,12 @@ def make(config: Mapping[str, Any], denoiser: Denoiser, steps: int | None) -> Sc
         raise OnnxqError(
             f"expected network_time of {', '.join(NETWORK_TIMES)}, found {time!r}", hint="correct the scheduler's file"
         )
+    for key in ("negated", "even_sigmas"):
+        if not isinstance(config.get(key, False), bool):
+            raise OnnxqError(
+                f"expected true or false for {key} of the schedule, found {config[key]!r}",
+                hint="correct the scheduler's file",
+            )
     own |= {key: config[key] for key in ("network_time", "negated") if key in config}
     schedule = Diffusers(_scheduler(name, config, count), _chosen(config, count, denoiser), own)
     last = max(schedule.timesteps)
