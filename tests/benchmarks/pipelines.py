@@ -28,6 +28,21 @@ SD: dict[str, Any] = {
     "parts": ("tokenizer", "safety_checker", "feature_extractor"),
 }  # fmt: skip
 SIDES = {"height": 128, "width": 128}
+
+
+def flux(*, guided: bool) -> dict[str, Any]:
+    """FLUX.1, which is told its guidance or was distilled to need none."""
+    return {
+        "pipeline": "FluxPipeline",
+        "network": ("FluxTransformer2DModel", FLUX | {
+            "in_channels": 16, "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8),
+            "guidance_embeds": guided, "patch_size": 1,
+        }),
+        "call": SIDES | {"prompt_embeds": (1, 7, 32), "pooled_prompt_embeds": (1, 32)},
+        "parts": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    }  # fmt: skip
+
+
 # By name: the pipeline, its network, what it is called with (shapes of random tensors, or the arguments themselves),
 # and the schedule: the scheduler, and its configuration.
 PIPELINES: dict[str, dict[str, Any]] = {
@@ -57,29 +72,13 @@ PIPELINES: dict[str, dict[str, Any]] = {
         "parts": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
         "schedule": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     },
-    "FLUX.1 dev": {
-        "pipeline": "FluxPipeline",
-        "network": ("FluxTransformer2DModel", FLUX | {
-            "in_channels": 16, "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8),
-            "guidance_embeds": True, "patch_size": 1,
-        }),
-        "call": SIDES | {"prompt_embeds": (1, 7, 32), "pooled_prompt_embeds": (1, 32)},
-        "parts": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    "FLUX.1 dev": flux(guided=True) | {
         "schedule": ("FlowMatchEulerDiscreteScheduler", {
             "use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15,
             "base_image_seq_len": 256, "max_image_seq_len": 4096,
         }),
     },
-    "FLUX.1 schnell": {
-        "pipeline": "FluxPipeline",
-        "network": ("FluxTransformer2DModel", FLUX | {
-            "in_channels": 16, "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8),
-            "guidance_embeds": False, "patch_size": 1,
-        }),
-        "call": SIDES | {"prompt_embeds": (1, 7, 32), "pooled_prompt_embeds": (1, 32)},
-        "parts": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
-        "schedule": ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0}),
-    },
+    "FLUX.1 schnell": flux(guided=False) | {"schedule": ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0})},
     "AuraFlow": {
         "pipeline": "AuraFlowPipeline",
         "network": ("AuraFlowTransformer2DModel", {
