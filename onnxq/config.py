@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from onnxq.errors import OnnxqError
+from onnxq.errors import OnnxqError, unwanted
 from onnxq.knobs import choices_of
 
 
@@ -72,16 +72,10 @@ def make_settings(entries: Mapping[str, Any]) -> Settings:
     try:
         return Settings(**{key: value for key, value in entries.items() if value is not None})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "settings"
-        unknown = first["type"] == "extra_forbidden"
         hint = "`onnxq quantize --help` explains it"
-        if unknown:
+        if error.errors()[0]["type"] == "extra_forbidden":
             hint = f"settings are {', '.join(Settings.model_fields)}; what a recipe can be told goes into knobs={{...}}"
-        raise OnnxqError(
-            f"expected another value for {where}: {first['msg'].lower()}, found {first.get('input')!r}",
-            hint=hint,
-        ) from error
+        raise OnnxqError(f"expected {unwanted(error)}", hint=hint) from error
 
 
 def with_text(

@@ -290,6 +290,11 @@ def holds_float8(graph: ir.Graph) -> bool:
     )
 
 
+def input_named(graph: ir.Graph, name: str) -> ir.Value:
+    """The input of that name, which is there."""
+    return next(value for value in graph.inputs if value.name == name)
+
+
 def values(graph: ir.Graph) -> dict[str, ir.Value]:
     """Every named value of the graph: inputs, initializers and node outputs."""
     found = {value.name: value for value in graph.inputs if value.name}

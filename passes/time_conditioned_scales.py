@@ -183,7 +183,7 @@ class TimeConditionedScales(InPlacePass):
 
     def _index(self, graph: ir.Graph) -> ir.Value:
         index = step_index(graph, self.timestep, np.asarray(self.timesteps))
-        source = next(value for value in graph.inputs if value.name == self.timestep)
+        source = graphs.input_named(graph, self.timestep)
         if source.shape is None or list(source.shape) != [1]:
             return index
         tape = ir.tape.Tape()  # one number for the batch, whatever size that is

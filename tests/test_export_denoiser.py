@@ -12,7 +12,7 @@ from conftest import MODELS
 
 from onnxq import model as models
 from onnxq.diffusion import denoiser as denoisers
-from onnxq.diffusion import schedule as schedules
+from onnxq.diffusion.schedule_file import read_schedule
 
 SCRIPT = MODELS / "export_denoiser.py"
 
@@ -39,7 +39,7 @@ def test_a_unet_keeps_its_schedule_and_its_group_norms(tmp_path: Path) -> None:
     assert (found.sample.name, found.timestep.name, found.output) == ("sample", "timestep", "prediction")
     assert [(item.spec.name, item.null_class) for item in found.conditions] == [("class_labels", 10)]
     assert found.sample.batch is None
-    read, line = schedules.read_config(None, model, output, found)
+    read, line = read_schedule(None, model, output, found)
     assert read == config and "metadata" in line
     assert any(node.op_type == "GroupNormalization" for node in model.graph)
 

@@ -15,9 +15,10 @@ from onnxq import OnnxqError
 from onnxq import model as models
 from onnxq.config import make_settings
 from onnxq.diffusion import denoiser as denoisers
-from onnxq.diffusion import schedule as schedules
+from onnxq.diffusion.diffusers_schedule import Diffusers
+from onnxq.diffusion.flow_matching import FlowMatching
 from onnxq.diffusion.network_time import conventions, wave_rate
-from onnxq.diffusion.schedule import Diffusers, FlowMatching
+from onnxq.diffusion.schedule import open_schedule
 from onnxq.diffusion.source import open_sampler
 
 pytest.importorskip("diffusers")
@@ -49,7 +50,7 @@ def network(kind: str = "float", factor: float = 1000.0, size: str = "64,16") ->
 
 def told(model: ir.Model, config: dict[str, Any], steps: int, path: Path | None = None) -> list[float]:
     denoiser = denoisers.find(model)
-    return schedules.make(conventions(model, path, denoiser) | config, denoiser, steps).timesteps
+    return open_schedule(conventions(path, wave_rate(model, denoiser)) | config, denoiser, steps).timesteps
 
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
@@ -107,7 +108,7 @@ def test_the_class_in_config_json_goes_before_the_graph(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, [1000, 878.1, 734.9, 564, 356.7, 100], rtol=5e-3)
     for text in ("{", "[]", "\xff"):
         (tmp_path / "config.json").write_text(text)
-        assert conventions(network(), path, denoisers.find(network())) == {"network_time": "noise", "even_sigmas": True}
+        assert conventions(path, 1000.0) == {"network_time": "noise", "even_sigmas": True}
 
 
 def test_a_network_that_is_told_how_much_is_data_predicts_the_other_way(tmp_path: Path) -> None:
@@ -115,8 +116,8 @@ def test_a_network_that_is_told_how_much_is_data_predicts_the_other_way(tmp_path
     model, path = network(factor=1.0), tmp_path / "model.onnx"
     (tmp_path / "config.json").write_text('{"_class_name": "Lumina2Transformer2DModel"}')
     denoiser = denoisers.find(model)
-    own = schedules.make(conventions(model, path, denoiser) | FLOW | {"shift": 1.0}, denoiser, 5)
-    plain = schedules.make({"_class_name": "FlowMatching"}, denoiser, 5)
+    own = open_schedule(conventions(path, wave_rate(model, denoiser)) | FLOW | {"shift": 1.0}, denoiser, 5)
+    plain = open_schedule({"_class_name": "FlowMatching"}, denoiser, 5)
     assert isinstance(own, Diffusers) and isinstance(plain, FlowMatching) and own.alphas() is None
     np.testing.assert_allclose(own.timesteps, plain.timesteps, atol=1e-6)
     generator = np.random.default_rng(0)
@@ -210,11 +211,11 @@ def test_guidance_in_floats_is_no_timestep_beside_a_whole_one() -> None:
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"network_time": "sigma"}, ("network_time of timestep, noise, data", "'sigma'")),
-        ({"negated": "no"}, ("true or false for negated", "'no'")),
+        ({"network_time": "sigma"}, ("network_time", "'timestep', 'noise' or 'data'", "'sigma'")),
+        ({"negated": "no"}, ("negated", "a valid boolean", "'no'")),
         ({"use_dynamic_shifting": True, "base_shift": "x"}, ("base_shift", "'x'")),
-        ({"use_dynamic_shifting": True, "base_image_seq_len": 4096}, ("base_image_seq_len", "4096")),
-        ({"use_dynamic_shifting": True, "mu": "x"}, ("FlowMatchEulerDiscreteScheduler takes",)),
+        ({"use_dynamic_shifting": True, "base_image_seq_len": 4096}, ("base_image_seq_len below",)),
+        ({"use_dynamic_shifting": True, "mu": "x"}, ("mu", "a valid number", "'x'")),
     ],
 )
 def test_bad_entries_are_two_lines(

@@ -23,7 +23,7 @@ from onnxq.diffusion.noise_correction import (
     fit_held_out,
     sampler_tables,
 )
-from onnxq.diffusion.schedule import ASSUMED_DIFFUSION
+from onnxq.diffusion.schedule_file import ASSUMED_DIFFUSION
 from onnxq.diffusion.source import open_sampler
 from onnxq.diffusion.trajectory import record
 from onnxq.passes.correct_prediction import CorrectPrediction

@@ -17,7 +17,8 @@ from onnxq.arithmetic import fake_quantize
 from onnxq.config import make_settings
 from onnxq.diffusion.denoiser import find
 from onnxq.diffusion.partition import uniform
-from onnxq.diffusion.schedule import ASSUMED_DIFFUSION, make
+from onnxq.diffusion.schedule import open_schedule
+from onnxq.diffusion.schedule_file import ASSUMED_DIFFUSION
 from onnxq.diffusion.source import open_sampler
 from onnxq.errors import OnnxqError
 from onnxq.formats import FORMATS
@@ -211,7 +212,7 @@ def test_what_is_rounded_reaches_about_as_far_in_every_step(denoiser: Path, tmp_
     """Samples that shrink tenfold along the sampler: quantizers see a range that hardly moves."""
     generator, steps = np.random.default_rng(0), np.arange(80) % 10
     x = generator.standard_normal((80, 1, 4, 4)) * np.geomspace(10, 1, 10)[steps].reshape(-1, 1, 1, 1)
-    times = np.asarray(make(ASSUMED_DIFFUSION, find(models.load(denoiser)), 10).timesteps)
+    times = np.asarray(open_schedule(ASSUMED_DIFFUSION, find(models.load(denoiser)), 10).timesteps)
     data = {"x": x.astype(np.float32), "t": times[steps].astype(np.int64), "y": generator.integers(0, 2, 80)}
     np.savez(tmp_path / "data.npz", step=steps, **data)
     spread = {}

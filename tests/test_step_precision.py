@@ -13,7 +13,7 @@ import onnxq
 from onnxq import model as models
 from onnxq.config import make_settings
 from onnxq.diffusion.router import Router
-from onnxq.diffusion.schedule import ASSUMED_DIFFUSION
+from onnxq.diffusion.schedule_file import ASSUMED_DIFFUSION
 from onnxq.diffusion.source import open_sampler
 from onnxq.diffusion.step_precision import choose, forward_snr_db
 from onnxq.errors import OnnxqError

@@ -18,7 +18,9 @@ from onnxq import OnnxqError, kinds
 from onnxq import model as models
 from onnxq.calibration.archives import Npz
 from onnxq.diffusion import denoiser as denoisers
-from onnxq.diffusion import schedule as schedules
+from onnxq.diffusion.diffusers_schedule import MODULES, Diffusers
+from onnxq.diffusion.schedule import open_schedule
+from onnxq.diffusion.schedule_file import ASSUMED_DIFFUSION, read_schedule
 from onnxq.diffusion.selection import ndtc, select
 from onnxq.diffusion.trajectory import Sampler, record
 from onnxq.runtime import Session
@@ -59,7 +61,7 @@ def labelled(kind: str = "int64", rank: str = "N") -> ir.Model:
 
 def sampler_of(model: ir.Model, config: dict, steps: int, guidance: float = 1.0, seed: int = 0) -> Sampler:
     denoiser = denoisers.find(model)
-    return Sampler(denoiser, schedules.make(config, denoiser, steps), guidance, {}, seed)
+    return Sampler(denoiser, open_schedule(config, denoiser, steps), guidance, {}, seed)
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("int64", "N"), ("int32", "N"), ("float", "N"), ("int64", "")])
@@ -80,7 +82,7 @@ def test_a_table_of_times_is_a_timestep() -> None:
     found = denoisers.find(ir.from_onnx_text(text))
     assert found.timestep.name == "steps" and found.timestep_rows == 4 and not found.conditions
     with pytest.raises(OnnxqError, match="timesteps below 4"):
-        schedules.make(schedules.ASSUMED_DIFFUSION, found, 10)
+        open_schedule(ASSUMED_DIFFUSION, found, 10)
 
 
 def test_every_input_is_kept_with_its_own_timestep(tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_ndtc_draws_from_the_normal_distribution() -> None:
 def test_ddim_is_the_published_update() -> None:
     """diffusers behind our schedule gives x' = √a' x0 + √(1-a') e, x0 clipped and e corrected by what was clipped."""
     denoiser = denoisers.find(labelled())
-    schedule = schedules.make(schedules.ASSUMED_DIFFUSION, denoiser, 10)
+    schedule = open_schedule(ASSUMED_DIFFUSION, denoiser, 10)
     generator = np.random.default_rng(0)
     sample = generator.standard_normal((2, 1, 4, 4)).astype(np.float32)
     noise = generator.standard_normal(sample.shape).astype(np.float32)
@@ -188,12 +190,12 @@ def test_ddim_is_the_published_update() -> None:
 def test_ddim_with_all_its_noise_is_ddpm() -> None:
     """Eta 1 has DDPM's variance, and the noise is drawn as diffusers draws it; half of it can be left out."""
     denoiser = denoisers.find(labelled())
-    config = {**schedules.ASSUMED_DIFFUSION, "eta": 1.0}
-    stochastic = schedules.make(config, denoiser, 10)
-    published = schedules.make({**config, "_class_name": "DDPMScheduler", "eta": 0}, denoiser, 10)
-    halved = schedules.make(config, denoiser, 10)
-    plain = schedules.make(config, denoiser, 10)
-    assert isinstance(halved, schedules.Diffusers) and isinstance(plain, schedules.Diffusers)
+    config = {**ASSUMED_DIFFUSION, "eta": 1.0}
+    stochastic = open_schedule(config, denoiser, 10)
+    published = open_schedule({**config, "_class_name": "DDPMScheduler", "eta": 0}, denoiser, 10)
+    halved = open_schedule(config, denoiser, 10)
+    plain = open_schedule(config, denoiser, 10)
+    assert isinstance(halved, Diffusers) and isinstance(plain, Diffusers)
     halved.noise_factors, plain.noise_factors = {4: 0.5}, {4: 0.0}
     generator = np.random.default_rng(0)
     sample, noise = (generator.standard_normal((2, 1, 4, 4)).astype(np.float32) for _ in range(2))
@@ -206,10 +208,10 @@ def test_ddim_with_all_its_noise_is_ddpm() -> None:
     assert np.abs(moved[0] - moved[3]).max() > 0.01
 
 
-@pytest.mark.parametrize("name", [name for name in schedules.MODULES if "Flow" not in name])
+@pytest.mark.parametrize("name", [name for name in MODULES if "Flow" not in name])
 def test_every_scheduler_runs(name: str) -> None:
     model = labelled()
-    config = {**schedules.ASSUMED_DIFFUSION, "_class_name": name}
+    config = {**ASSUMED_DIFFUSION, "_class_name": name}
     sampler = sampler_of(model, config, 4)
     run_ = sampler.run(Session(model), [0, 1, 2])
     visits = list(run_)
@@ -229,7 +231,7 @@ def test_every_scheduler_runs(name: str) -> None:
         (["--scheduler", '{"_class_name": "DDIMScheduler", "prediction_type": "score"}'], ("prediction_type", "score")),
         (["--scheduler", '{"_class_name": "FlowMatching"}'], ("float timestep", "int64")),
         (["--scheduler", '{"_class_name": "DDIMScheduler", "num_train_timesteps": 10}'], ("between 1 and 10", "50")),
-        (["--scheduler", '{"_class_name": "DDIMScheduler", "eta": 2}'], ("eta between 0 and 1", "2")),
+        (["--scheduler", '{"_class_name": "DDIMScheduler", "eta": 2}'], ("eta", "less than or equal to 1", "2")),
         (["--scheduler", '{"_class_name": "DDPMScheduler", "eta": 1}'], ("eta", "DDPMScheduler")),
         (["--steps", "5000"], ("between 1 and 1000", "5000")),
         (["--steps", "3", "--keep", "4"], ("between 1 and 3", "4")),
@@ -279,13 +281,13 @@ def test_a_denoiser_needs_no_data(tmp_path: Path) -> None:
 def test_where_the_schedule_comes_from(tmp_path: Path) -> None:
     model = labelled()
     denoiser, path = denoisers.find(model), tmp_path / "model.onnx"
-    assert "assumed" in schedules.read_config(None, model, path, denoiser)[1]
+    assert "assumed" in read_schedule(None, model, path, denoiser)[1]
     (tmp_path / "model.scheduler.json").write_text('{"_class_name": "PNDMScheduler"}')
-    assert schedules.read_config(None, model, path, denoiser)[0] == {"_class_name": "PNDMScheduler"}
+    assert read_schedule(None, model, path, denoiser)[0] == {"_class_name": "PNDMScheduler"}
     models.set_metadata(model, scheduler='{"_class_name": "DDPMScheduler"}')
-    assert schedules.read_config(None, model, path, denoiser)[0] == {"_class_name": "DDPMScheduler"}
+    assert read_schedule(None, model, path, denoiser)[0] == {"_class_name": "DDPMScheduler"}
     (tmp_path / "other.json").write_text('{"_class_name": "DDIMScheduler"}')
-    found, line = schedules.read_config(tmp_path / "other.json", model, path, denoiser)
+    found, line = read_schedule(tmp_path / "other.json", model, path, denoiser)
     assert found == {"_class_name": "DDIMScheduler"} and "other.json" in line
 
 
@@ -301,7 +303,7 @@ def test_conditions_that_are_no_labels_are_given(tmp_path: Path) -> None:
     rows = {"prompt": np.ones((2, 3, 8), np.float32), "prompt.unconditional": np.zeros((3, 8), np.float32)}
     np.savez(tmp_path / "right.npz", **rows)
     conditions = denoisers.open_conditions(tmp_path / "right.npz", denoiser)
-    schedule = schedules.make({"_class_name": "FlowMatching"}, denoiser, 2)
+    schedule = open_schedule({"_class_name": "FlowMatching"}, denoiser, 2)
     sampler = Sampler(denoiser, schedule, 2.0, conditions)
     sampler.check()
     feed = next(iter(sampler.run(Session(model), [0, 1, 2]))).feed
@@ -342,7 +344,7 @@ def test_a_sample_may_have_channels_beside_its_noise(
     with pytest.raises(OnnxqError, match=r"expected rows of shape .*5.* under 'x.behind'"):
         denoisers.open_conditions(path, denoiser)
     np.savez(path, **{f"x.{place}": rows})
-    schedule = schedules.make({"_class_name": "FlowMatching"}, denoiser, 3)
+    schedule = open_schedule({"_class_name": "FlowMatching"}, denoiser, 3)
     run = Sampler(denoiser, schedule, 1.0, denoisers.open_conditions(path, denoiser)).run(Session(model), [0, 1, 2])
     for visit in run:
         given, noise = np.split(visit.feed["x"], [5] if place == "before" else [4], axis)[
@@ -357,7 +359,7 @@ def test_what_is_beside_the_noise_may_differ_without_the_condition(tmp_path: Pat
     model = beside("N,3,4,4", "N,1,4,4", 1, slice(0, 1))
     model.graph.inputs.append(ir.Value(name="y", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["N", 2])))
     denoiser, path = denoisers.find(model), tmp_path / "conditions.npz"
-    schedule = schedules.make({"_class_name": "FlowMatching"}, denoiser, 1)
+    schedule = open_schedule({"_class_name": "FlowMatching"}, denoiser, 1)
     rows = {"x.behind": np.ones((1, 2, 4, 4), np.float32), "y": np.ones((1, 2), np.float32)}
     rows["y.unconditional"] = np.zeros(2, np.float32)
 
@@ -379,7 +381,7 @@ def test_what_is_beside_the_noise_may_differ_without_the_condition(tmp_path: Pat
 def test_what_is_beside_the_noise_may_be_all_that_guides() -> None:
     """As the small picture in super-resolution, or none."""
     denoiser = denoisers.find(beside("N,3,4,4", "N,1,4,4", 1, slice(0, 1)))
-    schedule = schedules.make({"_class_name": "FlowMatching"}, denoiser, 1)
+    schedule = open_schedule({"_class_name": "FlowMatching"}, denoiser, 1)
     rows = {"x.behind": np.ones((1, 2, 4, 4), np.float32)}
     with pytest.raises(OnnxqError, match="a model without conditions"):
         Sampler(denoiser, schedule, 2.0, rows).check()
@@ -438,7 +440,7 @@ def test_an_inpainting_denoiser_needs_no_data(tmp_path: Path) -> None:
         assert sorted(numbers["step_sqnr_db"]) == list(range(5)) and min(numbers["step_sqnr_db"].values()) > 20
 
 
-@pytest.mark.parametrize("name", [name for name in schedules.MODULES if "Flow" in name])
+@pytest.mark.parametrize("name", [name for name in MODULES if "Flow" in name])
 def test_the_flow_of_diffusers_reaches_what_its_velocity_points_at(name: str) -> None:
     """It has no init_noise_sigma, as the schedulers of diffusion have."""
     pytest.importorskip("diffusers")
@@ -446,7 +448,7 @@ def test_the_flow_of_diffusers_reaches_what_its_velocity_points_at(name: str) ->
         '<ir_version: 10, opset_import: ["" : 21]> net (float[N,1,2,2] x, float[N] t) => (float[N,1,2,2] y) '
         "{ y = Identity (x) }"
     )
-    schedule = schedules.make({"_class_name": name, "shift": 3.0}, denoisers.find(model), 4)
+    schedule = open_schedule({"_class_name": name, "shift": 3.0}, denoisers.find(model), 4)
     assert schedule.begin([0]) == 1.0
     noise, data = np.full((1, 1, 2, 2), 2.0, np.float32), np.full((1, 1, 2, 2), -1.0, np.float32)
     sample = noise

@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxq import graph as graphs
 from onnxq.diffusion.denoiser import Denoiser
 from onnxq.diffusion.temporal_tables import tabulate
 from onnxq.diffusion.timestep_input import waves
 
 # Embeddings turn by one radian for each timestep; those of networks that are told a part of 1 by about a thousand.
 FAST_WAVES = 100.0
+# The largest timestep of a scheduler that counts steps; EDM's are quarters of logarithms, below 2.
+FEWEST_COUNTED = 10.0
 # What pipelines of diffusers do with these networks, beyond what their graphs show.
 NETWORKS: dict[str, dict[str, Any]] = {
     "Lumina2Transformer2DModel": {"network_time": "data", "even_sigmas": True},
@@ -36,30 +39,51 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
-def conventions(model: ir.Model, path: Path | None, denoiser: Denoiser) -> dict[str, Any]:
+def conventions(path: Path | None, rate: float) -> dict[str, Any]:
     """Entries of a schedule that follow from the network (see :mod:`onnxq.diffusion.schedule`).
 
     Args:
-        model: The denoiser's graph.
-        path: Its file.
-        denoiser: The roles of its inputs.
+        path: The network's file.
+        rate: Of its waves (see :func:`wave_rate`).
     """
     known = NETWORKS.get(_class_name(path))
-    if known is not None:
-        return dict(known)
-    if denoiser.timestep.dtype.kind != "f":
-        return {}
-    if wave_rate(model, denoiser) < FAST_WAVES:
-        return {}
-    return {"network_time": "noise", "even_sigmas": True}  # FLUX and its kin
+    if known is None and rate >= FAST_WAVES:
+        return {"network_time": "noise", "even_sigmas": True}  # FLUX and its kin
+    return dict(known or {})
 
 
 def wave_rate(model: ir.Model, denoiser: Denoiser) -> float:
-    """By how many radians the fastest wave of the network's embedding turns for each unit of time; 0: none is found."""
-    value = next(value for value in model.graph.inputs if value.name == denoiser.timestep.name)
-    turning = sorted({node.inputs[0].name or "" for node in waves(value) if node.inputs[0] is not None})
+    """By how many radians the fastest wave of the network's embedding turns for each unit of time.
+
+    0 means that no wave is found, or that the time is a whole number, which is a timestep in any case.
+    """
+    if denoiser.timestep.dtype.kind != "f":
+        return 0.0
+    turning = sorted(
+        {
+            node.inputs[0].name or ""
+            for node in waves(graphs.input_named(model.graph, denoiser.timestep.name))
+            if node.inputs[0] is not None
+        }
+    )
     tables = tabulate(model, turning, {denoiser.timestep.name}, denoiser, [1.0, 2.0])
     return max((float(np.abs(np.diff(table.rows, axis=0)).max()) for table in tables.values()), default=0.0)
+
+
+def told(counted: list[float], network_time: str, largest: float) -> list[float]:
+    """What the network is told of the timesteps that a scheduler counts down from the largest.
+
+    Args:
+        counted: Those of the steps.
+        network_time: ``timestep``, ``noise`` or ``data``.
+        largest: ``num_train_timesteps``.
+    """
+    if network_time == "timestep":
+        return counted
+    if network_time == "noise" and max(counted) < FEWEST_COUNTED:
+        return counted  # the scheduler tells parts of 1 already, or logarithms
+    noise = [time / largest for time in counted]
+    return noise if network_time == "noise" else [1 - part for part in noise]
 
 
 def _class_name(path: Path | None) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnxq.calibration.data import Array
-from onnxq.diffusion.schedule import Diffusers
+from onnxq.diffusion.diffusers_schedule import Diffusers
 from onnxq.diffusion.trajectory import Sampler
 from onnxq.errors import OnnxqError
 

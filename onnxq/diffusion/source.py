@@ -14,9 +14,9 @@ import onnx_ir as ir
 from onnxq.calibration import sizes
 from onnxq.config import Settings
 from onnxq.diffusion import denoiser as denoisers
-from onnxq.diffusion import schedule as schedules
 from onnxq.diffusion.influence import image_influence
-from onnxq.diffusion.network_time import conventions
+from onnxq.diffusion.schedule import open_schedule
+from onnxq.diffusion.schedule_file import read_schedule
 from onnxq.diffusion.trajectory import Sampler, Trajectories
 from onnxq.errors import OnnxqError
 from onnxq.parallel import Workers
@@ -46,8 +46,8 @@ def open_sampler(model: ir.Model, path: Path | None, settings: Settings) -> tupl
     denoiser = denoisers.find(model)
     conditions = denoisers.open_conditions(None if settings.conditions is None else Path(settings.conditions), denoiser)
     file = None if settings.scheduler is None else Path(settings.scheduler)
-    config, line = schedules.read_config(file, model, path, denoiser)
-    schedule = schedules.make(conventions(model, path, denoiser) | config, denoiser, settings.steps)
+    entries, line = read_schedule(file, model, path, denoiser)
+    schedule = open_schedule(entries, denoiser, settings.steps)
     sampler = Sampler(denoiser, schedule, settings.guidance, conditions, settings.seed)
     sampler.check()
     return sampler, line

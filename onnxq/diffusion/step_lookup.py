@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxq import graph as graphs
+
 Array = np.ndarray[Any, Any]
 
 NAME = "step_index"
@@ -35,7 +37,7 @@ def step_index(graph: ir.Graph, timestep: str, timesteps: Array) -> ir.Value:
             return _values(graph)[name]
         number += 1
     table, last = constant(graph, f"{name}_timesteps", rows), constant(graph, f"{name}_axis", np.asarray([-1]))
-    source = next(value for value in graph.inputs if value.name == timestep)
+    source = graphs.input_named(graph, timestep)
     tape = ir.tape.Tape()
     column = tape.op("Unsqueeze", [tape.op("Cast", [source], {"to": ir.DataType.FLOAT}), last])
     distance = tape.op("Abs", [tape.op("Sub", [column, table])])

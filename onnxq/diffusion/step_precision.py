@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxq.diffusion.schedule import Diffusers, Schedule
+from onnxq.diffusion.diffusers_schedule import Diffusers
+from onnxq.diffusion.schedule import Schedule
 from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.errors import OnnxqError
 

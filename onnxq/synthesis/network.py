@@ -85,7 +85,7 @@ def channels_first(model: ir.Model, name: str) -> tuple[str, tuple[int, ...]]:
 
     Networks from TensorFlow read [batch, height, width, channels] and turn it at once; inputs are made behind that.
     """
-    value = next(value for value in model.graph.inputs if value.name == name)
+    value = graphs.input_named(model.graph, name)
     readers = [node for node, _ in graphs.consumers(value)]
     if len(readers) == 1 and graphs.is_op(readers[0], "Transpose") and value not in model.graph.outputs:
         axes = readers[0].attributes.get("perm")

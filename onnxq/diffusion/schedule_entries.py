@@ -1,0 +1,92 @@
+"""What a schedule's file may say, checked: entries of ours, and those of diffusers' that are read here too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+from onnxq.errors import OnnxqError, unwanted
+
+DEFAULT_STEPS = 50
+MOST_TIMESTEPS = 1_000_000  # of a schedule: each has a row in its tables
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if not pair[0] < pair[1]:
+        raise ValueError("[low, high] is needed")
+    return pair
+
+
+Interval = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ordered)]
+Count = Annotated[int, Field(ge=1, le=MOST_TIMESTEPS)]
+
+
+class Entries(BaseModel):
+    """Some of a file's entries; others are let through, and ``null`` is what is not there."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Self:
+        """The entries of a file.
+
+        Raises:
+            OnnxqError: one is not what it has to be.
+        """
+        try:
+            return cls(**{key: value for key, value in config.items() if value is not None})
+        except ValidationError as error:
+            raise OnnxqError(
+                f"expected {unwanted(error)} in the schedule", hint="correct the scheduler's file"
+            ) from error
+
+
+class OwnEntries(Entries):
+    """What diffusers' schedulers know nothing of (see :mod:`onnxq.diffusion.schedule`)."""
+
+    num_inference_steps: Count = DEFAULT_STEPS
+    guidance_interval: Interval = (-np.inf, np.inf)
+    data_range: Interval = (-1.0, 1.0)
+    use_clipped_model_output: bool = True
+    eta: float = Field(default=0.0, ge=0, le=1)
+    network_time: Literal["timestep", "noise", "data"] = "timestep"
+    negated: bool | None = None
+    even_sigmas: bool = False
+    mu: FiniteFloat | None = None
+
+    @property
+    def sign(self) -> int:
+        """What a prediction is multiplied with before the scheduler's step."""
+        negated = self.network_time == "data" if self.negated is None else self.negated
+        return -1 if negated else 1
+
+
+class SchedulerEntries(Entries):
+    """Entries of diffusers' own; the numbers of the shift are FLUX's where they are not given."""
+
+    prediction_type: str | None = None
+    num_train_timesteps: Count = 1000
+    use_flow_sigmas: bool = False
+    use_dynamic_shifting: bool = False
+    base_image_seq_len: FiniteFloat = 256
+    base_shift: FiniteFloat = 0.5
+    max_image_seq_len: FiniteFloat = 4096
+    max_shift: FiniteFloat = 1.15
+
+    @model_validator(mode="after")
+    def _two_sizes(self) -> Self:
+        if self.base_image_seq_len >= self.max_image_seq_len:
+            raise ValueError("base_image_seq_len below max_image_seq_len is needed")
+        return self
+
+    def mu(self, tokens: int) -> float:
+        """The shift of a sample of so many tokens: it grows evenly between two sizes.
+
+        Source: P. Esser et al., Scaling Rectified Flow Transformers, ICML 2024 (arXiv 2403.03206), section 5.3.2, as
+        diffusers' pipelines interpolate it.
+        """
+        part = (tokens - self.base_image_seq_len) / (self.max_image_seq_len - self.base_image_seq_len)
+        return self.base_shift + (self.max_shift - self.base_shift) * part
