@@ -59,6 +59,16 @@ def test_zeroq_sums_over_channels_and_averages_over_samples() -> None:
     assert float(found) == pytest.approx(wanted, rel=1e-5)
 
 
+def test_gdfq_and_who_follow_it_match_the_variances_of_a_batch() -> None:
+    layers, taps = some_layers(2)
+    found = MatchStatistics(layers, per_sample=False, mean_of_channels=True, variances=True)(taps["v0"], taps)
+    wanted = 0.0
+    for values in taps.values():
+        mean, variance = values.mean(dim=(0, 2, 3)), values.var(dim=(0, 2, 3), correction=0)
+        wanted += float((mean.square() + (variance - 1).square()).mean())
+    assert float(found) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_a_batch_can_match_while_no_sample_does() -> None:
     layers = [Remembered("v", torch.zeros(1), torch.ones(1))]
     values = torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 1, 4, 4)

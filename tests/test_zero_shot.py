@@ -245,7 +245,10 @@ def test_hard_samples_keep_their_weight() -> None:
 
 
 def test_made_samples_are_harder_and_match_no_worse(monkeypatch: pytest.MonkeyPatch, fashion: Network) -> None:
-    """With the difficulty in the loss, mean difficulty is at least twice that without; statistics stay within 2x."""
+    """With the difficulty in the loss, mean difficulty is at least twice that without; statistics stay within 2x.
+
+    They stay near what is remembered, too: it is variances that outweigh the classes. Standard deviations end at 0.62.
+    """
     from dataclasses import replace
 
     from onnxq.synthesis import methods
@@ -264,7 +267,7 @@ def test_made_samples_are_harder_and_match_no_worse(monkeypatch: pytest.MonkeyPa
         found[difficulty] = (float(hardness.mean()), made.distance)
         assert torch.bincount(logits.argmax(1), minlength=10).min() >= 1  # two of each class were asked for
     assert found[2.0][0] > 2 * found[0.0][0]
-    assert found[2.0][1] < 2 * found[0.0][1]
+    assert found[2.0][1] < min(0.5, 2 * found[0.0][1])
 
 
 def test_channel_attention_has_norm_one_at_any_scale() -> None:

@@ -233,7 +233,7 @@ class ZeroShot:
 
     def statistics(self) -> GameTerm:
         """The squared distance to what BatchNormalization remembers, averaged over layers."""
-        term = MatchStatistics(self.network.layers, per_sample=False, mean_of_channels=True)
+        term = MatchStatistics(self.network.layers, per_sample=False, mean_of_channels=True, variances=True)
         count = len(self.network.layers)
         return lambda move: term(move.images, move.teacher) / count
 

@@ -58,7 +58,7 @@ class ApqDm:
         - The tables are TFMQ-DM's cache (arXiv 2407.19547); ``cache=False`` is the paper's.
 
     Attributes:
-        groups: How many groups of steps (8 in the paper); 1 is static.
+        groups: How many groups of steps (8 in the paper), at most one for each; 1 is static.
         partition: ``optimal``, ``uniform``, or ``learned``.
         iterations: Steps of the optimiser for ``learned``, each on samples of one step of the sampler; 0: so many for
             each of its steps as ``--budget`` says (2, 10 or 100).
@@ -73,7 +73,7 @@ class ApqDm:
         powers_of_two: Whether the scales of a value are powers of two apart, so that factors are exact.
         selection: Which steps are kept where no data is given.
         trajectories: How many samples the sampler makes.
-        kept_steps: Steps kept of each.
+        kept_steps: Steps kept of each; all where there are fewer.
         observer: How a range follows from the statistics of an activation.
         step_floor_db: SQNR that every sampler step keeps; 0 turns it off.
     """

@@ -29,8 +29,7 @@ class Gdfq(ZeroShotKnobs):
           (``step_rate=0`` keeps them).
         - Biases start where they take back the mean error of the rounded weights (``bias_correction=False``: the
           authors' do not).
-        - Standard deviations are matched, not variances. Classes are added to latent codes, not multiplied with them
-          (see :class:`onnxq.synthesis.player.Player`).
+        - Classes are added to latent codes, not multiplied with them (see :class:`onnxq.synthesis.player.Player`).
         - Before the student's first step the generator moves alone, half as often as the student will but 100, 400 or
           800 times at most, by ``--budget``; the authors' for 4 of 400 epochs.
         - Adam at a rate that falls along a cosine; the authors' SGD has a rate for each data set. Fewer steps, unless

@@ -20,6 +20,7 @@ class Method:
         batch: Inputs that are made together; 0: one for each BatchNormalization.
         per_sample: Whether every sample has to match statistics by itself.
         mean_of_channels: Mean instead of sum over the channels of a layer.
+        variances: Whether variances are matched, and not standard deviations, which are smaller where layers are loud.
         slack: The quantile of what random inputs are off that is free; 0: nothing is.
         emphasis: How much more each sample gives to a layer of its own.
         swing: Whether strided convolutions read shifted inputs.
@@ -46,6 +47,7 @@ class Method:
     batch: int = 32
     per_sample: bool = True
     mean_of_channels: bool = False
+    variances: bool = False
     slack: float = 0.0
     emphasis: float = 0.0
     swing: bool = False
@@ -94,6 +96,7 @@ METHODS = {
         batch=256,
         per_sample=False,
         mean_of_channels=True,
+        variances=True,
         layers=(1.0, 1.0),
         classes=0.1,
         difficulty=0.5,
@@ -107,6 +110,7 @@ METHODS = {
         batch=256,
         per_sample=False,
         mean_of_channels=True,
+        variances=True,
         layers=(0.2, 1.1),
         classes=5.0,
         texture=1.0,

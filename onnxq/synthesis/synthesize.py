@@ -323,4 +323,5 @@ class _Maker:
             self.recipe.emphasis,
             first,
             () if self.recipe.layers is None else layer_weights(len(self.layers), *self.recipe.layers),
+            self.recipe.variances,
         )

@@ -34,7 +34,7 @@ class Slack:
 
 @dataclass(frozen=True)
 class MatchStatistics:
-    """Squared distance to the means and standard deviations that BatchNormalization remembers.
+    """Squared distance to the means and the spread that BatchNormalization remembers.
 
     Attributes:
         layers: What is remembered.
@@ -45,6 +45,7 @@ class MatchStatistics:
         emphasis: How much more sample i gives to layer i (DSG, section 3.3); per sample only.
         first: The number of the batch's first sample among all.
         weights: Of each layer; empty: one each.
+        variances: Whether the spread is the variance (GDFQ and those who follow it), and not the standard deviation.
     """
 
     layers: Sequence[Remembered]
@@ -54,6 +55,7 @@ class MatchStatistics:
     emphasis: float = 0.0
     first: int = 0
     weights: Sequence[float] = ()
+    variances: bool = False
 
     def __call__(self, inputs: Tensor, taps: Taps) -> Tensor:
         """The term, a scalar."""
@@ -65,7 +67,10 @@ class MatchStatistics:
             mean, deviation = moments(values, per_sample=self.per_sample)
             error = ((mean - layer.mean).abs() - free.mean).clamp(min=0).square()
             if values.ndim > 2 or not self.per_sample:  # a single number has no spread to match
-                error = error + ((deviation - layer.deviation).abs() - free.deviation).clamp(min=0).square()
+                found, wanted = deviation, layer.deviation
+                if self.variances:
+                    found, wanted = found.square(), wanted.square()
+                error = error + ((found - wanted).abs() - free.deviation).clamp(min=0).square()
             error = error.mean(-1) if self.mean_of_channels else error.sum(-1)
             if self.per_sample:
                 weight = 1 + self.emphasis * (rows % len(self.layers) == index).float()
