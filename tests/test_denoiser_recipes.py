@@ -238,3 +238,20 @@ def test_a_fixed_batch_may_have_inputs_that_all_rows_share(recipe: str, knobs: d
     given = {"steps": 4, "samples": 16, "conditions": str(tmp_path / "conditions.npz"), "budget": "quick"}
     numbers = onnxq.quantize(path, recipe=recipe, knobs=knobs, **given).numbers
     assert numbers["sqnr_db"] > 15
+
+
+@pytest.mark.parametrize(
+    ("recipe", "knobs"),
+    [
+        ("ptq4dm", {}),
+        ("q-diffusion", {"iterations": 2}),
+        ("apq-dm", {}),
+        ("apq-dm", {"lowering": "rescale"}),
+        ("q-dm", {"steps": 2}),
+        ("diffusion", {"iterations": 2}),
+    ],
+)
+def test_networks_of_few_steps_are_served(denoiser: Path, recipe: str, knobs: dict[str, object]) -> None:
+    """Distilled denoisers take one to four steps: fewer than recipes keep, and than APQ-DM has groups."""
+    numbers = onnxq.quantize(denoiser, recipe=recipe, steps=2, knobs={"trajectories": 4, **knobs}).numbers
+    assert numbers["sqnr_db"] > 20 and numbers["samples"] <= 4 * 2
