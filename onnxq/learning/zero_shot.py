@@ -41,6 +41,9 @@ WARM_UP = {"quick": 100, "default": 400, "paper": 800}  # moves of the generator
 SAVE_EVERY = 200  # steps between two checkpoints
 LOOKS = 10  # at the student on its way
 JUDGED = 64  # samples
+# At 20 the divergence is near the squared error of logits, and falls while the network gets better; at 1 it rises,
+# for the few of so many samples that a narrow network is sure of and wrong about.
+JUDGING_TEMPERATURE = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +296,7 @@ class ZeroShot:
 
     def _judge(self) -> Callable[[], float]:
         """The loss on calibration inputs, which no student of a game learns from."""
-        loss = distillation(self.outputs)
+        loss = distillation(self.outputs, JUDGING_TEMPERATURE)
         kept = []
         for batch in batches_of(self.job.source, self.job.specs, batch_size=ROWS, samples=JUDGED):
             given = {
