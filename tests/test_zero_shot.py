@@ -13,6 +13,7 @@ from conftest import MODELS, add_weights
 import onnxq
 from onnxq import OnnxqError
 from onnxq import model as models
+from onnxq.runtime import Session
 
 torch = pytest.importorskip("torch", reason="synthesis needs torch: pip install 'onnxq[learn]'")
 
@@ -443,6 +444,22 @@ def test_recipes_run_from_a_float_file(recipe: str, tmp_path: Path) -> None:
     first, least = numbers["held_out_loss"]
     assert least <= first and (least < first) == (numbers["best_step"] > 0)
     assert bool(numbers["warnings"]) == (numbers["best_step"] == 0)  # six steps may well not help
+
+
+def test_hard_images_teach_a_student_what_real_ones_are(tmp_path: Path) -> None:
+    """Two bits of weights, three of activations: images that nothing here has seen are told apart better."""
+    with np.load(MODELS / "fashion_test.npz") as file:
+        images, labels = file["x"][:1000], file["labels"][:1000]
+
+    def correct(**knobs: float) -> float:
+        onnxq.quantize(
+            FASHION, output=tmp_path / "student.onnx", recipe="hast", budget="quick",
+            knobs={"images": 16, "hard_images": 16, **knobs}, weights="int2", activations="int3",
+        )  # fmt: skip
+        found = Session(tmp_path / "student.onnx", optimize=False).run({"x": images})[0]
+        return float((found.argmax(1) == labels).mean())
+
+    assert correct(steps=40) > correct(steps=1, weight_rate=1e-12, step_rate=0.0) + 0.03
 
 
 def test_the_best_state_is_kept() -> None:
