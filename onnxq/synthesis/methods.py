@@ -110,7 +110,6 @@ METHODS = {
         batch=256,
         per_sample=False,
         mean_of_channels=True,
-        variances=True,
         layers=(0.2, 1.1),
         classes=5.0,
         texture=1.0,
