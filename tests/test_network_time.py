@@ -214,7 +214,7 @@ def test_guidance_in_floats_is_no_timestep_beside_a_whole_one() -> None:
         ({"network_time": "sigma"}, ("network_time", "'timestep', 'noise' or 'data'", "'sigma'")),
         ({"negated": "no"}, ("negated", "a valid boolean", "'no'")),
         ({"use_dynamic_shifting": True, "base_shift": "x"}, ("base_shift", "'x'")),
-        ({"use_dynamic_shifting": True, "base_image_seq_len": 4096}, ("base_image_seq_len below",)),
+        ({"use_dynamic_shifting": True, "base_image_seq_len": 4096}, ("base_image_seq_len", "4096")),
         ({"use_dynamic_shifting": True, "mu": "x"}, ("mu", "a valid number", "'x'")),
     ],
 )

@@ -386,7 +386,7 @@ def test_rescaled_products_compile_to_integers(tmp_path: Path) -> None:
 
 
 def test_errors_are_two_lines(denoiser: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for knob in ("groups=0", "lowering=engines", "partition=random", "scope=block"):
+    for knob in ("groups=11", "groups=0", "lowering=engines", "partition=random", "scope=block"):
         given = ["--recipe", "apq-dm", "--set", knob, "--steps", "10", "-n", "20", "-o", str(tmp_path / "o.onnx")]
         code, text = run(capsys, "quantize", str(denoiser), "--quiet", *given)
         assert_two_lines(code, text)

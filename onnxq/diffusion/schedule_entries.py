@@ -78,8 +78,9 @@ class SchedulerEntries(Entries):
 
     @model_validator(mode="after")
     def _two_sizes(self) -> Self:
-        if self.base_image_seq_len >= self.max_image_seq_len:
-            raise ValueError("base_image_seq_len below max_image_seq_len is needed")
+        few, many = self.base_image_seq_len, self.max_image_seq_len
+        if few >= many:
+            raise ValueError(f"base_image_seq_len below max_image_seq_len is needed, found {few:g} and {many:g}")
         return self
 
     def mu(self, tokens: int) -> float:

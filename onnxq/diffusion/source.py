@@ -118,7 +118,7 @@ def own_trajectories(
     sampler, origin = open_sampler(model, path, settings)
     steps = len(sampler.schedule.timesteps)
     count: int = getattr(recipe, "trajectories", TRAJECTORIES)
-    kept: int = min(getattr(recipe, "kept_steps", 0), steps)  # few-step networks have fewer than recipes keep
+    kept: int = getattr(recipe, "kept_steps", 0)
     wanted = settings.samples or (count * kept if kept else INPUTS)
     policy: str = getattr(recipe, "selection", "uniform")
     with progress.stage("trajectories", "Sampling trajectories", count * steps, "steps") as advance:

@@ -127,16 +127,15 @@ def scales_by_step(
         statistics: Of :func:`record`.
         sampler: Whose steps.
         observer: How a range follows from the statistics of a step.
-        groups: How many; each step is a group where there are fewer steps.
+        groups: How many.
         partition: ``optimal`` or ``uniform``.
         scope: ``layer``: each quantizer has groups of its own; ``global``: all have the same.
         powers_of_two: Whether scales are powers of two apart.
 
     Raises:
-        OnnxqError: there is no group.
+        OnnxqError: there are not as many steps as groups.
     """
     steps = len(sampler.schedule.timesteps)
-    groups = min(groups, steps)
     check_groups(steps, groups)
     costs = {}
     for name, item in conditionable(job.model.graph).items():

@@ -58,7 +58,7 @@ class ApqDm:
         - The tables are TFMQ-DM's cache (arXiv 2407.19547); ``cache=False`` is the paper's.
 
     Attributes:
-        groups: How many groups of steps (8 in the paper), at most one for each; 1 is static.
+        groups: How many groups of steps (8 in the paper; unless it is said, at most one for each); 1 is static.
         partition: ``optimal``, ``uniform``, or ``learned``.
         iterations: Steps of the optimiser for ``learned``, each on samples of one step of the sampler; 0: so many for
             each of its steps as ``--budget`` says (2, 10 or 100).
@@ -73,7 +73,7 @@ class ApqDm:
         powers_of_two: Whether the scales of a value are powers of two apart, so that factors are exact.
         selection: Which steps are kept where no data is given.
         trajectories: How many samples the sampler makes.
-        kept_steps: Steps kept of each; all where there are fewer.
+        kept_steps: Steps kept of each.
         observer: How a range follows from the statistics of an activation.
         step_floor_db: SQNR that every sampler step keeps; 0 turns it off.
     """
@@ -107,6 +107,8 @@ class ApqDm:
             size = job.scheme.weights.format.storage.bitwidth / 8 if job.scheme.weights.enabled else 4
             CacheTemporalFeatures(sampler.denoiser, sampler.schedule.timesteps, bytes_per_weight=size)(job.model)
         hold_floor(job, observe, search, self.step_floor_db)
+        steps = len(sampler.schedule.timesteps)
+        groups = self.groups if "groups" in job.settings.knobs else min(self.groups, steps)
         statistics = time_scales.record(job)
         job.insert()
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
@@ -116,7 +118,7 @@ class ApqDm:
             statistics,
             sampler,
             observe,
-            groups=self.groups,
+            groups=groups,
             partition="optimal" if self.partition == "learned" else self.partition,
             scope="global" if self.lowering == "subgraphs" else self.scope,
             powers_of_two=self.powers_of_two,
@@ -127,7 +129,7 @@ class ApqDm:
         tables = scales.tables
         job.measurements["time_scales"] = {**found, "moving": len(tables)}
         if self.partition == "learned" and tables:
-            tables = self.learn(job, scales, len(sampler.schedule.timesteps))
+            tables = self.learn(job, scales, steps)
         job.measurements["scales_by_step"] = time_scales.by_value(job.model.graph, tables)
         job.lower()
         time_scales.lower(job, sampler, tables, self.lowering)

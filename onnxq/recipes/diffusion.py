@@ -75,7 +75,7 @@ class Diffusion(BlockKnobs):
         selection: Which steps are kept where no data is given; ``influence``: half of them evenly spread, half in
             proportion to what an error there does to the images.
         trajectories: How many samples the sampler makes.
-        kept_steps: Steps kept of each; all where there are fewer.
+        kept_steps: Steps kept of each.
     """
 
     cache: bool = True

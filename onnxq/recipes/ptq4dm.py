@@ -36,7 +36,7 @@ class Ptq4dm:
         selection: Which steps are kept where no data is given: ``ndtc``, ``uniform`` or ``all``. Re-runs by others
             have found ``uniform`` no worse.
         trajectories: How many samples the sampler makes.
-        kept_steps: Steps kept of each; all where there are fewer.
+        kept_steps: Steps kept of each.
         observer: How a range follows from the statistics of an activation.
     """
 

@@ -46,7 +46,7 @@ class QDiffusion(BlockKnobs):
     Attributes:
         selection: Which steps are kept where no data is given.
         trajectories: How many samples the sampler makes.
-        kept_steps: Steps kept of each; all where there are fewer.
+        kept_steps: Steps kept of each.
         iterations: Steps of Adam for each block's rounding; 0: what ``--budget`` says. A quarter of it for activations.
         split: ``two_op``: a layer for each part of a shortcut; ``equalize``: one layer, whose parts are multiplied
             into one range by powers of two; ``none``.

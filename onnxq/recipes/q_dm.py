@@ -58,7 +58,7 @@ class QDm:
         step_rate: Adam's rate of steps.
         selection: Which steps are kept where no data is given.
         trajectories: How many samples the sampler makes.
-        kept_steps: Steps kept of each; all where there are fewer.
+        kept_steps: Steps kept of each.
         observer: How the first range follows from the statistics of an activation.
         samples: How many inputs to learn from, at most.
         cache_mib: Memory for inputs and what the float network makes of them; what is more goes to files.
