@@ -15,6 +15,7 @@ from onnxq.calibration.data import InputSpec, Preprocessing, Source, input_specs
 from onnxq.calibration.noise import Noise
 from onnxq.calibration.side_car import attached
 from onnxq.config import Settings
+from onnxq.diffusion.latents import read_scaling
 from onnxq.parallel import Workers
 from onnxq.progress import Progress
 
@@ -76,13 +77,14 @@ def calibration_inputs(
             "judged on random inputs, because no --data was given; quantizing itself needed none"
         ]
     if data is None:
-        return _made_up(model, specs, settings, progress, recipe, checkpoint)
+        return _made_up(model, path, specs, settings, progress, recipe, checkpoint)
     source = open_source(data, specs, Preprocessing(**settings.preprocess.model_dump()))
     return source, getattr(source, "notes", [])
 
 
 def _made_up(
     model: ir.Model,
+    path: Path,
     specs: Sequence[InputSpec],
     settings: Settings,
     progress: Progress,
@@ -126,8 +128,11 @@ def _made_up(
                 reason = "its weights or statistics are so large that inputs made from them overflow"
             elif has_statistics:
                 reason = "its inputs are none that can be made from BatchNormalization"
-    noise = Noise(specs, count=settings.samples or 32, seed=settings.seed)
-    return noise, [f"calibrated on random inputs, because no --data was given ({reason}): ranges are guesses"]
+    latents = len(specs) == 1 and len(specs[0].shape) == 4 and not _is_picture(specs[0])
+    scaling = read_scaling(path) if latents else None
+    noise = Noise(specs, count=settings.samples or 32, seed=settings.seed, scaling=scaling)
+    words = "random inputs" if scaling is None else "random latents, scaled as the autoencoder's config.json says"
+    return noise, [f"calibrated on {words}, because no --data was given ({reason}): ranges are guesses"]
 
 
 def _is_picture(spec: InputSpec) -> bool:

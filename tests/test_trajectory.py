@@ -18,6 +18,7 @@ from onnxq import OnnxqError, kinds
 from onnxq import model as models
 from onnxq.calibration.archives import Npz
 from onnxq.diffusion import denoiser as denoisers
+from onnxq.diffusion.conditions import open_conditions
 from onnxq.diffusion.diffusers_schedule import MODULES, Diffusers
 from onnxq.diffusion.schedule import open_schedule
 from onnxq.diffusion.schedule_file import ASSUMED_DIFFUSION, read_schedule
@@ -296,13 +297,13 @@ def test_conditions_that_are_no_labels_are_given(tmp_path: Path) -> None:
     model = ir.from_onnx_text(text)
     denoiser = denoisers.find(model)
     with pytest.raises(OnnxqError, match="'prompt'"):
-        denoisers.open_conditions(None, denoiser)
+        open_conditions(None, denoiser)
     np.savez(tmp_path / "wrong.npz", prompt=np.zeros((2, 3, 7), np.float32))
     with pytest.raises(OnnxqError, match="found \\[2, 3, 7\\]"):
-        denoisers.open_conditions(tmp_path / "wrong.npz", denoiser)
+        open_conditions(tmp_path / "wrong.npz", denoiser)
     rows = {"prompt": np.ones((2, 3, 8), np.float32), "prompt.unconditional": np.zeros((3, 8), np.float32)}
     np.savez(tmp_path / "right.npz", **rows)
-    conditions = denoisers.open_conditions(tmp_path / "right.npz", denoiser)
+    conditions = open_conditions(tmp_path / "right.npz", denoiser)
     schedule = open_schedule({"_class_name": "FlowMatching"}, denoiser, 2)
     sampler = Sampler(denoiser, schedule, 2.0, conditions)
     sampler.check()
@@ -337,15 +338,15 @@ def test_a_sample_may_have_channels_beside_its_noise(
     shape = tuple(map(int, output.split(",")[1:]))
     assert (denoiser.channels, denoiser.channel_axis, denoiser.beside, denoiser.noise_shape) == (4, axis, 5, shape)
     with pytest.raises(OnnxqError, match=r"'x.behind', which are not class labels, found none"):
-        denoisers.open_conditions(None, denoiser)
+        open_conditions(None, denoiser)
     wide = [5 if index == axis - 1 else size for index, size in enumerate(shape)]
     path, rows = tmp_path / "conditions.npz", np.random.default_rng(0).standard_normal((2, *wide)).astype(np.float32)
     np.savez(path, **{f"x.{place}": rows[..., :-1]})
     with pytest.raises(OnnxqError, match=r"expected rows of shape .*5.* under 'x.behind'"):
-        denoisers.open_conditions(path, denoiser)
+        open_conditions(path, denoiser)
     np.savez(path, **{f"x.{place}": rows})
     schedule = open_schedule({"_class_name": "FlowMatching"}, denoiser, 3)
-    run = Sampler(denoiser, schedule, 1.0, denoisers.open_conditions(path, denoiser)).run(Session(model), [0, 1, 2])
+    run = Sampler(denoiser, schedule, 1.0, open_conditions(path, denoiser)).run(Session(model), [0, 1, 2])
     for visit in run:
         given, noise = np.split(visit.feed["x"], [5] if place == "before" else [4], axis)[
             :: 1 if place == "before" else -1
@@ -365,7 +366,7 @@ def test_what_is_beside_the_noise_may_differ_without_the_condition(tmp_path: Pat
 
     def without() -> np.ndarray:
         np.savez(path, **rows)
-        sampler = Sampler(denoiser, schedule, 2.0, denoisers.open_conditions(path, denoiser))
+        sampler = Sampler(denoiser, schedule, 2.0, open_conditions(path, denoiser))
         feed = next(iter(sampler.run(Session(model), [0]))).feed
         assert feed["x"].shape == (2, 3, 4, 4) and feed["x"][0, 1:].all() and not feed["y"][1].any()
         return feed["x"][1, 1:]

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxq.calibration.data import InputSpec, Sample
+from onnxq.calibration.data import Array, InputSpec, Sample
 from onnxq.calibration.images import USUAL_SIDE
 from onnxq.errors import OnnxqError
+
+if TYPE_CHECKING:
+    from onnxq.diffusion.latents import Scaling
 
 
 class Noise:
     """Standard normal samples in the shape of the model's float inputs.
+
+    Args:
+        specs: The model's inputs.
+        count: How many samples.
+        seed: Of the random numbers.
+        scaling: Of latents, for the decoder of a pipeline.
 
     Raises:
         OnnxqError: an input is not float, or has a free dimension other than the batch; nothing can be guessed then.
@@ -20,7 +30,7 @@ class Noise:
 
     is_made_up = True
 
-    def __init__(self, specs: Sequence[InputSpec], *, count: int, seed: int) -> None:
+    def __init__(self, specs: Sequence[InputSpec], *, count: int, seed: int, scaling: Scaling | None = None) -> None:
         for spec in specs:
             if spec.dtype.kind != "f":
                 raise OnnxqError(
@@ -37,6 +47,7 @@ class Noise:
         self.specs = list(specs)
         self.count = count
         self.seed = seed
+        self.scaling = scaling
 
     def __len__(self) -> int:
         return self.count
@@ -44,7 +55,9 @@ class Noise:
     def __iter__(self) -> Iterator[Sample]:
         generator = np.random.default_rng(self.seed)
         for _ in range(self.count):
-            yield {
-                spec.name: generator.standard_normal([size or 1 for size in spec.row_shape]).astype(spec.dtype)
-                for spec in self.specs
-            }
+            yield {spec.name: self._drawn(generator, spec) for spec in self.specs}
+
+    def _drawn(self, generator: np.random.Generator, spec: InputSpec) -> Array:
+        drawn = generator.standard_normal([size or 1 for size in spec.row_shape])
+        scaled = drawn if self.scaling is None else self.scaling.applied(drawn[None])[0]
+        return scaled.astype(spec.dtype)

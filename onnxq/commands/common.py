@@ -66,9 +66,11 @@ Guidance = Annotated[
 Conditions = Annotated[
     Path | None,
     typer.Option(
-        metavar="NPZ",
-        help="For denoisers: rows for inputs that are not class labels (embeddings), keyed by input name; "
-        "NAME.unconditional is one row for guidance; SAMPLE.behind (or .before) are channels beside the noisy ones.",
+        metavar="FILE",
+        help="For denoisers: a .txt with a prompt a line, encoded by the text encoders of the pipeline that the model "
+        "lies in; or an .npz of rows for inputs that are not class labels (embeddings), keyed by input name. There, "
+        "NAME.unconditional is one row for guidance, SAMPLE.behind (or .before) are channels beside the noisy ones, "
+        "and prompts are texts for the inputs without rows.",
         show_default=False,
     ),
 ]

@@ -45,6 +45,15 @@ def sample(
     steps: Steps = None,
     guidance: Guidance = None,
     conditions: Conditions = None,
+    decoder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="ONNX",
+            help="Draws latents: the decoder of the autoencoder. Without it, vae_decoder/model.onnx of the pipeline "
+            "that the denoiser lies in.",
+            show_default=False,
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How many samples.")] = 64,
     seed: Annotated[int, typer.Option(help="Sample i starts from noise that depends on the seed and i alone.")] = 0,
     features: Annotated[
@@ -78,15 +87,17 @@ def sample(
     from onnxq.config import make_settings
     from onnxq.diffusion import comparison
     from onnxq.diffusion.denoiser import Runnable
+    from onnxq.diffusion.latents import find_decoder
     from onnxq.diffusion.noise_correction import correct_noise
     from onnxq.diffusion.router import Router, read_index
+    from onnxq.diffusion.schedule_file import pipeline_folders
     from onnxq.diffusion.source import check_timesteps, open_sampler
     from onnxq.diffusion.trajectory import Sampler
     from onnxq.errors import OnnxqError
     from onnxq.report.pictures import report_pictures, write_grid
     from onnxq.runtime import Session
 
-    check_destinations([model, against, scheduler, conditions, features, reference], output, json_path, report)
+    check_destinations([model, against, scheduler, conditions, decoder, features, reference], output, json_path, report)
     if (features is None) != (reference is None):
         raise OnnxqError(
             "expected --features and --reference together, found one of them",
@@ -120,16 +131,19 @@ def sample(
     samplers: dict[str, tuple[Sampler, Runnable]] = {"quantized": (own, judged)}
     if against is not None:
         samplers["float"] = (sampler, Session(against, device=device))
+    is_drawn = bool(output or report or network or decoder)
+    around = pipeline_folders(None if scheduler is None else Path(scheduler), source)
+    drawing = find_decoder(decoder, around, sampler.denoiser) if is_drawn else None
     with progress(quiet).stage("sample", "Sampling", samples) as advance:
-        found = comparison.sample(samplers, samples, min(samples, 64), network, advance)
+        found = comparison.sample(samplers, samples, min(samples, 64), network, advance, drawing)
     if output is not None:
-        write_grid(output, found.images, sampler.schedule.data_range)
+        write_grid(output, found.images, found.picture_range)
     numbers = {"model": str(model), "against": None if against is None else str(against), **found.numbers}
     if factors:
         numbers["noise_factors"] = factors
     write_json(json_path, numbers)
     if report is not None:
-        pictures = report_pictures(found.images, sampler.schedule.data_range, REPORTED_BYTES)
+        pictures = report_pictures(found.images, found.picture_range, REPORTED_BYTES)
         write_report(report, numbers | {"pictures": pictures})
     if quiet:
         return

@@ -12,6 +12,7 @@ import numpy as np
 from onnxq.calibration.archives import read_arrays
 from onnxq.calibration.data import Array
 from onnxq.diffusion.denoiser import Runnable
+from onnxq.diffusion.latents import PICTURE_RANGE, LatentDecoder
 from onnxq.diffusion.trajectory import Sampler
 from onnxq.errors import OnnxqError
 from onnxq.progress import Advance
@@ -115,11 +116,13 @@ class Sampled:
     """What was sampled, and how far it is from the float denoiser's.
 
     Attributes:
-        images: By ``float`` and ``quantized``: the first samples [count, channels, …].
+        images: By ``float`` and ``quantized``: the first samples [count, channels, …], drawn if there is a decoder.
+        picture_range: Their values of black and white.
         numbers: The keys of ``--json``.
     """
 
     images: dict[str, Array]
+    picture_range: tuple[float, float]
     numbers: dict[str, Any]
 
 
@@ -129,6 +132,7 @@ def sample(
     shown: int,
     features: FeatureNetwork | None = None,
     advance: Advance | None = None,
+    decoder: LatentDecoder | None = None,
 ) -> Sampled:
     """Sample one denoiser, or a float and a quantized one with the same noise and conditions.
 
@@ -138,6 +142,7 @@ def sample(
         shown: How many of them to keep as images.
         features: For Fréchet distances.
         advance: Called with the number of samples that are done.
+        decoder: Draws the images, where samples are latents.
 
     Returns:
         Images and numbers: ``trajectory_sqnr_db`` is the quantized network's prediction in each step on the float
@@ -149,18 +154,20 @@ def sample(
     per_step, path_error = [Sqnr() for _ in range(steps)], [Sqnr() for _ in range(steps + 1)]
     statistics = {kind: Features() for kind in samplers}
     images: dict[str, list[Array]] = {kind: [] for kind in samplers}
+    low, high = picture_range = sampler.schedule.data_range if decoder is None else PICTURE_RANGE
     for start in range(0, count, sampler.batch):
         indices = range(start, min(count, start + sampler.batch))
         paths: dict[str, list[Array]] = {}
         for kind, (own, session) in sorted(samplers.items()):  # float first
             judge = _judge(samplers, per_step) if kind == "float" else None
             paths[kind] = list(_walk(own, session, indices, judge))
-            result = paths[kind][-1]
             kept = max(0, shown - start)
-            images[kind].append(result[:kept])
+            result = paths[kind][-1][: None if features is not None else kept]
+            drawn = result if decoder is None or not len(result) else decoder(result)
+            if kept or not start:
+                images[kind].append(drawn[:kept])
             if features is not None:
-                low, high = sampler.schedule.data_range
-                statistics[kind].update(features(np.clip((result - low) / (high - low) * 2 - 1, -1, 1)))
+                statistics[kind].update(features(np.clip((drawn - low) / (high - low) * 2 - 1, -1, 1)))
         if "float" in paths:
             for ratio, wanted, found in zip(path_error, paths["float"], paths["quantized"], strict=True):
                 ratio.update(wanted, found)
@@ -176,7 +183,7 @@ def sample(
     if features is not None:
         for kind, seen in statistics.items():
             numbers[f"frechet_distance_{kind}"] = frechet_distance(seen.moments, features.reference)
-    return Sampled({kind: np.concatenate(parts) for kind, parts in images.items()}, numbers)
+    return Sampled({kind: np.concatenate(parts) for kind, parts in images.items()}, picture_range, numbers)
 
 
 Judge = Callable[[int, dict[str, Array], Array], None]

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxq.calibration.archives import read_arrays
 from onnxq.calibration.data import Array, InputSpec, fixed_batch, input_specs
 from onnxq.diffusion.timestep_input import becomes_waves, is_called_timestep, table_rows
 from onnxq.errors import OnnxqError
 from onnxq.kinds import channel_axis
 from onnxq.runtime import Feed
 
+UNCONDITIONAL = ".unconditional"  # behind a condition's name: its one row for guidance
 USUAL_LATENT_SIDE = 64  # of a sample whose size neither the model nor the user says
 
 
@@ -113,7 +112,7 @@ class Denoiser:
             parts.append(session.run(part, [self.output])[0])
         predicted, wanted = np.concatenate([np.atleast_1d(part) for part in parts]), feed[self.sample.name].shape
         axis = self.channel_axis
-        if len(predicted) < total or _without(predicted.shape, axis) != _without(wanted, axis):
+        if len(predicted) < total or without_axis(predicted.shape, axis) != without_axis(wanted, axis):
             raise OnnxqError(
                 f"expected a prediction of the sample's shape {list(wanted)}, found {list(predicted.shape)}",
                 hint="the graph is not that of the denoiser; if it is one of several, write them all again",
@@ -122,7 +121,7 @@ class Denoiser:
         return noisy
 
 
-def _without(shape: Sequence[int | None], axis: int) -> list[int | None]:
+def without_axis(shape: Sequence[int | None], axis: int) -> list[int | None]:
     """The sizes of a sample but for its channels."""
     return [*shape[1:axis], *shape[axis + 1 :]]
 
@@ -142,7 +141,7 @@ def find(model: ir.Model) -> Denoiser:
     values = {value.name: value for value in model.graph.inputs}
     found = next(_samples(model, specs), None)
     if found is None:
-        shapes = ", ".join(f"{spec.name} {spec.dtype}{_shown(spec.shape)}" for spec in specs)
+        shapes = ", ".join(f"{spec.name} {spec.dtype}{shown(spec.shape)}" for spec in specs)
         raise OnnxqError(
             f"expected a denoiser (a float sample and an output of its shape), found inputs {shapes}",
             hint="sampling is for denoisers; other models take --data, and `onnxq compare` judges them",
@@ -159,7 +158,7 @@ def find(model: ir.Model) -> Denoiser:
     channels = sample.shape[axis]
     if channels is None or None in sample.shape[1:]:
         raise OnnxqError(
-            f"expected a sample of known size, found {sample.name!r} {_shown(sample.shape)}",
+            f"expected a sample of known size, found {sample.name!r} {shown(sample.shape)}",
             hint=f"give {sample.example(USUAL_LATENT_SIDE)} with your sizes, or export it with only its batch free",
         )
     noisy = min(channels, predicted or channels)
@@ -191,7 +190,7 @@ def _timestep(others: Sequence[InputSpec], values: Mapping[str | None, ir.Value]
     if chosen.dtype.kind not in "iuf" or len(chosen.shape) > 1:
         raise OnnxqError(
             f"expected integers or floats of shape [batch] or [] for the timestep, found {chosen.name!r} "
-            f"{chosen.dtype}{_shown(chosen.shape)}",
+            f"{chosen.dtype}{shown(chosen.shape)}",
             hint="export the denoiser with its timestep as one number a sample",
         )
     return chosen
@@ -203,65 +202,6 @@ def _rows(array: Array, start: int, count: int) -> Array:
     return array[start : start + count] if start + count <= len(array) else array[index]
 
 
-def _shown(shape: Sequence[int | None]) -> str:
+def shown(shape: Sequence[int | None]) -> str:
+    """A shape for an error, with ``any`` where it is free."""
     return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
-
-
-def open_conditions(path: Path | None, denoiser: Denoiser) -> dict[str, Array]:
-    """Rows for the conditions that cannot be drawn (embeddings of text, images, …).
-
-    Args:
-        path: An ``.npz`` keyed by input name; ``NAME.unconditional`` holds one row for guidance. The channels of a
-            sample that are not noisy come under ``SAMPLE.behind``, or ``SAMPLE.before`` where they stand before them.
-        denoiser: The denoiser.
-
-    Raises:
-        OnnxqError: an array is missing, or has another shape.
-    """
-    needed = [item.spec for item in denoiser.conditions if item.classes is None]
-    keys = [spec.name for spec in needed] + ([denoiser.beside_names[1]] if denoiser.beside else [])
-    if not keys:
-        return {}
-    names = ", ".join(map(repr, keys))
-    if path is None:
-        raise OnnxqError(
-            f"expected values for the condition {names}, which are not class labels, found none",
-            hint=f"give --conditions FILE.npz with rows under {keys[0]!r}",
-        )
-    hint = f"write it with np.savez, keyed by input name: {names}"
-    found = read_arrays(path, what="an .npz of conditions", hint=hint)
-    for spec in needed:
-        array = found.get(spec.name)
-        fits = array is not None and len(array.shape) == len(spec.shape) and len(array) > 0
-        sizes = () if array is None else array.shape if spec.is_whole else array.shape[1:]
-        if array is None or not fits or any(a not in (None, b) for a, b in zip(spec.row_shape, sizes, strict=True)):
-            raise OnnxqError(
-                f"expected {'an array' if spec.is_whole else 'rows'} of shape {_shown(spec.shape)} under "
-                f"{spec.name!r} in {path}, found {'nothing' if array is None else list(array.shape)}",
-                hint="one row for each condition along the first axis; one array where the input has no batch axis",
-            )
-    if denoiser.beside:
-        _check_beside(denoiser, [found[key] for key in denoiser.beside_names if key in found], path)
-    for name, array in found.items():
-        row = found.get(f"{name}.unconditional")
-        if row is not None and row.size != np.prod(array.shape[1:]):
-            raise OnnxqError(
-                f"expected one row of shape {list(array.shape[1:])} under '{name}.unconditional' in {path}, "
-                f"found {list(row.shape)}",
-                hint=f"it stands for no condition, beside the rows under {name!r}",
-            )
-    return {name: np.asarray(array) for name, array in found.items()}
-
-
-def _check_beside(denoiser: Denoiser, given: Sequence[Array], path: Path) -> None:
-    """Refuse what does not fill the channels of the sample that are not noisy."""
-    sample, axis = denoiser.sample, denoiser.channel_axis
-    channels = sum(array.shape[axis] if array.ndim == len(sample.shape) and len(array) else 0 for array in given)
-    sizes = [_without(array.shape, axis) for array in given]
-    if channels != denoiser.beside or any(size != _without(sample.shape, axis) for size in sizes):
-        shape = _shown([None, *sample.shape[1:axis], denoiser.beside, *sample.shape[axis + 1 :]])
-        (before, behind), found = denoiser.beside_names, " and ".join(str(list(array.shape)) for array in given)
-        raise OnnxqError(
-            f"expected rows of shape {shape} under {behind!r} in {path}, found {found or 'nothing'}",
-            hint=f"what {sample.name!r} holds behind its {denoiser.channels} noisy channels; before them: {before!r}",
-        )

@@ -64,8 +64,8 @@ def _found(file: Path | None, model: ir.Model, path: Path | None) -> tuple[dict[
         file = _in_pipeline(file) or file / CONFIG
     if file is None and path is not None:
         beside = path.with_suffix(".scheduler.json")
-        folder = path.absolute().parent
-        file = beside if beside.is_file() else _in_pipeline(folder) or _in_pipeline(folder.parent)
+        around = (found for folder in pipeline_folders(None, path) if (found := _in_pipeline(folder)))
+        file = beside if beside.is_file() else next(around, None)
     if file is None:
         return None, ""
     return _parse(_read(file), str(file)), f"schedule from {file}"
@@ -84,6 +84,17 @@ def _assumed(model: ir.Model, denoiser: Denoiser, rate: float) -> tuple[dict[str
         if not counts:
             return ASSUMED_FLOW_MATCHING, "flow matching with velocities is"
     return ASSUMED_DIFFUSION, "1,000 linear betas 1e-4 to 0.02 and a predicted epsilon are"
+
+
+def pipeline_folders(given: Path | None, path: Path | None) -> list[Path]:
+    """Folders that may be that of the model's pipeline, likeliest first.
+
+    Args:
+        given: What ``--scheduler`` names.
+        path: The model's file.
+    """
+    around = [] if path is None else list(path.absolute().parents[:2])
+    return ([given] if given is not None and given.is_dir() else []) + around
 
 
 def _in_pipeline(folder: Path) -> Path | None:

@@ -14,9 +14,10 @@ import onnx_ir as ir
 from onnxq.calibration import sizes
 from onnxq.config import Settings
 from onnxq.diffusion import denoiser as denoisers
+from onnxq.diffusion.conditions import open_conditions
 from onnxq.diffusion.influence import image_influence
 from onnxq.diffusion.schedule import open_schedule
-from onnxq.diffusion.schedule_file import read_schedule
+from onnxq.diffusion.schedule_file import pipeline_folders, read_schedule
 from onnxq.diffusion.trajectory import Sampler, Trajectories
 from onnxq.errors import OnnxqError
 from onnxq.parallel import Workers
@@ -44,8 +45,9 @@ def open_sampler(model: ir.Model, path: Path | None, settings: Settings) -> tupl
     """
     sizes.choose(model, settings.shapes)
     denoiser = denoisers.find(model)
-    conditions = denoisers.open_conditions(None if settings.conditions is None else Path(settings.conditions), denoiser)
     file = None if settings.scheduler is None else Path(settings.scheduler)
+    given = None if settings.conditions is None else Path(settings.conditions)
+    conditions = open_conditions(given, denoiser, pipeline_folders(file, path))
     entries, line = read_schedule(file, model, path, denoiser)
     schedule = open_schedule(entries, denoiser, settings.steps)
     sampler = Sampler(denoiser, schedule, settings.guidance, conditions, settings.seed)

@@ -19,7 +19,7 @@ import numpy as np
 
 from onnxq.calibration.archives import Npz
 from onnxq.calibration.data import STEP_KEY, Array, Sample
-from onnxq.diffusion.denoiser import Denoiser, Runnable
+from onnxq.diffusion.denoiser import UNCONDITIONAL, Denoiser, Runnable
 from onnxq.diffusion.schedule import Schedule
 from onnxq.diffusion.selection import by_influence, select
 from onnxq.errors import OnnxqError
@@ -79,9 +79,7 @@ class Sampler:
         """
         if self.guidance == 1:
             return
-        known = {
-            name.removesuffix(".unconditional") for name in self.conditions or {} if name.endswith(".unconditional")
-        }
+        known = {name.removesuffix(UNCONDITIONAL) for name in self.conditions or {} if name.endswith(UNCONDITIONAL)}
         missing = [
             item.spec.name
             for item in self.denoiser.conditions
@@ -154,8 +152,8 @@ class Run:
         given = self.sampler.conditions or {}
         rows = given[name]
         self.conditional[name] = rows[np.asarray(indices) % len(rows)].astype(dtype)
-        if f"{name}.unconditional" in given:
-            row = given[f"{name}.unconditional"].reshape(1, *rows.shape[1:]).astype(dtype)
+        if name + UNCONDITIONAL in given:
+            row = given[name + UNCONDITIONAL].reshape(1, *rows.shape[1:]).astype(dtype)
             self.unconditional[name] = np.repeat(row, len(indices), axis=0)
 
     def __iter__(self) -> Iterator[Visit]:

@@ -43,7 +43,7 @@ def grid_png(
         found = next(iter(images.values()))
         raise OnnxqError(
             f"expected samples of 1 or 3 channels for a grid of images, found shape {list(found.shape[1:])}",
-            hint="leave -o out (latents need their decoder), and read the numbers with --json",
+            hint="give latents their --decoder, or leave -o out and read the numbers with --json",
         )
     low, high = data_range
     sides = []

@@ -1,0 +1,130 @@
+"""Latents and the pictures that they stand for: the decoder of a pipeline, and how its latents are scaled.
+
+A denoiser of latents works on numbers of variance 1. Those that the decoder reads (the second half of a variational
+autoencoder) are larger or smaller and shifted, as the autoencoder's ``config.json`` says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, PositiveFloat, ValidationError
+
+from onnxq import model as models
+from onnxq.calibration.data import Array, fixed_batch, input_specs
+from onnxq.diffusion.denoiser import Denoiser, shown
+from onnxq.errors import OnnxqError, unwanted
+from onnxq.runtime import Session
+
+DECODER = Path("vae_decoder", "model.onnx")
+PICTURE_RANGE = (-1.0, 1.0)  # black and white, as decoders draw them
+
+
+class Scaling(BaseModel):
+    """What stands in an autoencoder's ``config.json``; a decoder reads ``x · std / factor + mean + shift``."""
+
+    scaling_factor: PositiveFloat = 1.0
+    shift_factor: float = 0.0
+    latents_mean: list[float] = [0.0]
+    latents_std: list[PositiveFloat] = [1.0]
+
+    def applied(self, latents: Array) -> Array:
+        """What a decoder reads in place of latents [batch, channels, height, width] of variance 1."""
+        mean, deviation = (
+            np.asarray(value, np.float32).reshape(1, -1, 1, 1) for value in (self.latents_mean, self.latents_std)
+        )
+        result: Array = latents * deviation / np.float32(self.scaling_factor) + mean + np.float32(self.shift_factor)
+        return result
+
+
+def read_scaling(decoder: Path) -> Scaling | None:
+    """How latents for a decoder are scaled; ``None`` where no configuration of an autoencoder is near it.
+
+    Args:
+        decoder: Its file; the configuration lies beside it, or in the pipeline's folder ``vae``.
+
+    Raises:
+        OnnxqError: it says something else than numbers.
+    """
+    folder = decoder.absolute().parent
+    for file in (folder / "config.json", folder.parent / "vae" / "config.json"):
+        try:
+            entries = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if not isinstance(entries, dict) or not Scaling.model_fields.keys() & entries.keys():
+            continue
+        try:
+            return Scaling(**{name: value for name, value in entries.items() if value is not None})
+        except ValidationError as error:
+            raise OnnxqError(
+                f"expected {unwanted(error)} in {file}", hint="it is the autoencoder's of the pipeline"
+            ) from error
+    return None
+
+
+class LatentDecoder:
+    """Draws the pictures that latents stand for.
+
+    Args:
+        path: The decoder, from latents [batch, channels, height, width] to pictures in [-1, 1].
+
+    Raises:
+        OnnxqError: it is no ONNX model of one such input.
+    """
+
+    def __init__(self, path: Path) -> None:
+        specs = input_specs(models.read(path))
+        if len(specs) != 1 or len(specs[0].shape) != 4:
+            found = ", ".join(f"{spec.name} {shown(spec.shape)}" for spec in specs)
+            raise OnnxqError(
+                f"expected a decoder of latents [batch, channels, height, width] in {path}, found inputs {found}",
+                hint="it is the pipeline's vae_decoder/model.onnx",
+            )
+        self.spec = specs[0]
+        self.batch = fixed_batch(specs) or 1  # pictures are large
+        self.scaling = read_scaling(path) or Scaling()
+        self.session = Session(path)
+
+    def reads(self, denoiser: Denoiser) -> bool:
+        """Whether it can draw what a denoiser makes."""
+        shape = denoiser.noise_shape
+        return len(shape) == 3 and all(
+            size in (None, other) for size, other in zip(self.spec.row_shape, shape, strict=True)
+        )
+
+    def __call__(self, latents: Array) -> Array:
+        """Pictures [samples, channels, height, width]."""
+        pictures = []
+        for start in range(0, len(latents), self.batch):
+            places = np.minimum(np.arange(start, start + self.batch), len(latents) - 1)
+            given = self.scaling.applied(latents[places]).astype(self.spec.dtype)
+            pictures.append(self.session.run({self.spec.name: given})[0].astype(np.float32, copy=False))
+        return np.concatenate(pictures)[: len(latents)]
+
+
+def find_decoder(given: Path | None, pipelines: Sequence[Path], denoiser: Denoiser) -> LatentDecoder | None:
+    """The decoder that the user names, else that of the pipeline if it reads what the denoiser makes.
+
+    Args:
+        given: Its file.
+        pipelines: Folders that may be that of the pipeline, likeliest first.
+        denoiser: The denoiser.
+
+    Raises:
+        OnnxqError: the one that is named reads something else.
+    """
+    path = given or next((path for folder in pipelines if (path := folder / DECODER).is_file()), None)
+    decoder = None if path is None else LatentDecoder(path)
+    if decoder is None or decoder.reads(denoiser):
+        return decoder
+    if given is None:
+        return None
+    raise OnnxqError(
+        f"expected a decoder of samples {shown([None, *denoiser.noise_shape])}, found one of "
+        f"{shown(decoder.spec.shape)} in {given}",
+        hint="give --decoder the one of the denoiser's own pipeline",
+    )

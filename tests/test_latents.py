@@ -1,0 +1,107 @@
+"""Latents are drawn by the decoder of their pipeline, scaled as its configuration says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from PIL import Image
+from test_cli_errors import assert_two_lines, run
+from test_prompts import denoiser_file
+
+from onnxq import model as models
+from onnxq.calibration import sizes
+from onnxq.config import make_settings
+from onnxq.diffusion.latents import LatentDecoder, read_scaling
+from onnxq.inputs import calibration_inputs
+from onnxq.progress import Progress
+
+WEIGHTS = np.random.default_rng(0).uniform(-1, 1, (3, 4)).astype(np.float32)
+
+
+def decoder_file(path: Path, batch: str = "N", channels: int = 4) -> Path:
+    """A decoder: every pixel is a sum over its latent's channels."""
+    numbers = ", ".join(f"{value:.9g}" for value in np.resize(WEIGHTS, 3 * channels))
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+    decoder (float[{batch},{channels},H,W] latent_sample) => (float[{batch},3,H,W] sample)
+    <float[3,{channels},1,1] weights = {{{numbers}}}>
+    {{ sample = Conv (latent_sample, weights) }}"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    models.save(ir.from_onnx_text(text), path)
+    return path
+
+
+@pytest.mark.parametrize("batch", ["N", "2"])
+@pytest.mark.parametrize("place", ["vae_decoder", "vae"])
+def test_latents_are_scaled_as_diffusers_scales_them(place: str, batch: str, tmp_path: Path) -> None:
+    path = decoder_file(tmp_path / "vae_decoder" / "model.onnx", batch)
+    latents = np.random.default_rng(1).standard_normal((3, 4, 5, 6)).astype(np.float32)
+
+    def drawn(**entries: object) -> np.ndarray:
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **entries}))
+        return LatentDecoder(path)(latents)
+
+    def through(read: np.ndarray) -> np.ndarray:
+        return np.einsum("oc,nchw->nohw", WEIGHTS, read)
+
+    assert drawn().shape == (3, 3, 5, 6)
+    stable = drawn(scaling_factor=0.18215, shift_factor=None, latents_mean=None)
+    np.testing.assert_allclose(stable, through(latents / 0.18215), rtol=1e-4, atol=1e-5)
+    flux = drawn(scaling_factor=0.3611, shift_factor=0.1159)
+    np.testing.assert_allclose(flux, through(latents / 0.3611 + 0.1159), rtol=1e-4, atol=1e-5)
+    mean, deviation = np.asarray([-1.6, 0.3, -0.2, 0.1]), np.asarray([8.4, 5.9, 5.3, 5.9])
+    playground = drawn(scaling_factor=0.5, latents_mean=list(mean), latents_std=list(deviation))
+    read = latents * deviation[:, None, None] / 0.5 + mean[:, None, None]
+    np.testing.assert_allclose(playground, through(read), rtol=1e-4, atol=1e-4)
+
+
+def test_samples_of_latents_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    denoiser = denoiser_file(tmp_path / "unet" / "model.onnx", {})
+    decoder = decoder_file(tmp_path / "vae_decoder" / "model.onnx")
+    config, grid = decoder.parent / "config.json", tmp_path / "grid.png"
+    config.write_text('{"scaling_factor": 0.25}')
+
+    def sample(*more: object) -> tuple[int, str]:
+        grid.unlink(missing_ok=True)
+        return run(capsys, "sample", denoiser, "--against", denoiser, "--steps", 2, "-n", 3, "-q", "-o", grid, *more)
+
+    assert sample("--report", tmp_path / "report.html")[0] == 0
+    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 3
+    with Image.open(grid) as picture:
+        colours = len(set(picture.getdata()))
+    assert colours > 10  # besides frame and gap
+    other = decoder_file(tmp_path / "other.onnx", channels=16)
+    assert_two_lines(*sample("--decoder", other), "[any, 4, 4, 4]", "[any, 16, any, any]")
+    assert_two_lines(*sample("--decoder", denoiser), "expected a decoder of latents", "timestep")
+    config.write_text('{"scaling_factor": "large"}')
+    assert_two_lines(*sample(), "scaling_factor", str(config))
+    shutil.move(decoder, tmp_path / "decoder.onnx")
+    assert_two_lines(*sample(), "1 or 3 channels", "--decoder")
+    assert sample("--decoder", tmp_path / "decoder.onnx")[0] == 0 and grid.is_file()
+    shutil.copy(other, decoder)  # of another model: the samples are what they were, no pictures
+    config.write_text("{")
+    assert_two_lines(*sample(), "1 or 3 channels")
+
+
+def test_a_decoder_without_data_gets_latents_of_its_own_size(tmp_path: Path) -> None:
+    path = decoder_file(tmp_path / "model.onnx")
+    settings = make_settings({"shapes": {"latent_sample": [1, 4, 8, 8]}, "samples": 8})
+
+    def spread() -> tuple[float, str]:
+        model = models.load(path)
+        sizes.choose(model, settings.shapes)
+        source, notes = calibration_inputs(model, path, None, settings, Progress())
+        return float(np.std([sample["latent_sample"] for sample in source])), notes[0]
+
+    deviation, note = spread()
+    assert deviation == pytest.approx(1, rel=0.1) and "random inputs" in note
+    (tmp_path / "config.json").write_text('{"scaling_factor": 0.18215, "latents_std": null}')
+    deviation, note = spread()
+    assert deviation == pytest.approx(1 / 0.18215, rel=0.1) and "random latents" in note
+    (tmp_path / "config.json").write_text('{"architectures": ["CLIPTextModel"]}')
+    assert read_scaling(path) is None and spread()[0] == pytest.approx(1, rel=0.1)
