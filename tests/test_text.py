@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from conftest import DATA
+from test_prompts import clip_tokenizer
 from typer.testing import CliRunner
 
 import onnxq
@@ -73,6 +74,24 @@ def test_a_tokenizer_json_is_read(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(OnnxqError, match=r"tokenizer\.json"):
         open_tokenizer(path)
+
+
+def test_a_tokenizer_of_a_folder_is_read(tmp_path: Path) -> None:
+    """As Stable Diffusion has it: no tokenizer.json, 77 tokens at most."""
+    pytest.importorskip("transformers")
+    folder, text = tmp_path / "tokenizer", tmp_path / "prompts.txt"
+    clip_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
+    text.write_text("a cat\n" + "a dog " * 80)
+    rows = list(open_source(text, ENCODER, Preprocessing(tokenizer=str(folder), sequence_length=256)))
+    begin, *words, end = tokenizer.encode("a cat")
+    assert len(words) == 2 and end == begin + 1 == tokenizer.padding
+    np.testing.assert_array_equal(rows[0]["input_ids"], [begin, *words, *[end] * 74])
+    np.testing.assert_array_equal(rows[0]["attention_mask"], [1] * 4 + [0] * 73)
+    assert rows[1]["attention_mask"].all() and rows[1]["input_ids"][-1] == end
+    (folder / "vocab.json").unlink()
+    with pytest.raises(OnnxqError, match="expected a tokenizer in"):
+        open_tokenizer(folder)
 
 
 @pytest.mark.parametrize(

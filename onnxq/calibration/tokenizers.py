@@ -1,4 +1,4 @@
-"""Tokenizers that the user names: Hugging Face's ``tokenizer.json``, and the vocabulary files of llama2.c."""
+"""Tokenizers that the user names: Hugging Face's ``tokenizer.json`` or folder, and the vocabulary files of llama2.c."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from onnxq.errors import OnnxqError
 
@@ -41,19 +41,56 @@ def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         OnnxqError: there is no such file, it is of no known kind, or the package that reads it is missing.
     """
     file = Path(path)
+    if file.is_dir():
+        return _of_folder(file)
     if not file.is_file():
         raise OnnxqError(f"expected a tokenizer at {file}, found nothing", hint="check --tokenizer")
     if file.suffix == ".json":
-        return _hugging_face(file)
+        return _of_file(file)
     if file.suffix == ".bin":
         return read_llama2c(file)
     raise OnnxqError(
-        f"expected a tokenizer.json or a .bin of llama2.c, found {file.name}",
+        f"expected a tokenizer.json, a tokenizer's folder or a .bin of llama2.c, found {file.name}",
         hint="for another tokenizer, write the tokens to an .npz keyed by the model's input names",
     )
 
 
-def _hugging_face(file: Path) -> Tokenizer:
+def read_folder(folder: Path) -> Any:
+    """The tokenizer of the package transformers from a folder, as models are published with; nothing is downloaded.
+
+    Raises:
+        OnnxqError: the folder holds none, or the package is missing.
+    """
+    try:
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+    except ModuleNotFoundError as error:
+        raise OnnxqError(
+            f"expected the package transformers to read the tokenizer in {folder}, found it not installed",
+            hint="pip install 'onnxq[prompts]'",
+        ) from error
+    hint = "copy the folder from where the model comes from: tokenizer_config.json and the vocabulary"
+    if not folder.is_dir():
+        raise OnnxqError(f"expected a tokenizer in {folder}, found nothing", hint=hint)
+    logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # it knows many kinds
+        raise OnnxqError(f"expected a tokenizer in {folder}, found {_reason(error)}", hint=hint) from error
+
+
+def _of_folder(folder: Path) -> Tokenizer:
+    tokenizer = read_folder(folder)
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if inner is None:
+        raise OnnxqError(
+            f"expected a tokenizer that Hugging Face's tokenizers run in {folder}, found a {type(tokenizer).__name__}",
+            hint="write the tokens to an .npz keyed by the model's input names",
+        )
+    return _HuggingFace(inner, folder, tokenizer.pad_token_id or 0, tokenizer.model_max_length)
+
+
+def _of_file(file: Path) -> Tokenizer:
     try:
         import tokenizers
     except ModuleNotFoundError as error:
@@ -65,35 +102,50 @@ def _hugging_face(file: Path) -> Tokenizer:
         inner = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:
         raise OnnxqError(
-            f"expected a tokenizer.json in {file}, found something else ({' '.join(str(error).split())[:120]})",
+            f"expected a tokenizer.json in {file}, found something else ({_reason(error)})",
             hint="it is the file that Hugging Face's tokenizers save",
         ) from error
+    return _HuggingFace(inner, file, (inner.padding or {}).get("pad_id", 0))
 
-    padding = (inner.padding or {}).get("pad_id", 0)
-    inner.no_truncation()  # the file may ask for both, as the model's users want a sentence, not as a whole file needs
-    inner.no_padding()
 
-    class HuggingFace:
-        def __init__(self) -> None:
-            self.texts_stand_alone = inner.num_special_tokens_to_add(False) > 1
-            self.padding = padding
+def _reason(error: Exception) -> str:
+    """One line of what another package says."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
-        def encode(self, text: str) -> list[int]:
-            try:
-                return list(inner.encode(text).ids)
-            except Exception as error:  # it knows no other kind
-                raise OnnxqError(
-                    f"expected a tokenizer that takes any text in {file}, found: {' '.join(str(error).split())[:120]}",
-                    hint="a vocabulary without a token for what it does not know takes only text that it knows",
-                ) from error
 
-        def encode_texts(self, texts: Sequence[str], length: int) -> list[list[int]]:
-            inner.enable_truncation(length)
-            encoded = [list(found.ids) for found in inner.encode_batch(list(texts))]
-            inner.no_truncation()
-            return encoded
+class _HuggingFace:
+    """A tokenizer of the package tokenizers.
 
-    return HuggingFace()
+    Args:
+        inner: It.
+        path: Where it comes from.
+        padding: The token that fills a short text.
+        longest: The tokens that its model reads at most.
+    """
+
+    def __init__(self, inner: Any, path: Path, padding: int, longest: int | None = None) -> None:
+        # The files may ask for both, as the model's users want a sentence, not as a whole file needs.
+        inner.no_truncation()
+        inner.no_padding()
+        self.inner, self.path, self.padding, self.longest = inner, path, padding, longest
+        self.texts_stand_alone = inner.num_special_tokens_to_add(False) > 1
+
+    def encode(self, text: str) -> list[int]:
+        """See :class:`Tokenizer`."""
+        try:
+            return list(self.inner.encode(text).ids)
+        except Exception as error:  # it knows no other kind
+            raise OnnxqError(
+                f"expected a tokenizer that takes any text in {self.path}, found: {_reason(error)}",
+                hint="a vocabulary without a token for what it does not know takes only text that it knows",
+            ) from error
+
+    def encode_texts(self, texts: Sequence[str], length: int) -> list[list[int]]:
+        """See :class:`Tokenizer`."""
+        self.inner.enable_truncation(min(length, self.longest or length))
+        encoded = [list(found.ids) for found in self.inner.encode_batch(list(texts))]
+        self.inner.no_truncation()
+        return encoded
 
 
 def read_llama2c(file: Path) -> BytePairs:

@@ -92,7 +92,10 @@ RayAddress = Annotated[
 Tokenizer = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="For text files as --data: a tokenizer.json, or a .bin of llama2.c.", show_default=False
+        metavar="FILE",
+        help="For text files as --data: a tokenizer.json, the folder of a tokenizer (onnxq[prompts]), or a .bin of "
+        "llama2.c.",
+        show_default=False,
     ),
 ]
 SequenceLength = Annotated[

@@ -9,16 +9,16 @@ encoder says of the whole text [batch, width], masks, and the sizes of the pictu
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from onnxq import model as models
 from onnxq.calibration.data import Array, InputSpec, fixed_batch, input_specs
 from onnxq.calibration.text import MASKS, check_roles, fixed_length, text_feed
+from onnxq.calibration.tokenizers import read_folder
 from onnxq.diffusion.denoiser import UNCONDITIONAL, Denoiser, shown
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
@@ -29,7 +29,6 @@ ENCODER, TOKENIZER, GRAPH = "text_encoder", "tokenizer", "model.onnx"
 SIZES = "time_ids"
 PIXELS_PER_LATENT = 8
 AESTHETIC_SCORE, WITHOUT_PROMPT = 6.0, 2.5  # what SDXL's refiner is told of a picture's beauty
-COPY = "copy the folder from the pipeline that the model comes from"
 INSTEAD = "give --conditions an .npz of rows keyed by input name"
 
 
@@ -39,15 +38,15 @@ class Encoded:
 
     Attributes:
         states: Of the last layer, [texts, tokens, width].
+        mask: 1 where there is text, [texts, tokens].
         early_states: Of the layer before, where the export returns it.
         pooled: Of a text as a whole, [texts, width], where there is such an output.
-        mask: 1 where there is text, [texts, tokens].
     """
 
     states: Array
-    early_states: Array | None
-    pooled: Array | None
     mask: Array
+    early_states: Array | None = None
+    pooled: Array | None = None
 
 
 def is_of_text(spec: InputSpec) -> bool:
@@ -151,52 +150,42 @@ def _encode(texts: Sequence[str], folder: Path, suffix: str, length: int) -> Enc
     check_roles(specs, hint=INSTEAD)
     tokens, mask = _tokens(texts, folder / f"{TOKENIZER}{suffix}", fixed_length(specs), length)
     session, batch = Session(path), fixed_batch(specs) or BATCH
-    parts = []
+    roles: dict[str, str] = {}
+    parts: dict[str, list[Array]] = {}
     for start in range(0, len(texts), batch):
         places = np.minimum(np.arange(start, start + batch), len(texts) - 1)  # the last again where the batch is fixed
-        parts.append(session.run(text_feed(specs, tokens[places], mask[places])))
-    names = session.output_names
-    made = {
-        name: np.concatenate(part)[: len(texts)].astype(np.float32, copy=False)
-        for name, part in zip(names, zip(*parts, strict=True), strict=True)
-    }
-    states = [name for name in names if made[name].ndim == 3]
-    hidden = [name for name in states if name.startswith("hidden_states")]  # from the embedding to the last layer
-    pooled = [name for name in ("text_embeds", "pooler_output", *names) if name in made and made[name].ndim == 2]
+        names = list(roles.values()) or session.output_names
+        made = dict(zip(names, session.run(text_feed(specs, tokens[places], mask[places]), names), strict=True))
+        roles = roles or _roles(made, path)
+        for role, name in roles.items():
+            parts.setdefault(role, []).append(made[name].astype(np.float32, copy=False))
+    return Encoded(mask=mask, **{role: np.concatenate(part)[: len(texts)] for role, part in parts.items()})
+
+
+def _roles(made: Mapping[str, Array], path: Path) -> dict[str, str]:
+    """Which output of an encoder is what :class:`Encoded` holds; hidden states go from the embedding to the end."""
+    states = [name for name, value in made.items() if value.ndim == 3]
+    hidden = [name for name in states if name.startswith("hidden_states")]
     last = [name for name in states if name not in hidden] or hidden[-1:]
     if not last:
         raise OnnxqError(
-            f"expected states [batch, tokens, width] from {path}, found outputs {', '.join(names)}", hint=INSTEAD
+            f"expected states [batch, tokens, width] from {path}, found outputs {', '.join(made)}",
+            hint=f"export the text encoder itself, or {INSTEAD}",
         )
-    return Encoded(
-        made[last[0]],
-        made[hidden[-2]] if len(hidden) > 1 else None,
-        made[pooled[0]] if pooled else None,
-        mask,
-    )
+    pooled = [name for name in ("text_embeds", "pooler_output", *made) if name in made and made[name].ndim == 2]
+    found = {"states": last[:1], "early_states": hidden[-2:-1], "pooled": pooled[:1]}
+    return {role: names[0] for role, names in found.items() if names}
 
 
 def _tokens(texts: Sequence[str], folder: Path, fixed: int | None, length: int) -> tuple[Array, Array]:
     """Tokens and mask [texts, tokens], all filled up to one length as pipelines do it."""
+    tokenizer = read_folder(folder)
+    length = fixed or min(length, tokenizer.model_max_length)
     try:
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
-    except ModuleNotFoundError as error:
-        raise OnnxqError(
-            "expected the package transformers to read a pipeline's tokenizer, found it not installed",
-            hint="pip install 'onnxq[prompts]'",
-        ) from error
-    if not folder.is_dir():
-        raise OnnxqError(f"expected a tokenizer in {folder}, found nothing", hint=f"{COPY}, or {INSTEAD}")
-    logging.set_verbosity_error()
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        length = fixed or min(length, tokenizer.model_max_length)
         found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
-    except Exception as error:  # it knows many kinds
+    except ValueError as error:
         raise OnnxqError(
-            f"expected a tokenizer in {folder}, found {' '.join(str(error).split())[:160] or type(error).__name__}",
-            hint=f"{COPY}, or {INSTEAD}",
+            f"expected a tokenizer that fills texts up to one length in {folder}, found: {error}", hint=INSTEAD
         ) from error
     return np.asarray(found["input_ids"], np.int64), np.asarray(found["attention_mask"], np.int64)
 
