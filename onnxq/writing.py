@@ -8,9 +8,11 @@ import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from onnxq.errors import OnnxqError
 
@@ -60,6 +62,13 @@ def write_text(target: Path, text: str) -> None:
         temporary = folder / target.name
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, target)
+
+
+def write_arrays(target: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an ``.npz`` whole or not at all."""
+    with atomic_folder(target) as folder:
+        np.savez(folder / "arrays.npz", **arrays)
+        os.replace(folder / "arrays.npz", target)
 
 
 def _prefix(target: Path) -> str:

@@ -15,6 +15,7 @@ from test_prompts import denoiser_file
 
 from onnxq import model as models
 from onnxq.calibration import sizes
+from onnxq.calibration.data import input_specs, open_source
 from onnxq.config import make_settings
 from onnxq.diffusion.latents import LatentDecoder, read_scaling
 from onnxq.inputs import calibration_inputs
@@ -86,6 +87,22 @@ def test_samples_of_latents_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
     shutil.copy(other, decoder)  # of another model: the samples are what they were, no pictures
     config.write_text("{")
     assert_two_lines(*sample(), "1 or 3 channels")
+
+
+def test_samples_are_what_their_decoder_is_calibrated_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    denoiser, latents = denoiser_file(tmp_path / "unet" / "model.onnx", {}), tmp_path / "latents.npz"
+    arguments = ("sample", denoiser, "--steps", 2, "-n", 70, "-q", "-o", latents)
+    assert run(capsys, *arguments)[0] == 0
+    with np.load(latents) as alone:
+        assert alone.files == ["sample"]
+        samples = alone["sample"]
+    decoder = decoder_file(tmp_path / "vae_decoder" / "model.onnx")
+    (decoder.parent / "config.json").write_text('{"scaling_factor": 0.25}')
+    assert run(capsys, *arguments)[0] == 0
+    with np.load(latents) as scaled:
+        assert samples.shape == (70, 4, 4, 4) and samples.std() > 0.1
+        np.testing.assert_allclose(scaled["latent_sample"], samples * 4, rtol=1e-6)
+    assert len(open_source(latents, input_specs(models.load(decoder)))) == 70
 
 
 def test_a_decoder_without_data_gets_latents_of_its_own_size(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from onnxq.calibration.archives import read_arrays
 from onnxq.calibration.data import Source, batches, input_specs, inputs_of, row_count
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session, serialize
-from onnxq.writing import atomic_folder
 
 Array = np.ndarray[Any, Any]
 
@@ -63,13 +62,6 @@ def record(
         if on_batch is not None:
             on_batch(done)
     return moments.arrays()
-
-
-def write(path: Path, arrays: dict[str, Array]) -> None:
-    """Write a side-car, whole or not at all."""
-    with atomic_folder(path) as folder:
-        np.savez(folder / "statistics.npz", **arrays)  # type: ignore[arg-type]
-        (folder / "statistics.npz").replace(path)
 
 
 def attach(model: ir.Model, path: Path) -> None:

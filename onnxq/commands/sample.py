@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,7 @@ from onnxq.commands.common import (
     write_report,
 )
 
+SHOWN = 64  # samples in a grid
 REPORTED_BYTES = 1 << 20  # of pictures in a report; base64 makes a third more of it
 
 
@@ -30,7 +33,14 @@ def sample(
     model: ModelPath,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="PNG", help="Where the grid of images goes.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PNG|NPZ",
+            help="Where the grid of images goes. An .npz takes all samples of MODEL, latents as their decoder reads "
+            "them: what to calibrate it on.",
+            show_default=False,
+        ),
     ] = None,
     against: Annotated[
         Path | None,
@@ -96,6 +106,7 @@ def sample(
     from onnxq.errors import OnnxqError
     from onnxq.report.pictures import report_pictures, write_grid
     from onnxq.runtime import Session
+    from onnxq.writing import write_arrays
 
     check_destinations([model, against, scheduler, conditions, decoder, features, reference], output, json_path, report)
     if (features is None) != (reference is None):
@@ -125,19 +136,25 @@ def sample(
     literal = metadata.get("target", "cpu") != "cpu"
     check_timesteps(metadata, sampler.schedule.timesteps)
     # The float model keeps the noise that its sampler means it to have: it gets a sampler of its own.
-    own, _ = open_sampler(models.load(source), source, settings)
+    own = dataclasses.replace(sampler, schedule=copy.deepcopy(sampler.schedule))
     factors = correct_noise(own, metadata["noise_correction"]) if "noise_correction" in metadata else {}
     judged = (Session if index is None else Router)(model, device=device, optimize=not literal)
     samplers: dict[str, tuple[Sampler, Runnable]] = {"quantized": (own, judged)}
     if against is not None:
         samplers["float"] = (sampler, Session(against, device=device))
-    is_drawn = bool(output or report or network or decoder)
-    around = pipeline_folders(None if scheduler is None else Path(scheduler), source)
-    drawing = find_decoder(decoder, around, sampler.denoiser) if is_drawn else None
+    is_grid = output is not None and output.suffix != ".npz"
+    around = pipeline_folders(scheduler, source)
+    drawing = find_decoder(decoder, around, sampler.denoiser) if output or report or network or decoder else None
+    is_drawn = is_grid or report is not None or network is not None
+    kept = min(samples, SHOWN) if is_grid or output is None else samples
     with progress(quiet).stage("sample", "Sampling", samples) as advance:
-        found = comparison.sample(samplers, samples, min(samples, 64), network, advance, drawing)
-    if output is not None:
+        found = comparison.sample(samplers, samples, kept, network, advance, drawing if is_drawn else None)
+    if output is not None and is_grid:
         write_grid(output, found.images, found.picture_range)
+    elif output is not None:
+        made = found.samples["quantized"]
+        read = {sampler.denoiser.sample.name: made} if drawing is None else {drawing.spec.name: drawing.scaled(made)}
+        write_arrays(output, read)
     numbers = {"model": str(model), "against": None if against is None else str(against), **found.numbers}
     if factors:
         numbers["noise_factors"] = factors
@@ -163,4 +180,4 @@ def sample(
         if f"frechet_distance_{kind}" in numbers:
             typer.echo(f"Fréchet distance, {kind}: {numbers[f'frechet_distance_{kind}']:.2f}")
     if output is not None:
-        typer.echo(f"{output}: {'float left, quantized right' if against is not None else 'the samples'}")
+        typer.echo(f"{output}: {'float left, quantized right' if against is not None and is_grid else 'the samples'}")

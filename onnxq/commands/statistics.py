@@ -49,6 +49,7 @@ def statistics(
     from onnxq import model as models
     from onnxq.calibration import side_car, sizes
     from onnxq.calibration.data import Preprocessing, input_specs, open_source
+    from onnxq.writing import write_arrays
 
     check_destinations([model, data, tokenizer, config], output, json_path)
     settings = data_settings(config, shapes, tokenizer, sequence_length)
@@ -59,7 +60,7 @@ def statistics(
     started = time.perf_counter()
     with progress(quiet).stage("record", "Recording statistics", total) as advance:
         arrays = side_car.record(loaded, source, samples=samples, on_batch=advance)
-    side_car.write(output, arrays)
+    write_arrays(output, arrays)
     numbers = {
         "output": str(output),
         "samples": total,

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -75,7 +75,7 @@ def synthesize(
     from onnxq.pipeline import checkpoint_folder
     from onnxq.report.pictures import write_grid
     from onnxq.synthesis.methods import get
-    from onnxq.writing import atomic_folder
+    from onnxq.writing import write_arrays
 
     check_destinations([model, statistics], output, grid, report, json_path)
     settings = make_settings({"budget": budget, "seed": seed, "device": device, "shapes": sizes_of(shapes)})
@@ -96,10 +96,7 @@ def synthesize(
         checkpoint=checkpoint_folder(output),
         progress=progress(quiet),
     )
-    with atomic_folder(output) as folder:
-        arrays: dict[str, Any] = {made.name: made.inputs, RANGE_RULE_KEY: np.array(made.observer)}
-        np.savez(folder / "made.npz", **arrays)
-        (folder / "made.npz").replace(output)
+    write_arrays(output, {made.name: made.inputs, RANGE_RULE_KEY: np.array(made.observer)})
     shutil.rmtree(checkpoint_folder(output), ignore_errors=True)
     low, high = np.percentile(made.inputs, [1, 99]).tolist()
     if grid is not None:

@@ -117,11 +117,13 @@ class Sampled:
 
     Attributes:
         images: By ``float`` and ``quantized``: the first samples [count, channels, …], drawn if there is a decoder.
+        samples: The same as they are, latents where those are.
         picture_range: Their values of black and white.
         numbers: The keys of ``--json``.
     """
 
     images: dict[str, Array]
+    samples: dict[str, Array]
     picture_range: tuple[float, float]
     numbers: dict[str, Any]
 
@@ -154,6 +156,7 @@ def sample(
     per_step, path_error = [Sqnr() for _ in range(steps)], [Sqnr() for _ in range(steps + 1)]
     statistics = {kind: Features() for kind in samplers}
     images: dict[str, list[Array]] = {kind: [] for kind in samplers}
+    kept_samples: dict[str, list[Array]] = {kind: [] for kind in samplers}
     low, high = picture_range = sampler.schedule.data_range if decoder is None else PICTURE_RANGE
     for start in range(0, count, sampler.batch):
         indices = range(start, min(count, start + sampler.batch))
@@ -166,6 +169,7 @@ def sample(
             drawn = result if decoder is None or not len(result) else decoder(result)
             if kept or not start:
                 images[kind].append(drawn[:kept])
+                kept_samples[kind].append(result[:kept])
             if features is not None:
                 statistics[kind].update(features(np.clip((drawn - low) / (high - low) * 2 - 1, -1, 1)))
         if "float" in paths:
@@ -183,7 +187,8 @@ def sample(
     if features is not None:
         for kind, seen in statistics.items():
             numbers[f"frechet_distance_{kind}"] = frechet_distance(seen.moments, features.reference)
-    return Sampled({kind: np.concatenate(parts) for kind, parts in images.items()}, picture_range, numbers)
+    whole, raw = ({kind: np.concatenate(parts) for kind, parts in arrays.items()} for arrays in (images, kept_samples))
+    return Sampled(whole, raw, picture_range, numbers)
 
 
 Judge = Callable[[int, dict[str, Array], Array], None]

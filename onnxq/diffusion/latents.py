@@ -96,13 +96,17 @@ class LatentDecoder:
             size in (None, other) for size, other in zip(self.spec.row_shape, shape, strict=True)
         )
 
+    def scaled(self, latents: Array) -> Array:
+        """What it reads in place of latents of variance 1."""
+        return self.scaling.applied(latents).astype(self.spec.dtype)
+
     def __call__(self, latents: Array) -> Array:
         """Pictures [samples, channels, height, width]."""
         pictures = []
         for start in range(0, len(latents), self.batch):
             places = np.minimum(np.arange(start, start + self.batch), len(latents) - 1)
-            given = self.scaling.applied(latents[places]).astype(self.spec.dtype)
-            pictures.append(self.session.run({self.spec.name: given})[0].astype(np.float32, copy=False))
+            given = {self.spec.name: self.scaled(latents[places])}
+            pictures.append(self.session.run(given)[0].astype(np.float32, copy=False))
         return np.concatenate(pictures)[: len(latents)]
 
 
