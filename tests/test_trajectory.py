@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -17,12 +18,14 @@ import onnxq
 from onnxq import OnnxqError, kinds
 from onnxq import model as models
 from onnxq.calibration.archives import Npz
+from onnxq.config import make_settings
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion.conditions import open_conditions
 from onnxq.diffusion.diffusers_schedule import MODULES, Diffusers
 from onnxq.diffusion.schedule import open_schedule
 from onnxq.diffusion.schedule_file import ASSUMED_DIFFUSION, read_schedule
 from onnxq.diffusion.selection import ndtc, select
+from onnxq.diffusion.source import open_sampler
 from onnxq.diffusion.trajectory import Sampler, record
 from onnxq.runtime import Session
 
@@ -456,3 +459,32 @@ def test_the_flow_of_diffusers_reaches_what_its_velocity_points_at(name: str) ->
     for step in range(len(schedule.timesteps)):
         sample = schedule.advance(noise - data, step, sample)
     np.testing.assert_allclose(sample, data, atol=1e-5)
+
+
+def test_the_size_of_a_free_sample_is_the_published_one(tmp_path: Path) -> None:
+    """As exporters leave it: height and width are free, and the network's config.json has its `sample_size`."""
+    text = CLOCK.replace("float[N,1,4,4] x", "float[N,1,H,W] x").replace("float[N,1,4,4] v", "float[N,1,H,W] v")
+    path = tmp_path / "pipeline" / "unet" / "model.onnx"
+    path.parent.mkdir(parents=True)
+    models.save(ir.from_onnx_text(text), path)
+
+    def size(file: Path = path, **settings: object) -> tuple[int, ...]:
+        sampler, _ = open_sampler(models.load(file), file, make_settings({"steps": 2, **settings}))
+        return sampler.denoiser.noise_shape
+
+    with pytest.raises(OnnxqError, match="sample of known size") as error:
+        size()
+    assert "--shapes x:1x1x64x64" in (error.value.hint or "")
+    config = path.with_name("config.json")
+    for wrong in ("[1, 2, 3]", '"large"', "0", "null", "true"):
+        config.write_text(f'{{"sample_size": {wrong}}}')
+        with pytest.raises(OnnxqError, match="sample of known size"):
+            size()
+    config.write_text('{"sample_size": [8, 6]}')
+    assert size() == (1, 8, 6)
+    config.write_text('{"sample_size": 8}')
+    assert size() == (1, 8, 8) and size(shapes={"x": [1, 1, 4, 4]}) == (1, 4, 4)
+    shutil.copy(path, tmp_path / "quantized.onnx")
+    (tmp_path / "pipeline" / "scheduler").mkdir()
+    (tmp_path / "pipeline" / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
+    assert size(tmp_path / "quantized.onnx", scheduler=str(tmp_path / "pipeline")) == (1, 8, 8)

@@ -6,7 +6,6 @@ autoencoder) are larger or smaller and shifted, as the autoencoder's ``config.js
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel, PositiveFloat, ValidationError
 from onnxq import model as models
 from onnxq.calibration.data import Array, fixed_batch, input_specs
 from onnxq.diffusion.denoiser import Denoiser, shown
+from onnxq.diffusion.exported_config import CONFIG, read_config
 from onnxq.errors import OnnxqError, unwanted
 from onnxq.runtime import Session
 
@@ -50,12 +50,9 @@ def read_scaling(decoder: Path) -> Scaling | None:
         OnnxqError: it says something else than numbers.
     """
     folder = decoder.absolute().parent
-    for file in (folder / "config.json", folder.parent / "vae" / "config.json"):
-        try:
-            entries = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if not isinstance(entries, dict) or not Scaling.model_fields.keys() & entries.keys():
+    for file in (folder / CONFIG, folder.parent / "vae" / CONFIG):
+        entries = read_config(file)
+        if not Scaling.model_fields.keys() & entries.keys():
             continue
         try:
             return Scaling(**{name: value for name, value in entries.items() if value is not None})

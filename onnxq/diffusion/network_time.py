@@ -8,7 +8,6 @@ way from noise to data, against the scheduler's. Pipelines know that of their ne
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.diffusion.denoiser import Denoiser
+from onnxq.diffusion.exported_config import CONFIG, read_config
 from onnxq.diffusion.temporal_tables import tabulate
 from onnxq.diffusion.timestep_input import waves
 
@@ -46,7 +46,8 @@ def conventions(path: Path | None, rate: float) -> dict[str, Any]:
         path: The network's file.
         rate: Of its waves (see :func:`wave_rate`).
     """
-    known = NETWORKS.get(_class_name(path))
+    name = "" if path is None else str(read_config(path.with_name(CONFIG)).get("_class_name"))
+    known = NETWORKS.get(name)
     if known is None and rate >= FAST_WAVES:
         return {"network_time": "noise", "even_sigmas": True}  # FLUX and its kin
     return dict(known or {})
@@ -84,12 +85,3 @@ def told(counted: list[float], network_time: str, largest: float) -> list[float]
         return counted  # the scheduler tells parts of 1 already, or logarithms
     noise = [time / largest for time in counted]
     return noise if network_time == "noise" else [1 - part for part in noise]
-
-
-def _class_name(path: Path | None) -> str:
-    """The network's class, where an exporter has left its configuration beside the model."""
-    try:
-        entries = {} if path is None else json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return ""
-    return str(entries.get("_class_name", "")) if isinstance(entries, dict) else ""

@@ -8,7 +8,6 @@ encoder says of the whole text [batch, width], masks, and the sizes of the pictu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from onnxq.calibration.data import Array, InputSpec, fixed_batch, input_specs
 from onnxq.calibration.text import MASKS, check_roles, fixed_length, text_feed
 from onnxq.calibration.tokenizers import read_folder
 from onnxq.diffusion.denoiser import UNCONDITIONAL, Denoiser, shown
+from onnxq.diffusion.exported_config import read_config
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 
@@ -84,7 +84,7 @@ def encode_prompts(
     lengths = [size for spec in specs if len(spec.shape) == 3 and (size := spec.shape[1]) is not None]
     length = min(lengths, default=LONGEST_TEXT)
     texts = [_encode([*prompts, ""], folder, suffix, length) for suffix in around[folder]]
-    zero = _force_zeros(folder)
+    zero = read_config(folder / "model_index.json").get("force_zeros_for_empty_prompt") is True  # as SDXL's has it
     found = {}
     for spec in specs:
         rows = _sizes(spec, denoiser, len(prompts) + 1) if SIZES in spec.name else _rows(spec, specs, texts, folder)
@@ -188,12 +188,3 @@ def _tokens(texts: Sequence[str], folder: Path, fixed: int | None, length: int) 
             f"expected a tokenizer that fills texts up to one length in {folder}, found: {error}", hint=INSTEAD
         ) from error
     return np.asarray(found["input_ids"], np.int64), np.asarray(found["attention_mask"], np.int64)
-
-
-def _force_zeros(folder: Path) -> bool:
-    """Whether the pipeline takes zeros for the empty prompt, as SDXL's does."""
-    try:
-        entries = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # the folder need not be complete
-        return False
-    return isinstance(entries, dict) and entries.get("force_zeros_for_empty_prompt") is True

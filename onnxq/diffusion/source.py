@@ -15,6 +15,7 @@ from onnxq.calibration import sizes
 from onnxq.config import Settings
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion.conditions import open_conditions
+from onnxq.diffusion.exported_config import CONFIG, read_config
 from onnxq.diffusion.influence import image_influence
 from onnxq.diffusion.schedule import open_schedule
 from onnxq.diffusion.schedule_file import pipeline_folders, read_schedule
@@ -43,16 +44,31 @@ def open_sampler(model: ir.Model, path: Path | None, settings: Settings) -> tupl
     Raises:
         OnnxqError: the model is no denoiser, or schedule, guidance or conditions do not fit it.
     """
-    sizes.choose(model, settings.shapes)
-    denoiser = denoisers.find(model)
     file = None if settings.scheduler is None else Path(settings.scheduler)
+    around = pipeline_folders(file, path)
+    sizes.choose(model, settings.shapes or _published_shapes(model, path, around))
+    denoiser = denoisers.find(model)
     given = None if settings.conditions is None else Path(settings.conditions)
-    conditions = open_conditions(given, denoiser, pipeline_folders(file, path))
+    conditions = open_conditions(given, denoiser, around)
     entries, line = read_schedule(file, model, path, denoiser)
     schedule = open_schedule(entries, denoiser, settings.steps)
     sampler = Sampler(denoiser, schedule, settings.guidance, conditions, settings.seed)
     sampler.check()
     return sampler, line
+
+
+def _published_shapes(model: ir.Model, path: Path | None, pipelines: Sequence[Path]) -> dict[str, Sequence[int]]:
+    """The size that the network was trained for, from its configuration, where the export leaves it free."""
+    spec = denoisers.free_sample(model)
+    if spec is None or spec.shape[1] is None:
+        return {}
+    beside = [] if path is None else [path.with_name(CONFIG)]
+    for file in [*beside, *(folder / name / CONFIG for folder in pipelines for name in ("unet", "transformer"))]:
+        size = read_config(file).get("sample_size")
+        sides = [size, size] if isinstance(size, int) else size
+        if isinstance(sides, list) and len(sides) == 2 and all(type(side) is int and side > 0 for side in sides):
+            return {spec.name: [1, spec.shape[1], *sides]}
+    return {}
 
 
 def sampler_of(job: Job) -> Sampler:
