@@ -30,11 +30,11 @@ def step_index(graph: ir.Graph, timestep: str, timesteps: Array) -> ir.Value:
         int64 of the timestep's shape.
     """
     rows = np.asarray(timesteps, np.float32)
-    number = 0
-    while (name := f"{NAME}_{number}" if number else NAME) in _values(graph):
-        known = graph.initializers[f"{name}_timesteps"].const_value
-        if known is not None and np.array_equal(known.numpy(), rows):
-            return _values(graph)[name]
+    values, number = graphs.values(graph), 0
+    while (name := f"{NAME}_{number}" if number else NAME) in values:
+        known = graph.initializers.get(f"{name}_timesteps")
+        if known is not None and known.const_value is not None and np.array_equal(known.const_value.numpy(), rows):
+            return values[name]
         number += 1
     table, last = constant(graph, f"{name}_timesteps", rows), constant(graph, f"{name}_axis", np.asarray([-1]))
     source = graphs.input_named(graph, timestep)
@@ -62,7 +62,3 @@ def constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
 def insert_first(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     """Put nodes that read only inputs and constants before all others."""
     graph.insert_before(graph[0], nodes)
-
-
-def _values(graph: ir.Graph) -> dict[str, ir.Value]:
-    return {value.name: value for node in graph for value in node.outputs if value.name}
