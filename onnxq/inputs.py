@@ -11,10 +11,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import kinds
+from onnxq.calibration import sizes
 from onnxq.calibration.data import InputSpec, Preprocessing, Source, input_specs, open_source
 from onnxq.calibration.noise import Noise
 from onnxq.calibration.side_car import attached
 from onnxq.config import Settings
+from onnxq.diffusion.exported_config import CONFIG, published_shape
 from onnxq.diffusion.latents import read_scaling
 from onnxq.parallel import Workers
 from onnxq.progress import Progress
@@ -128,11 +130,18 @@ def _made_up(
                 reason = "its weights or statistics are so large that inputs made from them overflow"
             elif has_statistics:
                 reason = "its inputs are none that can be made from BatchNormalization"
+    shapes = {spec.name: shape for spec in specs if (shape := published_shape(path.with_name(CONFIG), spec))}
+    if shapes and not settings.shapes:
+        sizes.choose(model, shapes)
+        specs = input_specs(model)
     latents = len(specs) == 1 and len(specs[0].shape) == 4 and not _is_picture(specs[0])
     scaling = read_scaling(path) if latents else None
     noise = Noise(specs, count=settings.samples or 32, seed=settings.seed, scaling=scaling)
-    words = "random inputs" if scaling is None else "random latents, scaled as the autoencoder's config.json says"
-    return noise, [f"calibrated on {words}, because no --data was given ({reason}): ranges are guesses"]
+    words, advice = "random inputs", ""
+    if scaling is not None:
+        words = "random latents, scaled as the autoencoder's config.json says"
+        advice = "; give --data with those of the denoiser, which `onnxq sample DENOISER -o latents.npz` writes"
+    return noise, [f"calibrated on {words}, because no --data was given ({reason}): ranges are guesses{advice}"]
 
 
 def _is_picture(spec: InputSpec) -> bool:

@@ -105,6 +105,14 @@ def test_samples_are_what_their_decoder_is_calibrated_on(tmp_path: Path, capsys:
     assert len(open_source(latents, input_specs(models.load(decoder)))) == 70
 
 
+@pytest.mark.parametrize(("entries", "side"), [({}, 32), ({"latent_channels": 4, "block_out_channels": [8] * 4}, 4)])
+def test_the_size_of_latents_is_the_published_one(entries: dict[str, object], side: int, tmp_path: Path) -> None:
+    path = decoder_file(tmp_path / "model.onnx")
+    (tmp_path / "config.json").write_text(json.dumps({"sample_size": 32, **entries}))
+    source, _ = calibration_inputs(models.load(path), path, None, make_settings({"samples": 2}), Progress())
+    assert next(iter(source))["latent_sample"].shape == (4, side, side)
+
+
 def test_a_decoder_without_data_gets_latents_of_its_own_size(tmp_path: Path) -> None:
     path = decoder_file(tmp_path / "model.onnx")
     settings = make_settings({"shapes": {"latent_sample": [1, 4, 8, 8]}, "samples": 8})
@@ -119,6 +127,6 @@ def test_a_decoder_without_data_gets_latents_of_its_own_size(tmp_path: Path) -> 
     assert deviation == pytest.approx(1, rel=0.1) and "random inputs" in note
     (tmp_path / "config.json").write_text('{"scaling_factor": 0.18215, "latents_std": null}')
     deviation, note = spread()
-    assert deviation == pytest.approx(1 / 0.18215, rel=0.1) and "random latents" in note
+    assert deviation == pytest.approx(1 / 0.18215, rel=0.1) and "random latents" in note and "onnxq sample" in note
     (tmp_path / "config.json").write_text('{"architectures": ["CLIPTextModel"]}')
     assert read_scaling(path) is None and spread()[0] == pytest.approx(1, rel=0.1)

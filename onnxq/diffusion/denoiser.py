@@ -165,11 +165,10 @@ def find(model: ir.Model) -> Denoiser:
     return Denoiser(tuple(specs), sample, timestep, conditions, output, noisy, axis, tables[timestep.name])
 
 
-def free_sample(model: ir.Model) -> InputSpec | None:
-    """The sample of pictures [batch, channels, height, width] that leaves their size free, if the model has one."""
+def find_sample(model: ir.Model) -> InputSpec | None:
+    """The input that :func:`find` takes for the sample, whatever size it has; ``None``: there is none."""
     found = next(_samples(model, input_specs(model)), None)
-    spec = None if found is None else found[0]
-    return spec if spec is not None and len(spec.shape) == 4 and spec.shape[2:] == (None, None) else None
+    return None if found is None else found[0]
 
 
 def _samples(model: ir.Model, specs: Sequence[InputSpec]) -> Iterator[tuple[InputSpec, str, int, int | None]]:

@@ -15,7 +15,7 @@ from onnxq.calibration import sizes
 from onnxq.config import Settings
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion.conditions import open_conditions
-from onnxq.diffusion.exported_config import CONFIG, read_config
+from onnxq.diffusion.exported_config import CONFIG, published_shape
 from onnxq.diffusion.influence import image_influence
 from onnxq.diffusion.schedule import open_schedule
 from onnxq.diffusion.schedule_file import pipeline_folders, read_schedule
@@ -58,16 +58,12 @@ def open_sampler(model: ir.Model, path: Path | None, settings: Settings) -> tupl
 
 
 def _published_shapes(model: ir.Model, path: Path | None, pipelines: Sequence[Path]) -> dict[str, Sequence[int]]:
-    """The size that the network was trained for, from its configuration, where the export leaves it free."""
-    spec = denoisers.free_sample(model)
-    if spec is None or spec.shape[1] is None:
-        return {}
+    """The sample's size, from the configuration of the network, where the export leaves it free."""
+    spec = denoisers.find_sample(model)
     beside = [] if path is None else [path.with_name(CONFIG)]
     for file in [*beside, *(folder / name / CONFIG for folder in pipelines for name in ("unet", "transformer"))]:
-        size = read_config(file).get("sample_size")
-        sides = [size, size] if isinstance(size, int) else size
-        if isinstance(sides, list) and len(sides) == 2 and all(type(side) is int and side > 0 for side in sides):
-            return {spec.name: [1, spec.shape[1], *sides]}
+        if spec is not None and (shape := published_shape(file, spec)):
+            return {spec.name: shape}
     return {}
 
 
