@@ -45,7 +45,7 @@ def test_latents_are_scaled_as_diffusers_scales_them(place: str, batch: str, tmp
     def drawn(**entries: object) -> np.ndarray:
         (tmp_path / place).mkdir(exist_ok=True)
         (tmp_path / place / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **entries}))
-        return LatentDecoder(path)(latents)
+        return LatentDecoder(path, input_specs(models.load(path))[0])(latents)
 
     def through(read: np.ndarray) -> np.ndarray:
         return np.einsum("oc,nchw->nohw", WEIGHTS, read)
@@ -77,8 +77,8 @@ def test_samples_of_latents_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
         colours = len(set(picture.getdata()))
     assert colours > 10  # besides frame and gap
     other = decoder_file(tmp_path / "other.onnx", channels=16)
-    assert_two_lines(*sample("--decoder", other), "[any, 4, 4, 4]", "[any, 16, any, any]")
-    assert_two_lines(*sample("--decoder", denoiser), "expected a decoder of latents", "timestep")
+    assert_two_lines(*sample("--decoder", other), "[any, 4, 4, 4]", "latent_sample [any, 16, any, any]")
+    assert_two_lines(*sample("--decoder", denoiser), "expected a decoder of samples", "timestep")
     config.write_text('{"scaling_factor": "large"}')
     assert_two_lines(*sample(), "scaling_factor", str(config))
     shutil.move(decoder, tmp_path / "decoder.onnx")

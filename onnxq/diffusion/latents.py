@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, PositiveFloat, ValidationError
 
 from onnxq import model as models
-from onnxq.calibration.data import Array, fixed_batch, input_specs
+from onnxq.calibration.data import Array, InputSpec, input_specs
 from onnxq.diffusion.denoiser import Denoiser, shown
 from onnxq.diffusion.exported_config import CONFIG, read_config
 from onnxq.errors import OnnxqError, unwanted
@@ -68,30 +68,14 @@ class LatentDecoder:
 
     Args:
         path: The decoder, from latents [batch, channels, height, width] to pictures in [-1, 1].
-
-    Raises:
-        OnnxqError: it is no ONNX model of one such input.
+        spec: Its only input.
     """
 
-    def __init__(self, path: Path) -> None:
-        specs = input_specs(models.read(path))
-        if len(specs) != 1 or len(specs[0].shape) != 4:
-            found = ", ".join(f"{spec.name} {shown(spec.shape)}" for spec in specs)
-            raise OnnxqError(
-                f"expected a decoder of latents [batch, channels, height, width] in {path}, found inputs {found}",
-                hint="it is the pipeline's vae_decoder/model.onnx",
-            )
-        self.spec = specs[0]
-        self.batch = fixed_batch(specs) or 1  # pictures are large
+    def __init__(self, path: Path, spec: InputSpec) -> None:
+        self.spec = spec
+        self.batch = spec.batch or 1  # pictures are large
         self.scaling = read_scaling(path) or Scaling()
         self.session = Session(path)
-
-    def reads(self, denoiser: Denoiser) -> bool:
-        """Whether it can draw what a denoiser makes."""
-        shape = denoiser.noise_shape
-        return len(shape) == 3 and all(
-            size in (None, other) for size, other in zip(self.spec.row_shape, shape, strict=True)
-        )
 
     def scaled(self, latents: Array) -> Array:
         """What it reads in place of latents of variance 1."""
@@ -119,13 +103,19 @@ def find_decoder(given: Path | None, pipelines: Sequence[Path], denoiser: Denois
         OnnxqError: the one that is named reads something else.
     """
     path = given or next((path for folder in pipelines if (path := folder / DECODER).is_file()), None)
-    decoder = None if path is None else LatentDecoder(path)
-    if decoder is None or decoder.reads(denoiser):
-        return decoder
+    specs = [] if path is None else input_specs(models.read(path))
+    if path is not None and len(specs) == 1 and _draws(specs[0], denoiser.noise_shape):
+        return LatentDecoder(path, specs[0])
     if given is None:
         return None
+    found = ", ".join(f"{spec.name} {shown(spec.shape)}" for spec in specs)
     raise OnnxqError(
-        f"expected a decoder of samples {shown([None, *denoiser.noise_shape])}, found one of "
-        f"{shown(decoder.spec.shape)} in {given}",
-        hint="give --decoder the one of the denoiser's own pipeline",
+        f"expected a decoder of samples {shown([None, *denoiser.noise_shape])} in {given}, found inputs {found}",
+        hint="give --decoder the one of the denoiser's own pipeline, vae_decoder/model.onnx",
     )
+
+
+def _draws(spec: InputSpec, sample: Sequence[int]) -> bool:
+    """Whether an input takes samples, which are pictures [channels, height, width]."""
+    sizes = spec.row_shape
+    return len(sizes) == len(sample) == 3 and all(a in (None, b) for a, b in zip(sizes, sample, strict=True))
