@@ -106,6 +106,20 @@ def test_every_input_is_kept_with_its_own_timestep(tmp_path: Path) -> None:
     assert (np.bincount(distances.argmin(axis=1), minlength=5) == steps).all()
 
 
+@pytest.mark.parametrize(("guidance", "classes"), [(1.0, 11), (3.0, 10)])  # the last stands for none
+def test_every_class_has_its_turn(guidance: float, classes: int) -> None:
+    """Few trajectories, drawn class by class, would miss some classes: two or three of ten in sixteen."""
+    model, config = models.load(UNET), json.loads(UNET.with_suffix(".scheduler.json").read_text())
+
+    def labels(seed: int, indices: range) -> list[int]:
+        return list(sampler_of(model, config, 2, guidance, seed).run(Session(UNET), indices).conditional["y"])
+
+    whole = labels(0, range(2 * classes))
+    assert sorted(whole[:classes]) == sorted(whole[classes:]) == list(range(classes))
+    assert whole[:classes] != whole[classes:] and labels(1, range(classes)) != whole[:classes]
+    assert labels(0, range(3, 7)) == whole[3:7]
+
+
 def test_one_pass_keeps_what_a_run_for_each_sample_would(tmp_path: Path) -> None:
     """Choosing few steps changes which rows are kept, not the rows; batches of another size neither."""
     model = models.load(UNET)

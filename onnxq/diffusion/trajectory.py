@@ -30,6 +30,7 @@ from onnxq.writing import atomic_folder
 
 BATCH_BYTES = 1 << 20  # of samples that run together
 LARGEST_BATCH = 8  # few enough that several workers have something to do
+LABELS = 1  # behind a seed: of random numbers that are not noise
 
 
 _Kept = tuple[Array, dict[str, Array]]  # rows of the file, and what they hold by input name
@@ -135,7 +136,7 @@ class Run:
             name = item.spec.name
             if item.classes is not None:
                 classes = item.classes - (sampler.guidance != 1)  # "no class" is a class of its own without guidance
-                labels = [generator.integers(max(classes, 1)) for generator in generators]
+                labels = [_label(sampler.seed, index, max(classes, 1)) for index in indices]
                 self.conditional[name] = np.asarray(labels, item.spec.dtype)
                 self.unconditional[name] = np.full(len(labels), item.null_class, item.spec.dtype)
             elif item.spec.is_whole:
@@ -186,6 +187,12 @@ class Run:
         with_condition, without = np.split(raw, 2)
         result: Array = without + np.float32(self.sampler.guidance) * (with_condition - without)
         return result
+
+
+def _label(seed: int, index: int, classes: int) -> int:
+    """The class of a sample. So many samples as there are classes have one each: few that are drawn would miss some."""
+    turn, place = divmod(index, classes)
+    return int(np.random.default_rng([seed, turn, LABELS]).permutation(classes)[place])
 
 
 def record(
