@@ -239,6 +239,9 @@ def test_prompts_on_the_command_line(
     assert record("--scheduler", tmp_path / "pipeline", model=alone)[0] == 0
     guided = denoiser_file(tmp_path / "pipeline" / "other" / "model.onnx", {"text": f"N,S,{SMALL}", "guidance": "N"})
     assert_two_lines(*record(model=guided), "'guidance'", "'prompts'")
+    pictured = {"text": f"N,S,{SMALL}", "image_embeds": f"N,S,{SMALL}"}
+    adapted = denoiser_file(tmp_path / "pipeline" / "adapted" / "model.onnx", pictured)
+    assert_two_lines(*record(model=adapted), "'image_embeds'", "'prompts'")
     wide = denoiser_file(tmp_path / "pipeline" / "wide" / "model.onnx", {"text": f"N,S,{SMALL + 1}"})
     assert_two_lines(*record(model=wide), f"[any, any, {SMALL + 1}]", f"[any, {LENGTH}, {SMALL}]")
     (tmp_path / "pipeline" / "tokenizer" / "vocab.json").write_text("{")
