@@ -7,11 +7,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from PIL import Image
 from test_cli_errors import assert_two_lines, run
-from test_prompts import denoiser_file
+from test_prompts import DRAWING, decoder_file, denoiser_file
 
 from onnxq import model as models
 from onnxq.calibration import sizes
@@ -20,20 +19,6 @@ from onnxq.config import make_settings
 from onnxq.diffusion.latents import LatentDecoder, read_scaling
 from onnxq.inputs import calibration_inputs
 from onnxq.progress import Progress
-
-WEIGHTS = np.random.default_rng(0).uniform(-1, 1, (3, 4)).astype(np.float32)
-
-
-def decoder_file(path: Path, batch: str = "N", channels: int = 4) -> Path:
-    """A decoder: every pixel is a sum over its latent's channels."""
-    numbers = ", ".join(f"{value:.9g}" for value in np.resize(WEIGHTS, 3 * channels))
-    text = f"""<ir_version: 10, opset_import: ["" : 21]>
-    decoder (float[{batch},{channels},H,W] latent_sample) => (float[{batch},3,H,W] sample)
-    <float[3,{channels},1,1] weights = {{{numbers}}}>
-    {{ sample = Conv (latent_sample, weights) }}"""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    models.save(ir.from_onnx_text(text), path)
-    return path
 
 
 @pytest.mark.parametrize("batch", ["N", "2"])
@@ -48,7 +33,7 @@ def test_latents_are_scaled_as_diffusers_scales_them(place: str, batch: str, tmp
         return LatentDecoder(path, input_specs(models.load(path))[0])(latents)
 
     def through(read: np.ndarray) -> np.ndarray:
-        return np.einsum("oc,nchw->nohw", WEIGHTS, read)
+        return np.einsum("oc,nchw->nohw", DRAWING, read)
 
     assert drawn().shape == (3, 3, 5, 6)
     stable = drawn(scaling_factor=0.18215, shift_factor=None, latents_mean=None)

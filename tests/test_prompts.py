@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from conftest import add_weights
+from PIL import Image
 from test_cli_errors import assert_two_lines, run
+from test_readme import COMMANDS
 
 from onnxq import model as models
 from onnxq.diffusion import denoiser as denoisers
@@ -23,6 +27,7 @@ PROMPTS = ["a cat and a dog", "the moon, on a dog", "cat"]
 WORDS = ["c a", "ca t</w>", "d o", "do g</w>", "a n"]
 LENGTH = 77
 SMALL, LARGE, T5 = 16, 32, 48  # widths
+DRAWING = np.random.default_rng(0).uniform(-1, 1, (3, 4)).astype(np.float32)  # from latents to colours
 
 # Inputs of each pipeline's denoiser beside sample and timestep, its encoders, and what stands in its model_index.json.
 PIPELINES: dict[str, tuple[dict[str, str], list[str], dict[str, Any]]] = {
@@ -52,6 +57,18 @@ def denoiser_file(path: Path, inputs: dict[str, str]) -> Path:
     net (float[N,4,4,4] sample, float[N] timestep{given}) => (float[N,4,4,4] eps)
     <int64[3] axes = {{1, 2, 3}}, float zero = {{0.0}}>
     {{ a = Unsqueeze (timestep, axes)  z = Mul (sample, zero)  eps = Add (z, a) }}"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    models.save(ir.from_onnx_text(text), path)
+    return path
+
+
+def decoder_file(path: Path, batch: str = "N", channels: int = 4) -> Path:
+    """A decoder: every pixel is a sum over its latent's channels."""
+    numbers = ", ".join(f"{value:.9g}" for value in np.resize(DRAWING, 3 * channels))
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+    decoder (float[{batch},{channels},H,W] latent_sample) => (float[{batch},3,H,W] sample)
+    <float[3,{channels},1,1] weights = {{{numbers}}}>
+    {{ sample = Conv (latent_sample, weights) }}"""
     path.parent.mkdir(parents=True, exist_ok=True)
     models.save(ir.from_onnx_text(text), path)
     return path
@@ -250,6 +267,46 @@ def test_prompts_on_the_command_line(
     assert_two_lines(*record(), "a tokenizer in", "nothing")
     (tmp_path / "pipeline" / "text_encoder" / "model.onnx").unlink()
     assert_two_lines(*record(), "a text encoder at", "nothing")
+
+
+# Two convolutions between which the text has its say, and the timestep.
+READER = """<ir_version: 10, opset_import: ["" : 21]>
+reader (float[N,4,H,W] sample, int64 timestep, float[N,S,16] encoder_hidden_states) => (float[N,4,H,W] out_sample)
+<int64[1] tokens = {1}, int64[2] axes = {2, 3}>
+{
+    [narrow] h = Conv <pads = [1, 1, 1, 1]> (sample, w1)
+    text = ReduceMean <keepdims = 0> (encoder_hidden_states, tokens)
+    [project] p = MatMul (text, w2)
+    time = Cast <to = 1> (timestep)
+    wave = Sin (time)
+    shifted = Add (p, wave)
+    wide = Unsqueeze (shifted, axes)
+    sum = Add (h, wide)
+    r = Relu (sum)
+    [last] out_sample = Conv <pads = [1, 1, 1, 1]> (r, w3)
+}"""
+
+
+def test_commands_of_the_readme_on_a_pipeline_run(
+    encoders: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """As they stand, on a small pipeline with the names and the free sizes that exporters give it."""
+    pipeline = tmp_path / "sd15"
+    denoiser = lay_down(pipeline, encoders[0], "StableDiffusionPipeline")
+    ir.save(add_weights(READER, {"w1": [32, 4, 3, 3], "w2": [SMALL, 32], "w3": [4, 32, 3, 3]}), denoiser)
+    denoiser.with_name("config.json").write_text('{"sample_size": 8}')
+    decoder_file(pipeline / "vae_decoder" / "model.onnx")
+    (pipeline / "scheduler").mkdir()
+    (pipeline / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "PNDMScheduler"}')
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in COMMANDS if "sd15/" in line]
+    assert [line.split()[1] for line in lines] == ["quantize", "sample"]
+    for line in lines:
+        code, stderr = run(capsys, *shlex.split(line)[1:])
+        assert code == 0, f"{line}\n{stderr}"
+    with Image.open("grid.png") as grid:
+        assert grid.size[0] >= 2 * 8 * 8
 
 
 def test_without_the_package_that_reads_tokenizers(
