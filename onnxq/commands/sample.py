@@ -144,7 +144,8 @@ def sample(
         samplers["float"] = (sampler, Session(against, device=device))
     is_grid = output is not None and output.suffix != ".npz"
     around = pipeline_folders(scheduler, source)
-    drawing = find_decoder(decoder, around, sampler.denoiser) if output or report or network or decoder else None
+    needs_decoder = bool(output or report or network or decoder)
+    drawing = find_decoder(decoder, around, sampler.denoiser, device) if needs_decoder else None
     is_drawn = is_grid or report is not None or network is not None
     kept = min(samples, SHOWN) if is_grid or output is None else samples
     with progress(quiet).stage("sample", "Sampling", samples) as advance:

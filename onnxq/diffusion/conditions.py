@@ -16,7 +16,9 @@ from onnxq.errors import OnnxqError
 PROMPTS = "prompts"  # texts in an .npz, for inputs that it holds no rows for
 
 
-def open_conditions(path: Path | None, denoiser: Denoiser, pipelines: Sequence[Path] = ()) -> Mapping[str, Array]:
+def open_conditions(
+    path: Path | None, denoiser: Denoiser, pipelines: Sequence[Path] = (), device: str = "cpu"
+) -> Mapping[str, Array]:
     """Rows for the conditions that cannot be drawn (embeddings of text, images, …).
 
     Args:
@@ -25,6 +27,7 @@ def open_conditions(path: Path | None, denoiser: Denoiser, pipelines: Sequence[P
             Texts under ``prompts``, or a ``.txt`` with one a line, are encoded for inputs without rows.
         denoiser: The denoiser.
         pipelines: Folders that may be that of its pipeline, likeliest first.
+        device: Where prompts are encoded.
 
     Raises:
         OnnxqError: an array is missing or has another shape, or prompts cannot be encoded.
@@ -50,7 +53,7 @@ def open_conditions(path: Path | None, denoiser: Denoiser, pipelines: Sequence[P
     if PROMPTS in found and PROMPTS not in keys:
         missing = [spec for spec in needed if spec.name not in found and is_of_text(spec)]
         prompts = [str(prompt) for prompt in found.pop(PROMPTS).ravel()]
-        found |= encode_prompts(prompts, missing, denoiser, pipelines) if missing else {}
+        found |= encode_prompts(prompts, missing, denoiser, pipelines, device) if missing else {}
     for spec in needed:
         array = found.get(spec.name)
         fits = array is not None and len(array.shape) == len(spec.shape) and len(array) > 0

@@ -69,13 +69,14 @@ class LatentDecoder:
     Args:
         path: The decoder, from latents [batch, channels, height, width] to pictures in [-1, 1].
         spec: Its only input.
+        device: Where it runs.
     """
 
-    def __init__(self, path: Path, spec: InputSpec) -> None:
+    def __init__(self, path: Path, spec: InputSpec, device: str = "cpu") -> None:
         self.spec = spec
         self.batch = spec.batch or 1  # pictures are large
         self.scaling = read_scaling(path) or Scaling()
-        self.session = Session(path)
+        self.session = Session(path, device=device)
 
     def scaled(self, latents: Array) -> Array:
         """What it reads in place of latents of variance 1."""
@@ -91,13 +92,16 @@ class LatentDecoder:
         return np.concatenate(pictures)[: len(latents)]
 
 
-def find_decoder(given: Path | None, pipelines: Sequence[Path], denoiser: Denoiser) -> LatentDecoder | None:
+def find_decoder(
+    given: Path | None, pipelines: Sequence[Path], denoiser: Denoiser, device: str = "cpu"
+) -> LatentDecoder | None:
     """The decoder that the user names, else that of the pipeline if it reads what the denoiser makes.
 
     Args:
         given: Its file.
         pipelines: Folders that may be that of the pipeline, likeliest first.
         denoiser: The denoiser.
+        device: Where it runs.
 
     Raises:
         OnnxqError: the one that is named reads something else.
@@ -105,7 +109,7 @@ def find_decoder(given: Path | None, pipelines: Sequence[Path], denoiser: Denois
     path = given or next((path for folder in pipelines if (path := folder / DECODER).is_file()), None)
     specs = [] if path is None else input_specs(models.read(path))
     if path is not None and len(specs) == 1 and _draws(specs[0], denoiser.noise_shape):
-        return LatentDecoder(path, specs[0])
+        return LatentDecoder(path, specs[0], device)
     if given is None:
         return None
     found = ", ".join(f"{spec.name} {shown(spec.shape)}" for spec in specs)

@@ -56,7 +56,11 @@ def is_of_text(spec: InputSpec) -> bool:
 
 
 def encode_prompts(
-    prompts: Sequence[str], specs: Sequence[InputSpec], denoiser: Denoiser, pipelines: Sequence[Path]
+    prompts: Sequence[str],
+    specs: Sequence[InputSpec],
+    denoiser: Denoiser,
+    pipelines: Sequence[Path],
+    device: str = "cpu",
 ) -> dict[str, Array]:
     """A row for each prompt under the names of a denoiser's inputs, and that of the empty prompt for guidance.
 
@@ -67,6 +71,7 @@ def encode_prompts(
         specs: The inputs that :func:`is_of_text`.
         denoiser: The denoiser.
         pipelines: Folders that may be that of its pipeline; the first that holds a text encoder is.
+        device: Where the encoders run.
 
     Returns:
         ``[prompts, …]`` by name, and ``[1, …]`` under ``NAME.unconditional``.
@@ -84,7 +89,7 @@ def encode_prompts(
         )
     lengths = [size for spec in specs if len(spec.shape) == 3 and (size := spec.shape[1]) is not None]
     length = min(lengths, default=LONGEST_TEXT)
-    texts = [_encode([*prompts, ""], folder, suffix, length) for suffix in around[folder]]
+    texts = [_encode([*prompts, ""], folder, suffix, length, device) for suffix in around[folder]]
     zero = read_config(folder / "model_index.json").get("force_zeros_for_empty_prompt") is True  # as SDXL's has it
     found = {}
     for spec in specs:
@@ -142,7 +147,7 @@ def _sizes(spec: InputSpec, denoiser: Denoiser, count: int) -> Array:
     return rows
 
 
-def _encode(texts: Sequence[str], folder: Path, suffix: str, length: int) -> Encoded:
+def _encode(texts: Sequence[str], folder: Path, suffix: str, length: int, device: str) -> Encoded:
     """Run one encoder over texts."""
     path = folder / f"{ENCODER}{suffix}" / GRAPH
     if not path.is_file():
@@ -150,7 +155,7 @@ def _encode(texts: Sequence[str], folder: Path, suffix: str, length: int) -> Enc
     specs = input_specs(models.read(path))
     check_roles(specs, hint=INSTEAD)
     tokens, mask = _tokens(texts, folder / f"{TOKENIZER}{suffix}", fixed_length(specs), length)
-    session, batch = Session(path), fixed_batch(specs) or BATCH
+    session, batch = Session(path, device=device), fixed_batch(specs) or BATCH
     roles: dict[str, str] = {}
     parts: dict[str, list[Array]] = {}
     for start in range(0, len(texts), batch):

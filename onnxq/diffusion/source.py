@@ -39,7 +39,7 @@ def open_sampler(model: ir.Model, path: Path | None, settings: Settings) -> tupl
     Args:
         model: The denoiser.
         path: Its file.
-        settings: ``scheduler``, ``steps``, ``guidance``, ``conditions``, ``seed`` and ``shapes`` are read.
+        settings: ``scheduler``, ``steps``, ``guidance``, ``conditions``, ``seed``, ``shapes`` and ``device`` are read.
 
     Raises:
         OnnxqError: the model is no denoiser, or schedule, guidance or conditions do not fit it.
@@ -49,7 +49,7 @@ def open_sampler(model: ir.Model, path: Path | None, settings: Settings) -> tupl
     sizes.choose(model, settings.shapes or _published_shapes(model, path, around))
     denoiser = denoisers.find(model)
     given = None if settings.conditions is None else Path(settings.conditions)
-    conditions = open_conditions(given, denoiser, around)
+    conditions = open_conditions(given, denoiser, around, settings.device)
     entries, line = read_schedule(file, model, path, denoiser)
     schedule = open_schedule(entries, denoiser, settings.steps)
     sampler = Sampler(denoiser, schedule, settings.guidance, conditions, settings.seed)
