@@ -64,8 +64,11 @@ def test_samples_of_latents_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
     other = decoder_file(tmp_path / "other.onnx", channels=16)
     assert_two_lines(*sample("--decoder", other), "[any, 4, 4, 4]", "latent_sample [any, 16, any, any]")
     assert_two_lines(*sample("--decoder", denoiser), "expected a decoder of samples", "timestep")
-    config.write_text('{"scaling_factor": "large"}')
-    assert_two_lines(*sample(), "scaling_factor", str(config))
+    for value in ('"large"', "-1", "Infinity"):
+        config.write_text(f'{{"scaling_factor": {value}}}')
+        assert_two_lines(*sample(), "scaling_factor", str(config))
+    config.write_text('{"latents_mean": [0, 1, 2]}')
+    assert_two_lines(*sample(), "latents_mean", "4 channels")
     shutil.move(decoder, tmp_path / "decoder.onnx")
     assert_two_lines(*sample(), "1 or 3 channels", "--decoder")
     assert sample("--decoder", tmp_path / "decoder.onnx")[0] == 0 and grid.is_file()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 
 from onnxq import model as models
 from onnxq.calibration.data import Array, InputSpec, input_specs
@@ -26,13 +26,25 @@ PICTURE_RANGE = (-1.0, 1.0)  # black and white, as decoders draw them
 class Scaling(BaseModel):
     """What stands in an autoencoder's ``config.json``; a decoder reads ``x · std / factor + mean + shift``."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
     scaling_factor: PositiveFloat = 1.0
     shift_factor: float = 0.0
     latents_mean: list[float] = [0.0]
     latents_std: list[PositiveFloat] = [1.0]
 
     def applied(self, latents: Array) -> Array:
-        """What a decoder reads in place of latents [batch, channels, height, width] of variance 1."""
+        """What a decoder reads in place of latents [batch, channels, height, width] of variance 1.
+
+        Raises:
+            OnnxqError: mean or deviation are those of another number of channels.
+        """
+        channels = latents.shape[1]
+        if not {len(self.latents_mean), len(self.latents_std)} <= {1, channels}:
+            raise OnnxqError(
+                f"expected latents_mean and latents_std of {channels} channels in the autoencoder's config.json, found "
+                f"{len(self.latents_mean)} and {len(self.latents_std)} numbers",
+                hint="give the config.json of the pipeline that the decoder comes from",
+            )
         mean, deviation = (
             np.asarray(value, np.float32).reshape(1, -1, 1, 1) for value in (self.latents_mean, self.latents_std)
         )
