@@ -107,7 +107,8 @@ class Denoiser:
         parts = []
         for start in range(0, total, fixed or total):
             part = {
-                name: array if name in whole else _rows(array, start, fixed or total) for name, array in feed.items()
+                name: array if name in whole else batch_rows(array, start, fixed or total)
+                for name, array in feed.items()
             }
             parts.append(session.run(part, [self.output])[0])
         predicted, wanted = np.concatenate([np.atleast_1d(part) for part in parts]), feed[self.sample.name].shape
@@ -202,8 +203,8 @@ def _timestep(others: Sequence[InputSpec], values: Mapping[str | None, ir.Value]
     return chosen
 
 
-def _rows(array: Array, start: int, count: int) -> Array:
-    """Some rows; the last is repeated where there are too few."""
+def batch_rows(array: Array, start: int, count: int) -> Array:
+    """Some rows; the last is repeated where there are too few, for exports of a fixed batch."""
     index = np.minimum(np.arange(start, start + count), len(array) - 1)
     return array[start : start + count] if start + count <= len(array) else array[index]
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 
 from onnxq import model as models
 from onnxq.calibration.data import Array, InputSpec, input_specs
-from onnxq.diffusion.denoiser import Denoiser, shown
+from onnxq.diffusion.denoiser import Denoiser, batch_rows, shown
 from onnxq.diffusion.exported_config import CONFIG, read_config
 from onnxq.errors import OnnxqError, unwanted
 from onnxq.runtime import Session
@@ -98,8 +98,7 @@ class LatentDecoder:
         """Pictures [samples, channels, height, width]."""
         pictures = []
         for start in range(0, len(latents), self.batch):
-            places = np.minimum(np.arange(start, start + self.batch), len(latents) - 1)
-            given = {self.spec.name: self.scaled(latents[places])}
+            given = {self.spec.name: self.scaled(batch_rows(latents, start, self.batch))}
             pictures.append(self.session.run(given)[0].astype(np.float32, copy=False))
         return np.concatenate(pictures)[: len(latents)]
 

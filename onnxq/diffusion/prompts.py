@@ -18,7 +18,7 @@ from onnxq import model as models
 from onnxq.calibration.data import Array, InputSpec, fixed_batch, input_specs
 from onnxq.calibration.text import MASKS, check_roles, fixed_length, text_feed
 from onnxq.calibration.tokenizers import read_folder
-from onnxq.diffusion.denoiser import UNCONDITIONAL, Denoiser, shown
+from onnxq.diffusion.denoiser import UNCONDITIONAL, Denoiser, batch_rows, shown
 from onnxq.diffusion.exported_config import read_config
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
@@ -159,9 +159,9 @@ def _encode(texts: Sequence[str], folder: Path, suffix: str, length: int, device
     roles: dict[str, str] = {}
     parts: dict[str, list[Array]] = {}
     for start in range(0, len(texts), batch):
-        places = np.minimum(np.arange(start, start + batch), len(texts) - 1)  # the last again where the batch is fixed
+        feed = text_feed(specs, batch_rows(tokens, start, batch), batch_rows(mask, start, batch))
         names = list(roles.values()) or session.output_names
-        made = dict(zip(names, session.run(text_feed(specs, tokens[places], mask[places]), names), strict=True))
+        made = dict(zip(names, session.run(feed, names), strict=True))
         roles = roles or _roles(made, path)
         for role, name in roles.items():
             parts.setdefault(role, []).append(made[name].astype(np.float32, copy=False))
