@@ -254,8 +254,8 @@ def test_prompts_on_the_command_line(
     config = {"_class_name": "DDIMScheduler"}
     (tmp_path / "pipeline" / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     assert record("--scheduler", tmp_path / "pipeline", model=alone)[0] == 0
-    guided = denoiser_file(tmp_path / "pipeline" / "other" / "model.onnx", {"text": f"N,S,{SMALL}", "guidance": "N"})
-    assert_two_lines(*record(model=guided), "'guidance'", "'prompts'")
+    moved = denoiser_file(tmp_path / "pipeline" / "other" / "model.onnx", {"text": f"N,S,{SMALL}", "motion": "N"})
+    assert_two_lines(*record(model=moved), "'motion'", "'prompts'")
     pictured = {"text": f"N,S,{SMALL}", "image_embeds": f"N,S,{SMALL}"}
     adapted = denoiser_file(tmp_path / "pipeline" / "adapted" / "model.onnx", pictured)
     assert_two_lines(*record(model=adapted), "'image_embeds'", "'prompts'")

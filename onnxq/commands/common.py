@@ -61,7 +61,12 @@ Scheduler = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="For denoisers: steps of the sampler.", show_default="50")]
 Guidance = Annotated[
-    float | None, typer.Option(metavar="W", help="For denoisers: weight of guidance.", show_default="1: none")
+    float | None,
+    typer.Option(
+        metavar="W",
+        help="For denoisers: weight of guidance. Networks that read it, as FLUX dev, are told it and run once.",
+        show_default="1: none; 3.5 where it is read",
+    ),
 ]
 Conditions = Annotated[
     Path | None,

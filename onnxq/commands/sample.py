@@ -145,15 +145,16 @@ def sample(
     is_grid = output is not None and output.suffix != ".npz"
     around = pipeline_folders(scheduler, source)
     needs_decoder = bool(output or report or network or decoder)
-    drawing = find_decoder(decoder, around, sampler.denoiser, device) if needs_decoder else None
+    drawing = find_decoder(decoder, around, sampler, device) if needs_decoder else None
     is_drawn = is_grid or report is not None or network is not None
-    kept = min(samples, SHOWN) if is_grid or output is None else samples
+    shown, keeps_all = min(samples, SHOWN), output is not None and not is_grid
     with progress(quiet).stage("sample", "Sampling", samples) as advance:
-        found = comparison.sample(samplers, samples, kept, network, advance, drawing if is_drawn else None)
+        used = drawing if is_drawn else None
+        found = comparison.sample(samplers, samples, shown, network, advance, used, keeps_all)
+    made = found.samples
     if output is not None and is_grid:
         write_grid(output, found.images, found.picture_range)
-    elif output is not None:
-        made = found.samples["quantized"]
+    elif output is not None and made is not None:
         read = {sampler.denoiser.sample.name: made} if drawing is None else {drawing.spec.name: drawing.scaled(made)}
         write_arrays(output, read)
     numbers = {"model": str(model), "against": None if against is None else str(against), **found.numbers}

@@ -117,13 +117,13 @@ class Sampled:
 
     Attributes:
         images: By ``float`` and ``quantized``: the first samples [count, channels, …], drawn if there is a decoder.
-        samples: The same as they are, latents where those are.
+        samples: All of the quantized denoiser's as they are, latents where those are; ``None`` if nobody asked.
         picture_range: Their values of black and white.
         numbers: The keys of ``--json``.
     """
 
     images: dict[str, Array]
-    samples: dict[str, Array]
+    samples: Array | None
     picture_range: tuple[float, float]
     numbers: dict[str, Any]
 
@@ -135,6 +135,7 @@ def sample(
     features: FeatureNetwork | None = None,
     advance: Advance | None = None,
     decoder: LatentDecoder | None = None,
+    keeps_all: bool = False,
 ) -> Sampled:
     """Sample one denoiser, or a float and a quantized one with the same noise and conditions.
 
@@ -145,6 +146,7 @@ def sample(
         features: For Fréchet distances.
         advance: Called with the number of samples that are done.
         decoder: Draws the images, where samples are latents.
+        keeps_all: Whether to keep all samples of the quantized denoiser as they are, beside the images.
 
     Returns:
         Images and numbers: ``trajectory_sqnr_db`` is the quantized network's prediction in each step on the float
@@ -156,7 +158,7 @@ def sample(
     per_step, path_error = [Sqnr() for _ in range(steps)], [Sqnr() for _ in range(steps + 1)]
     statistics = {kind: Features() for kind in samplers}
     images: dict[str, list[Array]] = {kind: [] for kind in samplers}
-    kept_samples: dict[str, list[Array]] = {kind: [] for kind in samplers}
+    kept_samples: list[Array] = []
     low, high = picture_range = sampler.schedule.data_range if decoder is None else PICTURE_RANGE
     for start in range(0, count, sampler.batch):
         indices = range(start, min(count, start + sampler.batch))
@@ -165,11 +167,13 @@ def sample(
             judge = _judge(samplers, per_step) if kind == "float" else None
             paths[kind] = list(_walk(own, session, indices, judge))
             kept = max(0, shown - start)
-            result = paths[kind][-1][: None if features is not None else kept]
-            drawn = result if decoder is None or not len(result) else decoder(result)
+            result = paths[kind][-1]
+            used = result[: None if features is not None else kept]
+            drawn = used if decoder is None or not len(used) else decoder(used)
             if kept or not start:
                 images[kind].append(drawn[:kept])
-                kept_samples[kind].append(result[:kept])
+            if keeps_all and kind == "quantized":
+                kept_samples.append(result)
             if features is not None:
                 statistics[kind].update(features(np.clip((drawn - low) / (high - low) * 2 - 1, -1, 1)))
         if "float" in paths:
@@ -187,8 +191,8 @@ def sample(
     if features is not None:
         for kind, seen in statistics.items():
             numbers[f"frechet_distance_{kind}"] = frechet_distance(seen.moments, features.reference)
-    whole, raw = ({kind: np.concatenate(parts) for kind, parts in arrays.items()} for arrays in (images, kept_samples))
-    return Sampled(whole, raw, picture_range, numbers)
+    whole = {kind: np.concatenate(parts) for kind, parts in images.items()}
+    return Sampled(whole, np.concatenate(kept_samples) if keeps_all else None, picture_range, numbers)
 
 
 Judge = Callable[[int, dict[str, Array], Array], None]

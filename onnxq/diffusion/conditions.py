@@ -8,16 +8,22 @@ from pathlib import Path
 import numpy as np
 
 from onnxq.calibration.archives import read_arrays
-from onnxq.calibration.data import Array
+from onnxq.calibration.data import Array, InputSpec
 from onnxq.diffusion.denoiser import UNCONDITIONAL, Denoiser, shown, without_axis
+from onnxq.diffusion.packing import made_positions
 from onnxq.diffusion.prompts import encode_prompts, is_of_text
 from onnxq.errors import OnnxqError
 
 PROMPTS = "prompts"  # texts in an .npz, for inputs that it holds no rows for
+TEXT = ".txt"
 
 
 def open_conditions(
-    path: Path | None, denoiser: Denoiser, pipelines: Sequence[Path] = (), device: str = "cpu"
+    path: Path | None,
+    denoiser: Denoiser,
+    pipelines: Sequence[Path] = (),
+    device: str = "cpu",
+    usual: Mapping[str, Array] | None = None,
 ) -> Mapping[str, Array]:
     """Rows for the conditions that cannot be drawn (embeddings of text, images, …).
 
@@ -28,42 +34,39 @@ def open_conditions(
         denoiser: The denoiser.
         pipelines: Folders that may be that of its pipeline, likeliest first.
         device: Where prompts are encoded.
+        usual: Rows of inputs that the file need not have. It need not have positions either
+            (:mod:`onnxq.diffusion.packing`).
 
     Raises:
-        OnnxqError: an array is missing or has another shape, or prompts cannot be encoded.
+        OnnxqError: an array is missing or has another shape, prompts cannot be encoded, or nothing reads the file.
     """
     needed = [item.spec for item in denoiser.conditions if item.classes is None]
     keys = [spec.name for spec in needed] + ([denoiser.beside_names[1]] if denoiser.beside else [])
     if not keys:
+        if path is not None:
+            raise OnnxqError(
+                f"expected a denoiser that reads more than {_labels(denoiser)} for {path}, found none such",
+                hint="leave --conditions out: classes take turns by themselves",
+            )
         return {}
-    names = ", ".join(map(repr, keys))
-    if path is None:
-        raise OnnxqError(
-            f"expected values for the condition {names}, which are not class labels, found none",
-            hint=f"give --conditions FILE.npz with rows under {keys[0]!r}, or a .txt of prompts with the denoiser in "
-            "its pipeline's folder",
-        )
-    hint = f"write it with np.savez, keyed by input name: {names}"
-    if path.suffix == ".txt":
-        found: dict[str, Array] = {PROMPTS: np.asarray(_lines(path))}
-        shape_hint = f"text gives none: write an .npz with the texts under {PROMPTS!r} and rows for what else it reads"
-    else:
-        shape_hint = "one row for each condition along the first axis; one array where the input has no batch axis"
-        found = read_arrays(path, what="an .npz of conditions", hint=hint)
+    found: dict[str, Array] = {} if path is None else _read(path, keys)
     if PROMPTS in found and PROMPTS not in keys:
         missing = [spec for spec in needed if spec.name not in found and is_of_text(spec)]
         prompts = [str(prompt) for prompt in found.pop(PROMPTS).ravel()]
         found |= encode_prompts(prompts, missing, denoiser, pipelines, device) if missing else {}
+    found = {**(usual or {}), **found}
     for spec in needed:
-        array = found.get(spec.name)
-        fits = array is not None and len(array.shape) == len(spec.shape) and len(array) > 0
-        sizes = () if array is None else array.shape if spec.is_whole else array.shape[1:]
-        if array is None or not fits or any(a not in (None, b) for a, b in zip(spec.row_shape, sizes, strict=True)):
-            raise OnnxqError(
-                f"expected {'an array' if spec.is_whole else 'rows'} of shape {shown(spec.shape)} under "
-                f"{spec.name!r} in {path}, found {'nothing' if array is None else list(array.shape)}",
-                hint=shape_hint,
-            )
+        if spec.name not in found and (made := made_positions(spec, denoiser, found)) is not None:
+            found[spec.name] = made
+    if path is None and any(key not in found for key in keys):
+        names = [key for key in keys if key not in found]
+        raise OnnxqError(
+            f"expected values for the condition {', '.join(map(repr, names))}, which are not class labels, found none",
+            hint=f"give --conditions FILE.npz with rows under {names[0]!r}, or a .txt of prompts with the denoiser in "
+            "its pipeline's folder",
+        )
+    for spec in needed:
+        _check_rows(spec, found.get(spec.name), path)
     if denoiser.beside:
         _check_beside(denoiser, [found[key] for key in denoiser.beside_names if key in found], path)
     for name, array in found.items():
@@ -75,6 +78,36 @@ def open_conditions(
                 hint=f"it stands for no condition, beside the rows under {name!r}",
             )
     return {name: np.asarray(array) for name, array in found.items()}
+
+
+def _labels(denoiser: Denoiser) -> str:
+    """What a denoiser reads of which nothing can be given."""
+    names = [item.spec.name for item in denoiser.conditions]
+    return f"class labels ({', '.join(names)})" if names else "sample and timestep"
+
+
+def _read(path: Path, keys: Sequence[str]) -> dict[str, Array]:
+    """What the user gives."""
+    if path.suffix == TEXT:
+        return {PROMPTS: np.asarray(_lines(path))}
+    hint = f"write it with np.savez, keyed by input name: {', '.join(map(repr, keys))}"
+    return read_arrays(path, what="an .npz of conditions", hint=hint)
+
+
+def _check_rows(spec: InputSpec, array: Array | None, path: Path | None) -> None:
+    """Refuse what is no row of an input, or none."""
+    fits = array is not None and len(array.shape) == len(spec.shape) and array.size > 0
+    sizes = () if array is None else array.shape if spec.is_whole else array.shape[1:]
+    if array is not None and fits and all(a in (None, b) for a, b in zip(spec.row_shape, sizes, strict=True)):
+        return
+    hint = "one row for each condition along the first axis; one array where the input has no batch axis"
+    if path is not None and path.suffix == TEXT:
+        hint = f"text gives none: write an .npz with the texts under {PROMPTS!r} and rows for what else it reads"
+    raise OnnxqError(
+        f"expected {'an array' if spec.is_whole else 'rows'} of shape {shown(spec.shape)} under "
+        f"{spec.name!r} in {path}, found {'nothing' if array is None else list(array.shape)}",
+        hint=hint,
+    )
 
 
 def _lines(path: Path) -> list[str]:
@@ -89,7 +122,7 @@ def _lines(path: Path) -> list[str]:
     return prompts
 
 
-def _check_beside(denoiser: Denoiser, given: Sequence[Array], path: Path) -> None:
+def _check_beside(denoiser: Denoiser, given: Sequence[Array], path: Path | None) -> None:
     """Refuse what does not fill the channels of the sample that are not noisy."""
     sample, axis = denoiser.sample, denoiser.channel_axis
     channels = sum(array.shape[axis] if array.ndim == len(sample.shape) and len(array) else 0 for array in given)

@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 
 from onnxq import model as models
 from onnxq.calibration.data import Array, InputSpec, input_specs
-from onnxq.diffusion.denoiser import Denoiser, batch_rows, shown
+from onnxq.diffusion.denoiser import batch_rows, shown
 from onnxq.diffusion.exported_config import CONFIG, read_config
+from onnxq.diffusion.packing import token_grid, unpacked
+from onnxq.diffusion.trajectory import Sampler
 from onnxq.errors import OnnxqError, unwanted
 from onnxq.runtime import Session
 
@@ -82,16 +84,18 @@ class LatentDecoder:
         path: The decoder, from latents [batch, channels, height, width] to pictures in [-1, 1].
         spec: Its only input.
         device: Where it runs.
+        grid: Rows and columns of tokens, where latents come packed.
     """
 
-    def __init__(self, path: Path, spec: InputSpec, device: str = "cpu") -> None:
-        self.spec = spec
+    def __init__(self, path: Path, spec: InputSpec, device: str = "cpu", grid: tuple[int, int] | None = None) -> None:
+        self.spec, self.grid = spec, grid
         self.batch = spec.batch or 1  # pictures are large
         self.scaling = read_scaling(path) or Scaling()
         self.session = Session(path, device=device)
 
     def scaled(self, latents: Array) -> Array:
         """What it reads in place of latents of variance 1."""
+        latents = latents if self.grid is None else unpacked(latents, self.grid)
         return self.scaling.applied(latents).astype(self.spec.dtype)
 
     def __call__(self, latents: Array) -> Array:
@@ -104,14 +108,14 @@ class LatentDecoder:
 
 
 def find_decoder(
-    given: Path | None, pipelines: Sequence[Path], denoiser: Denoiser, device: str = "cpu"
+    given: Path | None, pipelines: Sequence[Path], sampler: Sampler, device: str = "cpu"
 ) -> LatentDecoder | None:
     """The decoder that the user names, else that of the pipeline if it reads what the denoiser makes.
 
     Args:
         given: Its file.
         pipelines: Folders that may be that of the pipeline, likeliest first.
-        denoiser: The denoiser.
+        sampler: The denoiser, with its conditions: packed latents stand where positions say.
         device: Where it runs.
 
     Raises:
@@ -119,18 +123,21 @@ def find_decoder(
     """
     path = given or next((path for folder in pipelines if (path := folder / DECODER).is_file()), None)
     specs = [] if path is None else input_specs(models.read(path))
-    if path is not None and len(specs) == 1 and _draws(specs[0], denoiser.noise_shape):
-        return LatentDecoder(path, specs[0], device)
+    noise = sampler.denoiser.noise_shape
+    grid = token_grid(sampler.denoiser, sampler.conditions or {})
+    latents = noise if grid is None else unpacked(np.empty((1, *noise)), grid).shape[1:]
+    if path is not None and len(specs) == 1 and _draws(specs[0], latents):
+        return LatentDecoder(path, specs[0], device, grid)
     if given is None:
         return None
     found = ", ".join(f"{spec.name} {shown(spec.shape)}" for spec in specs)
     raise OnnxqError(
-        f"expected a decoder of samples {shown([None, *denoiser.noise_shape])} in {given}, found inputs {found}",
+        f"expected a decoder of samples {shown([None, *latents])} in {given}, found inputs {found}",
         hint="give --decoder the one of the denoiser's own pipeline, vae_decoder/model.onnx",
     )
 
 
-def _draws(spec: InputSpec, sample: Sequence[int]) -> bool:
-    """Whether an input takes samples, which are pictures [channels, height, width]."""
+def _draws(spec: InputSpec, latents: Sequence[int]) -> bool:
+    """Whether an input takes latents, which are pictures [channels, height, width]."""
     sizes = spec.row_shape
-    return len(sizes) == len(sample) == 3 and all(a in (None, b) for a, b in zip(sizes, sample, strict=True))
+    return len(sizes) == len(latents) == 3 and all(a in (None, b) for a, b in zip(sizes, latents, strict=True))

@@ -27,7 +27,7 @@ BATCH = 8  # prompts that are encoded at once
 LONGEST_TEXT = 512  # tokens, where neither denoiser nor encoder nor tokenizer says less
 ENCODER, TOKENIZER, GRAPH = "text_encoder", "tokenizer", "model.onnx"
 SIZES = "time_ids"
-OF_IMAGES = ("image", "img")  # in the names of embeddings that may have a text's width
+NOT_OF_TEXT = ("image", "img", "txt_ids")  # in the names of embeddings that may have a text's width, and positions
 PIXELS_PER_LATENT = 8
 AESTHETIC_SCORE, WITHOUT_PROMPT = 6.0, 2.5  # what SDXL's refiner is told of a picture's beauty
 INSTEAD = "give --conditions an .npz of rows keyed by input name"
@@ -51,8 +51,8 @@ class Encoded:
 
 
 def is_of_text(spec: InputSpec) -> bool:
-    """Whether prompts may give an input's rows: states, a whole text's vector, a mask or sizes; no images."""
-    return not spec.is_whole and len(spec.shape) in (2, 3) and not any(word in spec.name for word in OF_IMAGES)
+    """Whether prompts may give an input's rows: states, a whole text's vector, a mask or sizes."""
+    return not spec.is_whole and len(spec.shape) in (2, 3) and not any(word in spec.name for word in NOT_OF_TEXT)
 
 
 def encode_prompts(

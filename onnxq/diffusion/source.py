@@ -15,6 +15,7 @@ from onnxq.calibration import sizes
 from onnxq.config import Settings
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion.conditions import open_conditions
+from onnxq.diffusion.distilled_guidance import USUAL, told_weight
 from onnxq.diffusion.exported_config import CONFIG, published_shape
 from onnxq.diffusion.influence import image_influence
 from onnxq.diffusion.schedule import open_schedule
@@ -49,19 +50,25 @@ def open_sampler(model: ir.Model, path: Path | None, settings: Settings) -> tupl
     sizes.choose(model, settings.shapes or _published_shapes(model, path, around))
     denoiser = denoisers.find(model)
     given = None if settings.conditions is None else Path(settings.conditions)
-    conditions = open_conditions(given, denoiser, around, settings.device)
+    asked = settings.guidance if "guidance" in settings.model_fields_set else USUAL
+    told = told_weight(model, denoiser, asked)
+    conditions = open_conditions(given, denoiser, around, settings.device, told)
     entries, line = read_schedule(file, model, path, denoiser)
     schedule = open_schedule(entries, denoiser, settings.steps)
-    sampler = Sampler(denoiser, schedule, settings.guidance, conditions, settings.seed)
+    is_told = any(conditions[name] is row for name, row in told.items())
+    sampler = Sampler(denoiser, schedule, 1.0 if is_told else settings.guidance, conditions, settings.seed)
     sampler.check()
+    if is_told:
+        line += f"; the network is told of guidance {asked:g}"
     return sampler, line
 
 
 def _published_shapes(model: ir.Model, path: Path | None, pipelines: Sequence[Path]) -> dict[str, Sequence[int]]:
-    """The sample's size, from the configuration of the network, where the export leaves it free."""
+    """The sample's size, from the configuration of the network or its autoencoder, where the export leaves it free."""
     spec = denoisers.find_sample(model)
     beside = [] if path is None else [path.with_name(CONFIG)]
-    for file in [*beside, *(folder / name / CONFIG for folder in pipelines for name in ("unet", "transformer"))]:
+    names = ("unet", "transformer", "vae_decoder", "vae")
+    for file in [*beside, *(folder / name / CONFIG for folder in pipelines for name in names)]:
         if spec is not None and (shape := published_shape(file, spec)):
             return {spec.name: shape}
     return {}
@@ -148,6 +155,6 @@ def own_trajectories(
             workers=workers,
             shared=None if workers is None else workers.share_file(path, settings.device),
         )
-    guidance = f", guidance {settings.guidance:g}" if settings.guidance != 1 else ""
+    guidance = f", guidance {sampler.guidance:g}" if sampler.guidance != 1 else ""
     source.description = f"from {count} trajectories of {steps} steps{guidance} ({origin})"
     return source

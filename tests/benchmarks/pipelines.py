@@ -217,7 +217,8 @@ def measure(name: str, folder: Path) -> str:
     export(network, inputs, fixed, path)
     (path.parent / "config.json").write_text(json.dumps({"_class_name": kind}))
     scheduler.save_pretrained(place / "scheduler")
-    conditions = {key: value.numpy() for key, value in inputs.items() if key not in (sample, told_name)}
+    by_itself = (sample, told_name, "guidance", "img_ids", "txt_ids")
+    conditions = {key: value.numpy() for key, value in inputs.items() if key not in by_itself}
     np.savez(place / "conditions.npz", **conditions)
     settings = make_settings({"steps": STEPS, "conditions": str(place / "conditions.npz")})
     sampler, line = open_sampler(models.load(path), path, settings)
