@@ -1,4 +1,4 @@
-"""FLUX and its kin: packed latents, positions of tokens, and guidance that the network is told."""
+"""FLUX and its kin: latents that are packed into tokens, and the positions of those."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from test_cli_errors import assert_two_lines, run
 from test_prompts import decoder_file
 
 from onnxq import model as models
-from onnxq.config import make_settings
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion.conditions import open_conditions
 from onnxq.diffusion.packing import made_positions, token_grid, unpacked
-from onnxq.diffusion.source import open_sampler
 from onnxq.errors import OnnxqError
 
 TEXT = 5  # tokens
@@ -111,36 +109,6 @@ def test_the_grid_is_what_positions_say() -> None:
 def conditions_file(folder: Path, **more: np.ndarray) -> str:
     np.savez(folder / "given.npz", **texts(**more))
     return str(folder / "given.npz")
-
-
-@pytest.mark.parametrize(("rate", "factor"), [(1000.0, 1.0), (1.0, 1000.0)], ids=["parts of 1", "timesteps"])
-def test_networks_are_told_the_weight_of_guidance(rate: float, factor: float, tmp_path: Path) -> None:
-    """In the units that their time has; they run once, unless there are rows of guidance: then it is the usual one."""
-    given: dict[str, object] = {"conditions": conditions_file(tmp_path), "steps": 2}
-
-    def sampler(**more: object) -> tuple[float, float, str]:
-        found, line = open_sampler(flux("16", rate=rate), None, make_settings(given | more))
-        return found.guidance, float((found.conditions or {})["guidance"][0]), line
-
-    assert sampler()[:2] == (1, 3.5 * factor) and "told of guidance 3.5" in sampler()[2]
-    assert sampler(guidance=7.0)[:2] == (1, 7 * factor) and "told of guidance 7" in sampler(guidance=7.0)[2]
-    assert sampler(guidance=1.0)[:2] == (1, factor) and sampler(guidance=0.0)[:2] == (1, 0)
-    one = np.ones(1, np.float32)
-    rows = {"guidance": 3 * one, "guidance.unconditional": one}
-    given["conditions"] = conditions_file(
-        tmp_path, **rows, **{"encoder_hidden_states.unconditional": np.zeros((TEXT, 8), np.float32)}
-    )
-    assert sampler(guidance=2.0)[:2] == (2, 3) and "told" not in sampler(guidance=2.0)[2]
-
-
-def test_guidance_of_rank_0(tmp_path: Path) -> None:
-    """And what a file says of it: an array of rank 0 has no rows to count."""
-    model = net((FLUX + "float[T,3] img_ids, float[S,3] txt_ids").replace("float[N] guidance", "float guidance"))
-    settings = make_settings({"steps": 2, "shapes": {"hidden_states": [1, 16, 16]}})
-    for given, wanted in ({}, 3.5), ({"guidance": np.asarray(2, np.float32)}, 2.0):
-        path = conditions_file(tmp_path, **given)
-        found = open_sampler(model, None, settings.model_copy(update={"conditions": path}))[0].conditions
-        assert found is not None and found["guidance"].shape == () and found["guidance"] == wanted
 
 
 def test_a_pipeline_of_packed_latents_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,8 @@ BATCH = 8  # prompts that are encoded at once
 LONGEST_TEXT = 512  # tokens, where neither denoiser nor encoder nor tokenizer says less
 ENCODER, TOKENIZER, GRAPH = "text_encoder", "tokenizer", "model.onnx"
 SIZES = "time_ids"
-NOT_OF_TEXT = ("image", "img", "txt_ids")  # in the names of embeddings that may have a text's width, and positions
+# In the names of embeddings that may have a text's width, of positions, and of the weight of guidance.
+NOT_OF_TEXT = ("image", "img", "txt_ids", "timestep_cond")
 PIXELS_PER_LATENT = 8
 AESTHETIC_SCORE, WITHOUT_PROMPT = 6.0, 2.5  # what SDXL's refiner is told of a picture's beauty
 INSTEAD = "give --conditions an .npz of rows keyed by input name"

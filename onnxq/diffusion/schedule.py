@@ -34,6 +34,8 @@ from onnxq.diffusion.schedule_entries import OwnEntries
 from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
+DEFAULT_STEPS = 50
+FEW_STEPS = {"LCMScheduler": 4, "TCDScheduler": 4}  # of networks that were distilled to need no more
 
 
 class Schedule(Protocol):
@@ -66,7 +68,7 @@ def open_schedule(config: Mapping[str, Any], denoiser: Denoiser, steps: int | No
         OnnxqError: an entry is unknown or wrong, or the steps or timesteps do not fit the model.
     """
     own = OwnEntries.read(config)
-    count = steps or own.num_inference_steps
+    count = steps or own.num_inference_steps or FEW_STEPS.get(config["_class_name"], DEFAULT_STEPS)
     if config["_class_name"] == "FlowMatching":
         return open_flow_matching(config, own, denoiser, count)
     schedule = open_diffusers(config, own, denoiser, count)

@@ -10,7 +10,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 
 from onnxq.errors import OnnxqError, unwanted
 
-DEFAULT_STEPS = 50
 MOST_TIMESTEPS = 1_000_000  # of a schedule: each has a row in its tables
 
 
@@ -47,7 +46,7 @@ class Entries(BaseModel):
 class OwnEntries(Entries):
     """What diffusers' schedulers know nothing of (see :mod:`onnxq.diffusion.schedule`)."""
 
-    num_inference_steps: Count = DEFAULT_STEPS
+    num_inference_steps: Count | None = None
     guidance_interval: Interval = (-np.inf, np.inf)
     data_range: Interval = (-1.0, 1.0)
     use_clipped_model_output: bool = True

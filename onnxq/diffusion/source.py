@@ -15,7 +15,7 @@ from onnxq.calibration import sizes
 from onnxq.config import Settings
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion.conditions import open_conditions
-from onnxq.diffusion.distilled_guidance import USUAL, told_weight
+from onnxq.diffusion.distilled_guidance import told_guidance
 from onnxq.diffusion.exported_config import CONFIG, published_shape
 from onnxq.diffusion.influence import image_influence
 from onnxq.diffusion.schedule import open_schedule
@@ -50,16 +50,16 @@ def open_sampler(model: ir.Model, path: Path | None, settings: Settings) -> tupl
     sizes.choose(model, settings.shapes or _published_shapes(model, path, around))
     denoiser = denoisers.find(model)
     given = None if settings.conditions is None else Path(settings.conditions)
-    asked = settings.guidance if "guidance" in settings.model_fields_set else USUAL
-    told = told_weight(model, denoiser, asked)
-    conditions = open_conditions(given, denoiser, around, settings.device, told)
+    told = told_guidance(model, denoiser, settings.guidance if "guidance" in settings.model_fields_set else None)
+    usual = {} if told is None else {told.name: told.row}
+    conditions = open_conditions(given, denoiser, around, settings.device, usual)
     entries, line = read_schedule(file, model, path, denoiser)
     schedule = open_schedule(entries, denoiser, settings.steps)
-    is_told = any(conditions[name] is row for name, row in told.items())
-    sampler = Sampler(denoiser, schedule, 1.0 if is_told else settings.guidance, conditions, settings.seed)
+    weight = settings.guidance
+    if told is not None and conditions[told.name] is told.row:
+        line, weight = f"{line}; the network is told of guidance {told.weight:g}", 1.0
+    sampler = Sampler(denoiser, schedule, weight, conditions, settings.seed)
     sampler.check()
-    if is_told:
-        line += f"; the network is told of guidance {asked:g}"
     return sampler, line
 
 
