@@ -248,6 +248,13 @@ def test_prompts_on_the_command_line(
     assert record("--guidance", 3)[0] == 0
     with np.load(tmp_path / "out.npz") as recorded:
         assert recorded["encoder_hidden_states"].shape[1:] == (LENGTH, SMALL)
+    prompts.write_text("\n".join(f"{prompt} {number}" for prompt in PROMPTS for number in range(4)))
+    assert record()[0] == 0
+    with np.load(tmp_path / "out.npz") as recorded:  # of twelve, every third
+        wanted = open_conditions(prompts, denoisers.find(models.load(path)), pipeline_folders(None, path))
+        seen = {row.tobytes() for row in recorded["encoder_hidden_states"]}
+        assert seen == {row.tobytes() for row in wanted["encoder_hidden_states"][::3]} and len(seen) == 4
+    prompts.write_text("\n".join(PROMPTS))
     alone = denoiser_file(tmp_path / "elsewhere" / "denoiser.onnx", PIPELINES["StableDiffusionPipeline"][0])
     assert_two_lines(*record(model=alone), "text_encoder/model.onnx", "--scheduler")
     (tmp_path / "pipeline" / "scheduler").mkdir()

@@ -328,6 +328,24 @@ def test_conditions_that_are_no_labels_are_given(tmp_path: Path) -> None:
     assert feed["prompt"].shape == (6, 3, 8) and feed["prompt"][:3].all() and not feed["prompt"][3:].any()
 
 
+def test_conditions_are_taken_from_all_over_a_file(tmp_path: Path) -> None:
+    """Rows of one condition stay together, arrays without a batch axis and rows for guidance stay whole."""
+    text = CLOCK.replace("float[N] t)", "float[N] t, float[N,3] prompt, float[N,1] size, float[7,1] place)")
+    denoiser = denoisers.find(ir.from_onnx_text(text))
+    order = np.arange(10, dtype=np.float32)[:, None]
+    rows = {"prompt": np.repeat(order, 3, axis=1), "size": order, "place": np.ones((7, 1), np.float32)}
+    np.savez(tmp_path / "given.npz", **rows, **{"size.unconditional": np.zeros(1, np.float32)})
+
+    def chosen(samples: int | None) -> list[float]:
+        found = open_conditions(tmp_path / "given.npz", denoiser, samples=samples)
+        np.testing.assert_array_equal(found["prompt"][:, :1], found["size"])
+        assert found["place"].shape == (7, 1) and found["size.unconditional"].shape == (1,)
+        return [float(row) for row in found["size"][:, 0]]
+
+    assert chosen(4) == [0, 2, 5, 7] and chosen(1) == [0]
+    assert chosen(10) == chosen(11) == chosen(None) == list(range(10))
+
+
 def beside(sample: str, output: str, axis: int, noisy: slice) -> ir.Model:
     """A network that predicts the sum of the noisy channels and the mean of the others."""
     start, end = noisy.start, noisy.stop

@@ -129,7 +129,7 @@ def sample(
     first = model if index is None else index.parent / read_index(index)[0]["file"]
     # The schedule lies beside the float model, or in its metadata.
     source = against or first
-    sampler, origin = open_sampler(models.load(source), source, settings)
+    sampler, origin = open_sampler(models.load(source), source, settings, samples)
     network = None if features is None or reference is None else comparison.FeatureNetwork(features, reference)
     # What is made for TensorRT is judged literally: onnxruntime's optimiser changes FP8 graphs.
     metadata = models.get_metadata(models.read(first))

@@ -83,7 +83,7 @@ def trajectories(
             "ray": ray,
         }
     )
-    sampler, origin = open_sampler(models.load(model), model, settings)
+    sampler, origin = open_sampler(models.load(model), model, settings, samples)
     times = sampler.schedule.timesteps
     chosen = choose(select, samples, times, keep or (1 if select == "ndtc" else min(16, len(times))), seed)
     shown = progress(quiet)

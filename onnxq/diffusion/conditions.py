@@ -24,6 +24,7 @@ def open_conditions(
     pipelines: Sequence[Path] = (),
     device: str = "cpu",
     usual: Mapping[str, Array] | None = None,
+    samples: int | None = None,
 ) -> Mapping[str, Array]:
     """Rows for the conditions that cannot be drawn (embeddings of text, images, …).
 
@@ -36,6 +37,8 @@ def open_conditions(
         device: Where prompts are encoded.
         usual: Rows of inputs that the file need not have. It need not have positions either
             (:mod:`onnxq.diffusion.packing`).
+        samples: How many will be drawn: of more rows or prompts so many are taken, evenly spaced, since files are
+            often sorted by what they are about. ``None``: all.
 
     Raises:
         OnnxqError: an array is missing or has another shape, prompts cannot be encoded, or nothing reads the file.
@@ -50,6 +53,8 @@ def open_conditions(
             )
         return {}
     found: dict[str, Array] = {} if path is None else _read(path, keys)
+    for name in {PROMPTS, *keys, *denoiser.beside_names} & found.keys() - denoiser.whole:
+        found[name] = _evenly(found[name], samples)
     if PROMPTS in found and PROMPTS not in keys:
         missing = [spec for spec in needed if spec.name not in found and is_of_text(spec)]
         prompts = [str(prompt) for prompt in found.pop(PROMPTS).ravel()]
@@ -92,6 +97,14 @@ def _read(path: Path, keys: Sequence[str]) -> dict[str, Array]:
         return {PROMPTS: np.asarray(_lines(path))}
     hint = f"write it with np.savez, keyed by input name: {', '.join(map(repr, keys))}"
     return read_arrays(path, what="an .npz of conditions", hint=hint)
+
+
+def _evenly(rows: Array, count: int | None) -> Array:
+    """At most so many rows, evenly spaced; the same ones of arrays that are as long."""
+    if count is None or not rows.ndim or len(rows) <= count:
+        return rows
+    chosen: Array = rows[np.arange(count) * len(rows) // count]
+    return chosen
 
 
 def _check_rows(spec: InputSpec, array: Array | None, path: Path | None) -> None:

@@ -34,13 +34,16 @@ TRAJECTORIES = 16
 TOLERANCE = 1e-3  # between a float timestep in a file and the same in the schedule; integers are far apart
 
 
-def open_sampler(model: ir.Model, path: Path | None, settings: Settings) -> tuple[Sampler, str]:
+def open_sampler(
+    model: ir.Model, path: Path | None, settings: Settings, samples: int | None = None
+) -> tuple[Sampler, str]:
     """The sampler of a denoiser, and one line that says where its schedule comes from.
 
     Args:
         model: The denoiser.
         path: Its file.
         settings: ``scheduler``, ``steps``, ``guidance``, ``conditions``, ``seed``, ``shapes`` and ``device`` are read.
+        samples: How many will be drawn, where that is known: no more prompts are encoded.
 
     Raises:
         OnnxqError: the model is no denoiser, or schedule, guidance or conditions do not fit it.
@@ -52,7 +55,7 @@ def open_sampler(model: ir.Model, path: Path | None, settings: Settings) -> tupl
     given = None if settings.conditions is None else Path(settings.conditions)
     told = told_guidance(model, denoiser, settings.guidance if "guidance" in settings.model_fields_set else None)
     usual = {} if told is None else {told.name: told.row}
-    conditions = open_conditions(given, denoiser, around, settings.device, usual)
+    conditions = open_conditions(given, denoiser, around, settings.device, usual, samples)
     entries, line = read_schedule(file, model, path, denoiser)
     schedule = open_schedule(entries, denoiser, settings.steps)
     weight = settings.guidance
@@ -86,7 +89,7 @@ def sampler_of(job: Job) -> Sampler:
     """
     if isinstance(job.source, Trajectories):
         return job.source.sampler
-    sampler, origin = open_sampler(job.model, job.path, job.settings)
+    sampler, origin = open_sampler(job.model, job.path, job.settings, TRAJECTORIES)
     timesteps = np.asarray(sampler.schedule.timesteps)
     for sample in itertools.islice(iter(job.source), job.settings.samples):
         found = float(sample[sampler.denoiser.timestep.name])
@@ -136,9 +139,9 @@ def own_trajectories(
     A recipe may have its own idea of it, in knobs called ``selection``, ``trajectories`` and ``kept_steps``. With the
     selection ``influence`` each step's influence on the images is measured first.
     """
-    sampler, origin = open_sampler(model, path, settings)
-    steps = len(sampler.schedule.timesteps)
     count: int = getattr(recipe, "trajectories", TRAJECTORIES)
+    sampler, origin = open_sampler(model, path, settings, count)
+    steps = len(sampler.schedule.timesteps)
     kept: int = getattr(recipe, "kept_steps", 0)
     wanted = settings.samples or (count * kept if kept else INPUTS)
     policy: str = getattr(recipe, "selection", "uniform")
