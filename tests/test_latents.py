@@ -72,6 +72,10 @@ def test_samples_of_latents_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
     shutil.move(decoder, tmp_path / "decoder.onnx")
     assert_two_lines(*sample(), "1 or 3 channels", "--decoder")
     assert sample("--decoder", tmp_path / "decoder.onnx")[0] == 0 and grid.is_file()
+    shutil.copy(tmp_path / "decoder.onnx", decoder)
+    config.write_text('{"batch_norm_eps": 1e-4}')  # FLUX.2's scaling stands among the weights of its encoder
+    assert_two_lines(*sample(), "1 or 3 channels")
+    assert sample("--decoder", decoder)[0] == 0 and grid.is_file()
     shutil.copy(other, decoder)  # of another model: the samples are what they were, no pictures
     config.write_text("{")
     assert_two_lines(*sample(), "1 or 3 channels")

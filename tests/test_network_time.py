@@ -19,6 +19,7 @@ from onnxq.diffusion.diffusers_schedule import Diffusers
 from onnxq.diffusion.flow_matching import FlowMatching
 from onnxq.diffusion.network_time import conventions, wave_rate
 from onnxq.diffusion.schedule import open_schedule
+from onnxq.diffusion.schedule_entries import empirical_mu
 from onnxq.diffusion.source import open_sampler
 
 pytest.importorskip("diffusers")
@@ -141,6 +142,18 @@ def test_larger_samples_shift_more_and_mu_can_be_said() -> None:
     assert told(latent, config, 6) == told(network(), config, 6)
     assert told(network(size="1024,16"), config, 6)[1] > told(network(), config, 6)[1]
     assert told(network(), config | {"mu": 1.15}, 6)[1] == pytest.approx(told(network(size="4096,16"), config, 6)[1])
+
+
+def test_the_shift_of_flux_2_counts_steps_too(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pipeline = pytest.importorskip("diffusers.pipelines.flux2.pipeline_flux2")
+    for tokens in (16, 4096, 4300, 4301, 8192):
+        for steps in (4, 50, 250):
+            assert empirical_mu(tokens, steps) == pytest.approx(pipeline.compute_empirical_mu(tokens, steps))
+    config, model, path = FLOW | {"use_dynamic_shifting": True}, network(size="4096,16"), tmp_path / "model.onnx"
+    (tmp_path / "config.json").write_text('{"_class_name": "Flux2Transformer2DModel"}')
+    found = open_schedule(conventions(path, 1000.0) | config, denoisers.find(model), 50).timesteps
+    assert found == told(model, config | {"mu": pipeline.compute_empirical_mu(4096, 50)}, 50)
 
 
 @pytest.mark.parametrize("folder", ["transformer", "."])

@@ -12,7 +12,7 @@ import numpy as np
 
 from onnxq.diffusion.denoiser import Denoiser
 from onnxq.diffusion.network_time import told
-from onnxq.diffusion.schedule_entries import OwnEntries, SchedulerEntries
+from onnxq.diffusion.schedule_entries import OwnEntries, SchedulerEntries, empirical_mu
 from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
@@ -159,7 +159,9 @@ def open_diffusers(config: Mapping[str, Any], own: OwnEntries, denoiser: Denoise
     if own.even_sigmas and "FlowMatch" in name:
         chosen["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     if theirs.use_dynamic_shifting:
-        chosen["mu"] = theirs.mu(_tokens(denoiser)) if own.mu is None else own.mu
+        tokens = _tokens(denoiser)
+        mu = empirical_mu(tokens, steps) if own.empirical_mu else theirs.mu(tokens)
+        chosen["mu"] = mu if own.mu is None else own.mu
     return Diffusers(_scheduler(name, config), chosen, own)
 
 

@@ -33,6 +33,7 @@ class Scaling(BaseModel):
     shift_factor: float = 0.0
     latents_mean: list[float] = [0.0]
     latents_std: list[PositiveFloat] = [1.0]
+    batch_norm_eps: float | None = None  # there: scaled by statistics among its weights instead, as FLUX.2's
 
     def applied(self, latents: Array) -> Array:
         """What a decoder reads in place of latents [batch, channels, height, width] of variance 1.
@@ -126,7 +127,8 @@ def find_decoder(
     noise = sampler.denoiser.noise_shape
     grid = token_grid(sampler.denoiser, sampler.conditions or {})
     latents = noise if grid is None else unpacked(np.empty((1, *noise)), grid).shape[1:]
-    if path is not None and len(specs) == 1 and _draws(specs[0], latents):
+    is_scaled = path is not None and (given is not None or (read_scaling(path) or Scaling()).batch_norm_eps is None)
+    if path is not None and is_scaled and len(specs) == 1 and _draws(specs[0], latents):
         return LatentDecoder(path, specs[0], device, grid)
     if given is None:
         return None

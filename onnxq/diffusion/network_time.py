@@ -36,6 +36,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "HunyuanVideoTransformer3DModel": {"even_sigmas": True},
     "OmniGenTransformer2DModel": {"even_sigmas": True},
     "BriaTransformer2DModel": {"even_sigmas": True},
+    "Flux2Transformer2DModel": {"network_time": "noise", "even_sigmas": True, "empirical_mu": True},
 }
 
 

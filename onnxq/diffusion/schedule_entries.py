@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 
 from onnxq.errors import OnnxqError, unwanted
 
+EMPIRICAL_TOKENS = 4300  # of a sample: above, FLUX.2's shift does not depend on steps
 MOST_TIMESTEPS = 1_000_000  # of a schedule: each has a row in its tables
 
 
@@ -55,6 +56,7 @@ class OwnEntries(Entries):
     negated: bool | None = None
     even_sigmas: bool = False
     mu: FiniteFloat | None = None
+    empirical_mu: bool = False
 
     @property
     def sign(self) -> int:
@@ -90,3 +92,16 @@ class SchedulerEntries(Entries):
         """
         part = (tokens - self.base_image_seq_len) / (self.max_image_seq_len - self.base_image_seq_len)
         return self.base_shift + (self.max_shift - self.base_shift) * part
+
+
+def empirical_mu(tokens: int, steps: int) -> float:
+    """FLUX.2's shift of a sample: two lines in its tokens, for 10 and for 200 steps, and between them in the steps.
+
+    Source: the numbers are those of diffusers' ``Flux2Pipeline``. Large samples have the line of many steps alone.
+    """
+    (slope_10, offset_10), (slope_200, offset_200) = (8.73809524e-05, 1.89833333), (0.00016927, 0.45666666)
+    many = slope_200 * tokens + offset_200
+    if tokens > EMPIRICAL_TOKENS:
+        return many
+    few = slope_10 * tokens + offset_10
+    return many + (many - few) * (steps - 200) / 190

@@ -44,7 +44,8 @@ def flux(*, guided: bool) -> dict[str, Any]:
 
 
 # By name: the pipeline, its network, what it is called with (shapes of random tensors, or the arguments themselves),
-# and the schedule: the scheduler, and its configuration.
+# the schedule: the scheduler, and its configuration; and the grid of tokens where the pipeline takes noise before it
+# becomes tokens.
 PIPELINES: dict[str, dict[str, Any]] = {
     "Stable Diffusion 1.5": SD | {
         "schedule": ("PNDMScheduler", BETAS | {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}),
@@ -79,6 +80,17 @@ PIPELINES: dict[str, dict[str, Any]] = {
         }),
     },
     "FLUX.1 schnell": flux(guided=False) | {"schedule": ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0})},
+    "FLUX.2": {
+        "pipeline": "Flux2Pipeline",
+        "network": ("Flux2Transformer2DModel", FLUX | {
+            "in_channels": 16, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 4, 4),
+            "timestep_guidance_channels": 16,
+        }),
+        "call": SIDES | {"prompt_embeds": (1, 7, 32), "guidance_scale": 3.5},
+        "parts": ("text_encoder", "tokenizer"),
+        "grid": (8, 8),
+        "schedule": ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "shift": 3.0}),
+    },
     "AuraFlow": {
         "pipeline": "AuraFlowPipeline",
         "network": ("AuraFlowTransformer2DModel", {
@@ -225,6 +237,8 @@ def measure(name: str, folder: Path) -> str:
     assert str(place) in line, line
     run = sampler.run(Session(path), [0])
     noise = torch.from_numpy(np.random.default_rng([0, 0]).standard_normal(sampler.denoiser.noise_shape, np.float32))
+    if "grid" in described:
+        noise = noise.T.reshape(-1, *described["grid"])
     seen.clear()
     with torch.no_grad():
         wanted = pipeline(**call, latents=noise[None])[0].numpy()
