@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ import torch
 
 from onnxq.autograd.interpreter import TorchGraph
 from onnxq.learning.multi_width import WidthsStudent
-from onnxq.learning.quantizers import find, store
+from onnxq.learning.quantizers import find, read, store
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "cpu"])
@@ -93,3 +94,28 @@ def test_the_same_seed_trains_the_same_model(network: Path, calibration: Path, t
 def test_what_is_wrong_is_said(network: Path, calibration: Path, knob: str, value: object) -> None:
     with pytest.raises(OnnxqError, match=knob):
         onnxq.quantize(network, calibration, recipe="multiquant", knobs={"train": True, knob: value})
+
+
+@pytest.mark.parametrize("distil", ["blocks", "network"])
+def test_the_teacher_keeps_the_float_networks_biases(
+    network: Path, calibration: Path, distil: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's start where they take back the mean shift of its weights, which were the teacher's too."""
+    from onnxq.learning import multi_width
+
+    learn, given = multi_width.finetune, np.load(calibration)["x"]
+    taught: list[np.ndarray] = []
+    moved: list[float] = []
+
+    def noting(student: WidthsStudent, *arguments: Any, **options: Any) -> Any:
+        for name, start in student.masters.items():
+            moved.extend([float((start - read(student.graph, name)).abs().max())] if start.ndim == 1 else [])
+        if not taught:
+            with torch.no_grad():
+                taught.append(student.teach({"x": torch.from_numpy(given)}, ["logits"])["logits"].numpy())
+        return learn(student, *arguments, **options)
+
+    monkeypatch.setattr(multi_width, "finetune", noting)
+    onnxq.quantize(network, calibration, recipe="multiquant", knobs={"steps": 1, "distil": distil})
+    np.testing.assert_allclose(taught[0], Session(network).run({"x": given}, ["logits"])[0], rtol=1e-4, atol=1e-4)
+    assert moved and max(moved) > 1e-5

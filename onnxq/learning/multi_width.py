@@ -61,11 +61,14 @@ class WidthsStudent(Student):
         quantizers: Sequence[Quantizer],
         within: Collection[str] | None = None,
         frozen: Collection[str] = (),
+        starts: Mapping[str, Tensor] | None = None,
         *,
         learn_weights: bool,
         learn_steps: bool,
     ) -> None:
-        super().__init__(graph, quantizers, within, frozen, learn_weights=learn_weights, learn_steps=learn_steps)
+        super().__init__(
+            graph, quantizers, within, frozen, starts, learn_weights=learn_weights, learn_steps=learn_steps
+        )
         self.narrow = {
             output: {bits: _narrowed(weight, bits, learn_steps) for bits in NARROW}
             for output, weight in self.weights.items()
@@ -158,6 +161,7 @@ def train_widths(
     balance: float,
     samples: int,
     cache_mib: int,
+    biases: Mapping[str, Array],
 ) -> dict[str, Array]:
     """Train a Q/DQ graph with int8 weights to give what the float network gives, at every width from 2 to 8 bits.
 
@@ -172,6 +176,7 @@ def train_widths(
         balance: From 0, losses of the widths are added as they are, to 1, each counts relative to its own size.
         samples: How many calibration samples to learn from.
         cache_mib: Memory for activations; beyond it they go to disk.
+        biases: Where biases start that do not start at the float network's, by initializer.
 
     Returns:
         The scales of the widths of 2 to 7 bits, [widths, …], by the name of the rounded weight.
@@ -181,8 +186,10 @@ def train_widths(
     whole = [Block(name, tuple(graph.input_names), name, ()) for name in outputs]
     parts = [[block] for block in blocks] or [whole]
     kept = Checkpoint(
-        job.checkpoint, fingerprint(job.model, "widths", outputs, options, own, balance, samples, job.settings.seed)
+        job.checkpoint,
+        fingerprint(job.model, "widths", outputs, options, own, balance, samples, job.settings.seed, sorted(biases)),
     )
+    starts = {name: torch.from_numpy(array) for name, array in biases.items()}
     tables: dict[str, Array] = {}
     settled: set[str] = set()  # an initializer that two blocks share is learned in the first
     with (
@@ -199,7 +206,7 @@ def train_widths(
             if finished is None:
                 within = inside(graph, part[0]) if blocks else None
                 finished = _learn(
-                    walk, part, within, settled, outputs if not blocks else {}, options, own, balance, job
+                    walk, part, within, settled, starts, outputs if not blocks else {}, options, own, balance, job
                 )
                 kept.save(name, finished)
             tables |= {key.removeprefix(TABLE): value for key, value in finished.items() if key.startswith(TABLE)}
@@ -217,6 +224,7 @@ def _learn(
     part: Sequence[Block],
     within: set[str] | None,
     settled: set[str],
+    starts: Mapping[str, Tensor],
     outputs: Mapping[str, str],
     options: FineTuning,
     own: float,
@@ -225,7 +233,7 @@ def _learn(
 ) -> dict[str, Array]:
     """Train a block, or the network; its new initializers, and tables under names of their own."""
     student = WidthsStudent(
-        walk.graph, walk.quantizers, within, settled,
+        walk.graph, walk.quantizers, within, settled, starts,
         learn_weights=options.weight_rate > 0, learn_steps=options.step_rate > 0,
     )  # fmt: skip
     if not student.narrow or not (student.masters or student.steps()):

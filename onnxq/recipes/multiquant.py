@@ -98,8 +98,12 @@ class MultiQuant:
         job.insert(means=self.bias_correction)
         job.ranges = calibrate.set_activation_scales(job.model, job.record(), observer)
         calibrate.set_weight_scales(job.model, search)
-        bias_correction.correct_biases(job.model, job.channel_means)
-        tables = self._train(job, blocks, outputs) if self.train else {}
+        tables: dict[str, Any] = {}
+        if self.train:
+            biases = bias_correction.corrected_apart(job.model, job.channel_means)  # the teacher keeps its own
+            tables = self._train(job, blocks, outputs, biases)
+        else:
+            bias_correction.correct_biases(job.model, job.channel_means)
         job.lower()
         attach_tables(job.model, tables)
 
@@ -112,7 +116,7 @@ class MultiQuant:
 
         return cut(job.model.graph) if self.distil == "blocks" else [], compared_outputs(job.model, self.loss)
 
-    def _train(self, job: Job, blocks: list[Block], outputs: dict[str, str]) -> dict[str, Any]:
+    def _train(self, job: Job, blocks: list[Block], outputs: dict[str, str], biases: dict[str, Any]) -> dict[str, Any]:
         from onnxq.learning.finetune import FineTuning
         from onnxq.learning.multi_width import train_widths
 
@@ -126,4 +130,5 @@ class MultiQuant:
             balance=self.balance,
             samples=min(self.samples, len(job.source), job.settings.samples or self.samples),
             cache_mib=self.cache_mib,
+            biases=biases,
         )
