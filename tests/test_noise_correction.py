@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import MODELS
 from test_trajectory import CLOCK
 
 import onnxq
-from onnxq import OnnxqError
+from onnxq import OnnxqError, recipes
 from onnxq import model as models
 from onnxq.config import make_settings
 from onnxq.diffusion.noise_correction import (
@@ -170,13 +171,16 @@ def test_a_sampler_with_noise_of_its_own_adds_less(tmp_path: Path, eta: float, g
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[ir.Model, ir.Model]:
-    """The shipped denoiser with 3-bit weights, as it is and corrected."""
+    """The shipped denoiser with 3-bit weights, as it is and corrected; biases as the paper of the base has them."""
     options = {"steps": 4, "weights": "int3", "activations": "int8", "samples": 48}
-    base = onnxq.quantize(UNET, recipe="ptq4dm", knobs={"selection": "uniform", "trajectories": 12}, **options)
     data = tmp_path_factory.mktemp("ptqd") / "data.npz"
     sampler, _ = open_sampler(models.load(UNET), UNET, make_settings({"steps": 4}))
     record(sampler, Session(UNET), np.ones((12, 4), bool), data)
-    corrected = onnxq.quantize(UNET, data, recipe="ptqd", knobs={"base": "ptq4dm"}, **options)
+    plain = replace(recipes.get("ptq4dm"), knobs={"selection": "uniform", "trajectories": 12, "bias_correction": False})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(recipes.RECIPES, "plain", plain)
+        base = onnxq.quantize(UNET, recipe="plain", **options)
+        corrected = onnxq.quantize(UNET, data, recipe="ptqd", knobs={"base": "plain"}, **options)
     return base.model, corrected.model
 
 
