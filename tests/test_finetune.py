@@ -22,7 +22,7 @@ from onnxq.learning.activations import gradient_factor
 from onnxq.learning.checkpoint import Checkpoint
 from onnxq.learning.finetune import Batch, FineTuning, Moment, finetune
 from onnxq.learning.losses import compared_outputs, divergence, relative_error
-from onnxq.learning.student import Student
+from onnxq.learning.student import Student, input_weights
 from onnxq.progress import Progress
 
 FASHION = (MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibration.npz")
@@ -52,10 +52,17 @@ def correlated(rows: int, seed: int) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal((rows, 8)) @ mixing).astype(np.float32)
 
 
-def perceptron(target: str = "cpu", weights: str = "int4", activations: str = "uint4") -> Job:
-    """A small network with Q/DQ and scales; its activations go below 0, so that zero points matter."""
+def perceptron(target: str = "cpu", weights: str = "int4", activations: str = "uint4", size: float = 1.0) -> Job:
+    """A small network with Q/DQ and scales; its activations go below 0, so that zero points matter.
+
+    Args:
+        size: What its inputs are multiplied with, and its first weights divided by: the function is the same.
+    """
     model = add_weights(PERCEPTRON, {"w1": (24, 32), "b1": (24,), "w2": (16, 24), "b2": (16,)})
-    x = correlated(64, 1)
+    first = model.graph.initializers["w1"]
+    assert first.const_value is not None
+    first.const_value = ir.tensor(first.const_value.numpy() / np.float32(size), name="w1")
+    x = np.float32(size) * correlated(64, 1)
     chosen = targets.get(target)
     job = Job(model, chosen, chosen.scheme(weights, activations), Settings(), Iterables([{"x": x}]), Progress())
     job.prepare()
@@ -71,6 +78,29 @@ def student_of(job: Job, **options: bool) -> Student:
 
 def batches(step: int) -> Batch:
     return Batch({"x": torch.from_numpy(correlated(16, step))})
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("adam", 1e-3), ("sgd", 0.1)])
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_network_of_large_inputs_learns_as_one_of_usual_ones(optimizer: str, rate: float, is_told: bool) -> None:
+    """Bytes are a hundred times as large, weights on them as small: at the same rate those would be torn apart."""
+    found = []
+    for size in (1.0, 128.0):
+        job = perceptron(size=size)
+        student = student_of(job)
+        if is_told:
+            student.input_sizes |= dict.fromkeys(input_weights(job.model.graph, student.quantizers), size)
+            assert list(student.input_sizes) == ["w1"]
+
+        def larger(step: int, size: float = size) -> Batch:
+            return Batch({"x": size * batches(step).inputs["x"]})
+
+        options = FineTuning(20, 16, optimizer, weight_rate=rate, step_rate=0.0)
+        finetune(student, larger, ["y"], lambda a, b: (a["y"] - b["y"]).square().mean(), options)
+        with torch.no_grad():
+            found.append(student.run(larger(99).inputs, ["y"])["y"].numpy())
+    apart = float(np.square(found[0] - found[1]).sum() / np.square(found[0]).sum())
+    assert apart < 1e-3 if is_told else apart > 0.1
 
 
 def mse(student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]) -> torch.Tensor:

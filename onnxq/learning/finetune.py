@@ -177,9 +177,14 @@ def _optimizer(student: Student, options: FineTuning) -> torch.optim.Optimizer:
             f"expected an optimizer of {', '.join(OPTIMIZERS)}, found {options.optimizer!r}",
             hint="use --set optimizer=adam",
         )
-    masters = [master for master in student.masters.values() if master.requires_grad]
+    power = 2 if options.optimizer == "sgd" else 1  # of SGD, gradients grow with what a weight multiplies, too
+    by_rate: dict[float, list[Tensor]] = {}
+    for name, master in student.masters.items():
+        if master.requires_grad:
+            rate = options.weight_rate / student.input_sizes.get(name, 1.0) ** power
+            by_rate.setdefault(rate, []).append(master)
     groups: list[dict[str, Any]] = [
-        {"params": masters, "lr": options.weight_rate, "weight_decay": options.weight_decay},
+        *({"params": found, "lr": rate, "weight_decay": options.weight_decay} for rate, found in by_rate.items()),
         {"params": student.steps(), "lr": options.step_rate, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]

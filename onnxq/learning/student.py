@@ -72,6 +72,8 @@ class Student:
         masters: Float initializers that train, by name.
         weights: How weights are rounded, by the name of the rounded value.
         activations: The learned activation quantizers, one for each scale.
+        input_sizes: How large the inputs of the network are that a weight multiplies, by its name, where they are
+            large; its own numbers are small by as much, and it learns as slowly as if both were of the usual size.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Student:
                 by_scale[item.scale] = step
                 self.activations.append(step)
             self._replaced[item.output] = step.replacement()
+        self.input_sizes: dict[str, float] = {}
         self.masters: dict[str, Tensor] = {}
         names = [item.source for item in self.quantizers if item.is_weight]
         for name in dict.fromkeys([*names, *_float_parameters(graph.model.graph, within)]):
@@ -189,3 +192,19 @@ def _is_layer(node: ir.Node) -> bool:
     """Whether the node has a weight; what is added to a product of two activations is a mask and no bias."""
     found = graphs.weighted(node)
     return found is not None and found.weight_index is not None
+
+
+def input_weights(graph: ir.Graph, quantizers: Sequence[Quantizer]) -> dict[str, str]:
+    """The weights of a Q/DQ graph that multiply an input of it, and that input, by the initializers' names."""
+    sources = {item.output: item.source for item in quantizers}
+    names = {value.name or "" for value in graph.inputs}
+    found = {}
+    for item in graphs.weighted_nodes(graph):
+        if item.weight is None:
+            continue
+        weight, activation = (
+            sources.get(value.name or "", value.name or "") for value in (item.weight, item.activation)
+        )
+        if activation in names:
+            found[weight] = activation
+    return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +28,7 @@ from onnxq.learning.distillation import sampled
 from onnxq.learning.finetune import Batches, Companion, FineTuning, Term, finetune
 from onnxq.learning.keep_best import KeepBest
 from onnxq.learning.losses import Loss, compared_outputs, distillation
-from onnxq.learning.student import Student
+from onnxq.learning.student import Student, input_weights
 from onnxq.learning.walk import FLOAT, ROWS, Walk
 from onnxq.synthesis.centers import Centers
 from onnxq.synthesis.features import residual_branches, stage_ends
@@ -41,6 +43,7 @@ WARM_UP = {"quick": 100, "default": 400, "paper": 800}  # moves of the generator
 SAVE_EVERY = 200  # steps between two checkpoints
 LOOKS = 10  # at the student on its way
 JUDGED = 64  # samples
+SIZED = 32  # samples that tell how large inputs are
 # At 20 the divergence is near the squared error of logits, and falls while the network gets better; at 1 it rises,
 # for the few of so many samples that a narrow network is sure of and wrong about.
 JUDGING_TEMPERATURE = 20.0
@@ -137,7 +140,16 @@ class ZeroShot:
             learn_steps=knobs.step_rate > 0,
             scaled=knobs.optimizer == "sgd",
         )
+        size = self._input_size()
+        if size > 1:
+            self.student.input_sizes |= dict.fromkeys(input_weights(job.model.graph, self.student.quantizers), size)
         self.steps = knobs.steps or STEPS[job.settings.budget]
+
+    def _input_size(self) -> float:
+        """The root of the mean square of inputs, as a power of two: 128 of bytes, 1 of what is normalised."""
+        rows = itertools.islice(iter(self.job.source), SIZED)
+        power = float(np.mean([np.square(row[self.network.input], dtype=np.float64).mean() for row in rows]))
+        return float(2.0 ** max(0, math.floor(0.5 * math.log2(max(power, 1.0)))))
 
     def player(self, rate: float, *, conditional: bool) -> Player:
         """A generator of the network's inputs."""
