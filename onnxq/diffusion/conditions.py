@@ -55,11 +55,11 @@ def open_conditions(
     found: dict[str, Array] = {} if path is None else _read(path, keys)
     for name in {PROMPTS, *keys, *denoiser.beside_names} & found.keys() - denoiser.whole:
         found[name] = _evenly(found[name], samples)
+    found = {**(usual or {}), **found}
     if PROMPTS in found and PROMPTS not in keys:
         missing = [spec for spec in needed if spec.name not in found and is_of_text(spec)]
         prompts = [str(prompt) for prompt in found.pop(PROMPTS).ravel()]
         found |= encode_prompts(prompts, missing, denoiser, pipelines, device) if missing else {}
-    found = {**(usual or {}), **found}
     for spec in needed:
         if spec.name not in found and (made := made_positions(spec, denoiser, found)) is not None:
             found[spec.name] = made

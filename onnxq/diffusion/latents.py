@@ -127,9 +127,10 @@ def find_decoder(
     noise = sampler.denoiser.noise_shape
     grid = token_grid(sampler.denoiser, sampler.conditions or {})
     latents = noise if grid is None else unpacked(np.empty((1, *noise)), grid).shape[1:]
-    is_scaled = path is not None and (given is not None or (read_scaling(path) or Scaling()).batch_norm_eps is None)
-    if path is not None and is_scaled and len(specs) == 1 and _draws(specs[0], latents):
-        return LatentDecoder(path, specs[0], device, grid)
+    if path is not None and len(specs) == 1 and _draws(specs[0], latents):
+        decoder = LatentDecoder(path, specs[0], device, grid)
+        if given is not None or decoder.scaling.batch_norm_eps is None:
+            return decoder
     if given is None:
         return None
     found = ", ".join(f"{spec.name} {shown(spec.shape)}" for spec in specs)

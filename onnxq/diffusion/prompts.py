@@ -20,6 +20,7 @@ from onnxq.calibration.text import MASKS, check_roles, fixed_length, text_feed
 from onnxq.calibration.tokenizers import read_folder
 from onnxq.diffusion.denoiser import UNCONDITIONAL, Denoiser, batch_rows, shown
 from onnxq.diffusion.exported_config import read_config
+from onnxq.diffusion.packing import OF_TEXT
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 
@@ -27,8 +28,7 @@ BATCH = 8  # prompts that are encoded at once
 LONGEST_TEXT = 512  # tokens, where neither denoiser nor encoder nor tokenizer says less
 ENCODER, TOKENIZER, GRAPH = "text_encoder", "tokenizer", "model.onnx"
 SIZES = "time_ids"
-# In the names of embeddings that may have a text's width, of positions, and of the weight of guidance.
-NOT_OF_TEXT = ("image", "img", "txt_ids", "timestep_cond")
+NOT_OF_TEXT = ("image", "img", OF_TEXT)  # in the names of embeddings that may have a text's width, and of positions
 PIXELS_PER_LATENT = 8
 AESTHETIC_SCORE, WITHOUT_PROMPT = 6.0, 2.5  # what SDXL's refiner is told of a picture's beauty
 INSTEAD = "give --conditions an .npz of rows keyed by input name"
