@@ -13,9 +13,11 @@ from test_cli_errors import assert_two_lines, run
 from test_prompts import decoder_file
 
 from onnxq import model as models
+from onnxq.config import make_settings
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion.conditions import open_conditions
 from onnxq.diffusion.packing import made_positions, token_grid, unpacked
+from onnxq.diffusion.source import open_sampler
 from onnxq.errors import OnnxqError
 
 TEXT = 5  # tokens
@@ -134,6 +136,18 @@ def test_a_pipeline_of_packed_latents_on_the_command_line(tmp_path: Path, capsys
     assert_two_lines(*sample(grid, "--decoder", other), "[any, 4, 8, 8]", "latent_sample [any, 16, any, any]")
     (decoder.parent / "config.json").unlink()
     assert_two_lines(*sample(grid), "a sample of known size", "hidden_states")
+
+
+def test_pictures_are_as_large_as_their_autoencoder_says_only_where_they_are_its_latents(tmp_path: Path) -> None:
+    """Inpainting has more channels than the autoencoder: the size of its pictures is not that of the sample."""
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    net (float[N,9,H,W] x, float[N] t) => (float[N,9,H,W] out) <int64[3] axes = {1, 2, 3}>
+    { a = Unsqueeze (t, axes)  out = Add (x, a) }"""
+    (tmp_path / "vae").mkdir()
+    config = {"latent_channels": 4, "block_out_channels": [8] * 4, "sample_size": 512}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OnnxqError, match="a sample of known size"):
+        open_sampler(ir.from_onnx_text(text), tmp_path / "unet" / "model.onnx", make_settings({"steps": 2}))
 
 
 def test_conditions_that_nothing_reads_are_refused(tmp_path: Path) -> None:

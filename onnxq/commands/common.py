@@ -77,8 +77,8 @@ Conditions = Annotated[
         help="For denoisers: a .txt with a prompt a line, encoded by the text encoders of the pipeline that the model "
         "lies in; or an .npz of rows for inputs that are not class labels (embeddings), keyed by input name. There, "
         "NAME.unconditional is one row for guidance, SAMPLE.behind (or .before) are channels beside the noisy ones, "
-        "and prompts are texts for the inputs without rows. Of more than samples are drawn, as many are taken, evenly "
-        "spaced.",
+        "and prompts are texts for the inputs without rows. Of more rows or prompts than samples, so many are taken, "
+        "evenly spaced.",
         show_default=False,
     ),
 ]

@@ -67,12 +67,14 @@ def open_sampler(
 
 
 def _published_shapes(model: ir.Model, path: Path | None, pipelines: Sequence[Path]) -> dict[str, Sequence[int]]:
-    """The sample's size, from the configuration of the network or its autoencoder, where the export leaves it free."""
+    """The sample's size where the export leaves it free: the network's, or of packed latents the autoencoder's."""
     spec = denoisers.find_sample(model)
+    if spec is None:
+        return {}
     beside = [] if path is None else [path.with_name(CONFIG)]
-    names = ("unet", "transformer", "vae_decoder", "vae")
+    names = ("vae_decoder", "vae") if len(spec.shape) == 3 else ("unet", "transformer")
     for file in [*beside, *(folder / name / CONFIG for folder in pipelines for name in names)]:
-        if spec is not None and (shape := published_shape(file, spec)):
+        if shape := published_shape(file, spec):
             return {spec.name: shape}
     return {}
 
