@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from onnxq.autograd.blocks import cut
-from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.calibration import observers, weight_ranges
+from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.job import Job
 from onnxq.knobs import choice
 from onnxq.learning.reconstruct import Reconstruction, reconstruct
@@ -88,9 +89,7 @@ class RoundingKnobs:
         job.prepare()
         level(job)
         blocks = cut(job.model.graph, granularity)
-        job.insert()
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
-        calibrate.set_weight_scales(job.model, search)
+        insert_calibrated(job, observe, search)
         samples, cache_mib = self.samples_in(job), self.cache_mib
         reconstruct(job, blocks, options, samples=samples, cache_mib=cache_mib)
         if afterwards is not None:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import TorchGraph
-from onnxq.calibration import calibrate, observers, weight_ranges
-from onnxq.calibration.bias_correction import corrected_apart
+from onnxq.calibration import observers, weight_ranges
 from onnxq.calibration.data import batches as batches_of
 from onnxq.calibration.data import inputs_of
+from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.knobs import choice
@@ -127,10 +127,7 @@ class ZeroShot:
                 hint="use --recipe zaq, which compares any outputs, or genie",
             )
         self.stages, self.branches = stage_ends(job.model.graph), residual_branches(job.model.graph)
-        job.insert(means=knobs.bias_correction)
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
-        calibrate.set_weight_scales(job.model, search)
-        biases = corrected_apart(job.model, job.channel_means)
+        biases = insert_calibrated(job, observe, search, corrects_biases=knobs.bias_correction, is_teacher=True).biases
         self.graph = TorchGraph(job.model, job.settings.device)
         self.student = Student(
             self.graph,

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.calibration import bias_correction, calibrate, observers, weight_ranges
+from onnxq.calibration import observers, weight_ranges
+from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.diffusion import time_scales
 from onnxq.diffusion.selection import POLICIES
 from onnxq.diffusion.source import sampler_of
@@ -115,10 +116,7 @@ class ApqDm:
         steps = len(sampler.schedule.timesteps)
         groups = self.groups if "groups" in job.settings.knobs else min(self.groups, steps)
         statistics = time_scales.record(job)
-        job.insert(means=self.bias_correction)
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
-        calibrate.set_weight_scales(job.model, search)
-        bias_correction.correct_biases(job.model, job.channel_means)
+        insert_calibrated(job, observe, search, corrects_biases=self.bias_correction)
         scales = time_scales.scales_by_step(
             job,
             statistics,

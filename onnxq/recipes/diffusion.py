@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from onnxq.autograd.blocks import cut
-from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.calibration import observers, weight_ranges
 from onnxq.calibration.data import STEP_KEY
-from onnxq.calibration.one_sided import free_zero_points
+from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.calibration.shortcuts import FORMS, split_shortcuts
 from onnxq.diffusion import time_scales
 from onnxq.diffusion.image_layers import keep_images
@@ -123,11 +123,7 @@ class Diffusion(BlockKnobs):
             job.measurements["foretold_image_error"] = error
         blocks = cut(job.model.graph)
         by_step = time_scales.record(job) if self.groups > 1 else {}
-        job.insert()
-        statistics = job.record()
-        shifted = free_zero_points(job, statistics, observe) if self.shift else []
-        job.ranges = calibrate.set_activation_scales(job.model, statistics, observe)
-        calibrate.set_weight_scales(job.model, search)
+        shifted = insert_calibrated(job, observe, search, shift=self.shift).shifted
         activations = job.scheme.activations.enabled
         rounding = self.rounding(
             job,

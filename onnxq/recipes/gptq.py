@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxq.autograd import blocks
-from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.calibration import observers, weight_ranges
+from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.job import Job
 from onnxq.learning.columnwise import BEST, Columnwise, round_layers
 from onnxq.learning.smoothing import level
@@ -72,9 +73,7 @@ class Gptq:
         job.prepare()
         level(job)
         units = blocks.cut(job.model.graph)
-        job.insert()
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observer)
-        calibrate.set_weight_scales(job.model, search)
+        insert_calibrated(job, observer, search)
         round_layers(
             job,
             units,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from onnxq.autograd.blocks import cut
-from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.calibration import observers, weight_ranges
+from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.knobs import choice
@@ -108,9 +109,7 @@ class Lsq:
         level(job)
         blocks = cut(job.model.graph)
         outputs = compared_outputs(job.model, self.loss)
-        job.insert()
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
-        calibrate.set_weight_scales(job.model, search)
+        insert_calibrated(job, observe, search)
         options = FineTuning(
             self.steps or STEPS[self.distil][job.settings.budget],
             self.batch,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from onnxq.calibration import bias_correction, calibrate, observers, weight_ranges
+from onnxq.calibration import observers, weight_ranges
+from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.knobs import choice
@@ -95,15 +96,10 @@ class MultiQuant:
         observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         job.prepare()
         blocks, outputs = self._wanted(job)
-        job.insert(means=self.bias_correction)
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observer)
-        calibrate.set_weight_scales(job.model, search)
-        tables: dict[str, Any] = {}
-        if self.train:
-            biases = bias_correction.corrected_apart(job.model, job.channel_means)  # the teacher keeps its own
-            tables = self._train(job, blocks, outputs, biases)
-        else:
-            bias_correction.correct_biases(job.model, job.channel_means)
+        calibrated = insert_calibrated(
+            job, observer, search, corrects_biases=self.bias_correction, is_teacher=self.train
+        )
+        tables = self._train(job, blocks, outputs, calibrated.biases) if self.train else {}
         job.lower()
         attach_tables(job.model, tables)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxq.calibration import bias_correction, calibrate, observers, weight_ranges
+from onnxq.calibration import observers, weight_ranges
+from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.diffusion.step_floor import hold_floor
 from onnxq.job import Job
 from onnxq.knobs import choice
@@ -58,8 +59,5 @@ class Ptq4dm:
             ends = scheme_of_ends(job.target, job.scheme, "int8")
             job.exceptions |= {name: ends for name in first_and_last(job.model.graph)}
         hold_floor(job, observe, search, 0.0)
-        job.insert(means=self.bias_correction)
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
-        calibrate.set_weight_scales(job.model, search)
-        bias_correction.correct_biases(job.model, job.channel_means)
+        insert_calibrated(job, observe, search, corrects_biases=self.bias_correction)
         job.lower()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxq.autograd.blocks import cut
-from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.calibration import observers, weight_ranges
+from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.calibration.shortcuts import FORMS, split_shortcuts
 from onnxq.diffusion.selection import POLICIES
 from onnxq.job import Job
@@ -68,9 +69,7 @@ class QDiffusion(BlockKnobs):
         job.prepare()
         split_shortcuts(job, self.split, self.split_gain_db)
         blocks = cut(job.model.graph)
-        job.insert()
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
-        calibrate.set_weight_scales(job.model, search)
+        insert_calibrated(job, observe, search)
         samples = self.samples_in(job)
         reconstruct(job, blocks, self.rounding(job), samples=samples, cache_mib=self.cache_mib, checkpoint="rounding")
         if job.scheme.activations.enabled:

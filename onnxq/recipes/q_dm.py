@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxq.calibration import bias_correction, calibrate, observers, weight_ranges
+import torch
+
+from onnxq.calibration import observers, weight_ranges
+from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.diffusion import time_scales
 from onnxq.diffusion.selection import POLICIES
 from onnxq.diffusion.source import sampler_of
@@ -93,13 +96,11 @@ class QDm:
             ends = scheme_of_ends(job.target, job.scheme, "int8")
             job.exceptions |= {name: ends for name in first_and_last(job.model.graph)}
         statistics = time_scales.record(job) if self.taq == "table" else {}
-        teacher = Session(job.model, device=job.settings.device) if self.taq == "norm" or self.bias_correction else None
+        teacher = None
         if self.taq == "norm":
+            teacher = Session(job.model, device=job.settings.device)
             self.normalise(job)
-        job.insert(means=self.bias_correction)
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
-        calibrate.set_weight_scales(job.model, search)
-        bias_correction.correct_biases(job.model, job.channel_means)
+        biases = insert_calibrated(job, observe, search, corrects_biases=self.bias_correction, is_teacher=True).biases
         if statistics:
             groups = min(self.groups or len(times), len(times))
             found = time_scales.scales_by_step(job, statistics, sampler, observe, groups=groups)
@@ -119,6 +120,7 @@ class QDm:
             samples=samples,
             cache_mib=self.cache_mib,
             teacher=teacher,
+            starts={name: torch.from_numpy(array) for name, array in biases.items()},
         )
         job.lower()
 

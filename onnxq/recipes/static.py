@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxq.calibration import bias_correction, calibrate, observers, weight_ranges
-from onnxq.calibration.one_sided import free_zero_points
+from onnxq.calibration import observers, weight_ranges
+from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.diffusion.step_floor import hold_floor
 from onnxq.job import Job
 from onnxq.learning.smoothing import smooth
@@ -65,11 +65,5 @@ class Static:
         """Steps 2 to 6, on a graph that is prepared already."""
         observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
         hold_floor(job, observer, search, self.step_floor_db)
-        job.insert(means=self.bias_correction)
-        statistics = job.record()
-        if self.shift:
-            free_zero_points(job, statistics, observer)
-        job.ranges = calibrate.set_activation_scales(job.model, statistics, observer)
-        calibrate.set_weight_scales(job.model, search)
-        bias_correction.correct_biases(job.model, job.channel_means)
+        insert_calibrated(job, observer, search, shift=self.shift, corrects_biases=self.bias_correction)
         job.lower()

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from onnxq.autograd.blocks import cut
-from onnxq.calibration import calibrate, observers, weight_ranges
+from onnxq.calibration import observers, weight_ranges
+from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.diffusion.source import sampler_of
 from onnxq.diffusion.temporal_error import temporal_error
 from onnxq.diffusion.temporal_region import find_region
@@ -88,9 +89,7 @@ class TfmqDm(BlockKnobs):
             )(job.model)
             region = find_region(job.model.graph, inputs)
         blocks = cut(job.model.graph, apart=[value for value in region.frontier if not value.is_graph_output()])
-        job.insert()
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observe)
-        calibrate.set_weight_scales(job.model, search)
+        insert_calibrated(job, observe, search)
         rounding = self.rounding(job, activation_step_rate=self.activation_step_rate, quantize_activations=True)
         more = 0 if self.maintenance == "frozen" else self.temporal_iterations or 3 * rounding.iterations
         temporal = dataclasses.replace(rounding, iterations=more, rounding_rate=rounding_rate(max(more, 1)))

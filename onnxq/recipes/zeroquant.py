@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.calibration import calibrate, observers
+from onnxq.calibration import observers
+from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.errors import OnnxqError
 from onnxq.formats import NumberFormat
 from onnxq.job import Job
@@ -88,10 +89,8 @@ class ZeroQuant:
             specs = weight_specs(job.target.place(job.model.graph, job.scheme, job.settings.exclude, job.exceptions))
             NormaliseTokens([node.name or "" for node in specs])(job.model)
         blocks = self._blocks(job)
-        job.insert()
         # The maximum of a token is 1 on any sample: no other rule may cut it.
-        job.ranges = calibrate.set_activation_scales(job.model, job.record(), observers.get("minmax"))
-        calibrate.set_weight_scales(job.model, self._search())
+        insert_calibrated(job, observers.get("minmax"), self._search())
         if self.distil:
             self._distil(job, blocks)
         job.lower()
