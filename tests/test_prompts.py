@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -274,6 +275,18 @@ def test_prompts_on_the_command_line(
     assert_two_lines(*record(), "a tokenizer in", "nothing")
     (tmp_path / "pipeline" / "text_encoder" / "model.onnx").unlink()
     assert_two_lines(*record(), "a text encoder at", "nothing")
+
+
+@pytest.mark.parametrize("command", ["trajectories", "quantize"])
+def test_encoding_says_how_long_it_took(
+    command: str, encoders: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A large encoder takes minutes on a CPU; nobody should wonder what is going on."""
+    path, prompts = lay_down(tmp_path, encoders[0], "StableDiffusionPipeline"), tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    options = ("--conditions", prompts, "-o", tmp_path / f"out.{'npz' if command == 'trajectories' else 'onnx'}")
+    _, stderr = run(capsys, command, path, *options, "--steps", 2, "-n", len(PROMPTS), "--verbose")
+    assert re.search(rf"Encoding prompts \(text_encoder\): [\d.]+ s for {len(PROMPTS) + 1} texts", stderr)
 
 
 # Two convolutions between which the text has its say, and the timestep.

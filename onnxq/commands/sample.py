@@ -129,7 +129,8 @@ def sample(
     first = model if index is None else index.parent / read_index(index)[0]["file"]
     # The schedule lies beside the float model, or in its metadata.
     source = against or first
-    sampler, origin = open_sampler(models.load(source), source, settings, samples)
+    stages = progress(quiet)
+    sampler, origin = open_sampler(models.load(source), source, settings, samples, stages)
     network = None if features is None or reference is None else comparison.FeatureNetwork(features, reference)
     # What is made for TensorRT is judged literally: onnxruntime's optimiser changes FP8 graphs.
     metadata = models.get_metadata(models.read(first))
@@ -148,7 +149,7 @@ def sample(
     drawing = find_decoder(decoder, around, sampler, device) if needs_decoder else None
     is_drawn = is_grid or report is not None or network is not None
     shown, keeps_all = min(samples, SHOWN), output is not None and not is_grid
-    with progress(quiet).stage("sample", "Sampling", samples) as advance:
+    with stages.stage("sample", "Sampling", samples) as advance:
         used = drawing if is_drawn else None
         found = comparison.sample(samplers, samples, shown, network, advance, used, keeps_all)
     made = found.samples

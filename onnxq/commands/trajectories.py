@@ -83,10 +83,10 @@ def trajectories(
             "ray": ray,
         }
     )
-    sampler, origin = open_sampler(models.load(model), model, settings, samples)
+    shown = progress(quiet)
+    sampler, origin = open_sampler(models.load(model), model, settings, samples, shown)
     times = sampler.schedule.timesteps
     chosen = choose(select, samples, times, keep or (1 if select == "ndtc" else min(16, len(times))), seed)
-    shown = progress(quiet)
     started = time.perf_counter()
     with (
         shown.stage("trajectories", "Sampling trajectories", samples * len(times), "steps") as advance,

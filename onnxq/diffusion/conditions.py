@@ -13,6 +13,7 @@ from onnxq.diffusion.denoiser import UNCONDITIONAL, Denoiser, shown, without_axi
 from onnxq.diffusion.packing import made_positions
 from onnxq.diffusion.prompts import encode_prompts, is_of_text
 from onnxq.errors import OnnxqError
+from onnxq.progress import Progress
 
 PROMPTS = "prompts"  # texts in an .npz, for inputs that it holds no rows for
 TEXT = ".txt"
@@ -25,6 +26,7 @@ def open_conditions(
     device: str = "cpu",
     usual: Mapping[str, Array] | None = None,
     samples: int | None = None,
+    progress: Progress | None = None,
 ) -> Mapping[str, Array]:
     """Rows for the conditions that cannot be drawn (embeddings of text, images, …).
 
@@ -39,6 +41,7 @@ def open_conditions(
             (:mod:`onnxq.diffusion.packing`).
         samples: How many will be drawn: of more rows or prompts so many are taken, evenly spaced, since files are
             often sorted by what they are about. ``None``: all.
+        progress: Where to say how far the encoding of prompts is.
 
     Raises:
         OnnxqError: an array is missing or has another shape, prompts cannot be encoded, or nothing reads the file.
@@ -59,7 +62,7 @@ def open_conditions(
     if PROMPTS in found and PROMPTS not in keys:
         missing = [spec for spec in needed if spec.name not in found and is_of_text(spec)]
         prompts = [str(prompt) for prompt in found.pop(PROMPTS).ravel()]
-        found |= encode_prompts(prompts, missing, denoiser, pipelines, device) if missing else {}
+        found |= encode_prompts(prompts, missing, denoiser, pipelines, device, progress) if missing else {}
     for spec in needed:
         if spec.name not in found and (made := made_positions(spec, denoiser, found)) is not None:
             found[spec.name] = made

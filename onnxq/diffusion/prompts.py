@@ -22,6 +22,7 @@ from onnxq.diffusion.denoiser import UNCONDITIONAL, Denoiser, batch_rows, shown
 from onnxq.diffusion.exported_config import read_config
 from onnxq.diffusion.packing import OF_TEXT
 from onnxq.errors import OnnxqError
+from onnxq.progress import Progress
 from onnxq.runtime import Session
 
 BATCH = 8  # prompts that are encoded at once
@@ -62,6 +63,7 @@ def encode_prompts(
     denoiser: Denoiser,
     pipelines: Sequence[Path],
     device: str = "cpu",
+    progress: Progress | None = None,
 ) -> dict[str, Array]:
     """A row for each prompt under the names of a denoiser's inputs, and that of the empty prompt for guidance.
 
@@ -73,6 +75,7 @@ def encode_prompts(
         denoiser: The denoiser.
         pipelines: Folders that may be that of its pipeline; the first that holds a text encoder is.
         device: Where the encoders run.
+        progress: Where to say how far they are; a large one takes minutes on a CPU.
 
     Returns:
         ``[prompts, …]`` by name, and ``[1, …]`` under ``NAME.unconditional``.
@@ -90,7 +93,8 @@ def encode_prompts(
         )
     lengths = [size for spec in specs if len(spec.shape) == 3 and (size := spec.shape[1]) is not None]
     length = min(lengths, default=LONGEST_TEXT)
-    texts = [_encode([*prompts, ""], folder, suffix, length, device) for suffix in around[folder]]
+    all_of_them, progress = [*prompts, ""], progress or Progress()
+    texts = [_encode(all_of_them, folder, suffix, length, device, progress) for suffix in around[folder]]
     zero = read_config(folder / "model_index.json").get("force_zeros_for_empty_prompt") is True  # as SDXL's has it
     found = {}
     for spec in specs:
@@ -148,7 +152,7 @@ def _sizes(spec: InputSpec, denoiser: Denoiser, count: int) -> Array:
     return rows
 
 
-def _encode(texts: Sequence[str], folder: Path, suffix: str, length: int, device: str) -> Encoded:
+def _encode(texts: Sequence[str], folder: Path, suffix: str, length: int, device: str, progress: Progress) -> Encoded:
     """Run one encoder over texts."""
     path = folder / f"{ENCODER}{suffix}" / GRAPH
     if not path.is_file():
@@ -156,16 +160,18 @@ def _encode(texts: Sequence[str], folder: Path, suffix: str, length: int, device
     specs = input_specs(models.read(path))
     check_roles(specs, hint=INSTEAD)
     tokens, mask = _tokens(texts, folder / f"{TOKENIZER}{suffix}", fixed_length(specs), length)
-    session, batch = Session(path, device=device), fixed_batch(specs) or BATCH
     roles: dict[str, str] = {}
     parts: dict[str, list[Array]] = {}
-    for start in range(0, len(texts), batch):
-        feed = text_feed(specs, batch_rows(tokens, start, batch), batch_rows(mask, start, batch))
-        names = list(roles.values()) or session.output_names
-        made = dict(zip(names, session.run(feed, names), strict=True))
-        roles = roles or _roles(made, path)
-        for role, name in roles.items():
-            parts.setdefault(role, []).append(made[name].astype(np.float32, copy=False))
+    with progress.stage("prompts", f"Encoding prompts ({path.parent.name})", len(texts), "texts") as advance:
+        session, batch = Session(path, device=device), fixed_batch(specs) or BATCH
+        for start in range(0, len(texts), batch):
+            feed = text_feed(specs, batch_rows(tokens, start, batch), batch_rows(mask, start, batch))
+            names = list(roles.values()) or session.output_names
+            made = dict(zip(names, session.run(feed, names), strict=True))
+            roles = roles or _roles(made, path)
+            for role, name in roles.items():
+                parts.setdefault(role, []).append(made[name].astype(np.float32, copy=False))
+            advance(min(start + batch, len(texts)))
     return Encoded(mask=mask, **{role: np.concatenate(part)[: len(texts)] for role, part in parts.items()})
 
 

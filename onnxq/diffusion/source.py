@@ -35,7 +35,11 @@ TOLERANCE = 1e-3  # between a float timestep in a file and the same in the sched
 
 
 def open_sampler(
-    model: ir.Model, path: Path | None, settings: Settings, samples: int | None = None
+    model: ir.Model,
+    path: Path | None,
+    settings: Settings,
+    samples: int | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Sampler, str]:
     """The sampler of a denoiser, and one line that says where its schedule comes from.
 
@@ -44,6 +48,7 @@ def open_sampler(
         path: Its file.
         settings: ``scheduler``, ``steps``, ``guidance``, ``conditions``, ``seed``, ``shapes`` and ``device`` are read.
         samples: How many will be drawn, where that is known: no more prompts are encoded.
+        progress: Where to say how far that is.
 
     Raises:
         OnnxqError: the model is no denoiser, or schedule, guidance or conditions do not fit it.
@@ -55,7 +60,7 @@ def open_sampler(
     given = None if settings.conditions is None else Path(settings.conditions)
     told = told_guidance(model, denoiser, settings.guidance if "guidance" in settings.model_fields_set else None)
     usual = {} if told is None else {told.name: told.row}
-    conditions = open_conditions(given, denoiser, around, settings.device, usual, samples)
+    conditions = open_conditions(given, denoiser, around, settings.device, usual, samples, progress)
     entries, line = read_schedule(file, model, path, denoiser)
     schedule = open_schedule(entries, denoiser, settings.steps)
     weight = settings.guidance
@@ -91,7 +96,7 @@ def sampler_of(job: Job) -> Sampler:
     """
     if isinstance(job.source, Trajectories):
         return job.source.sampler
-    sampler, origin = open_sampler(job.model, job.path, job.settings, TRAJECTORIES)
+    sampler, origin = open_sampler(job.model, job.path, job.settings, TRAJECTORIES, job.progress)
     timesteps = np.asarray(sampler.schedule.timesteps)
     for sample in itertools.islice(iter(job.source), job.settings.samples):
         found = float(sample[sampler.denoiser.timestep.name])
@@ -142,7 +147,7 @@ def own_trajectories(
     selection ``influence`` each step's influence on the images is measured first.
     """
     count: int = getattr(recipe, "trajectories", TRAJECTORIES)
-    sampler, origin = open_sampler(model, path, settings, count)
+    sampler, origin = open_sampler(model, path, settings, count, progress)
     steps = len(sampler.schedule.timesteps)
     kept: int = getattr(recipe, "kept_steps", 0)
     wanted = settings.samples or (count * kept if kept else INPUTS)
