@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from onnxq.calibration import observers, weight_ranges
 from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.diffusion import time_scales
@@ -96,11 +94,12 @@ class QDm:
             ends = scheme_of_ends(job.target, job.scheme, "int8")
             job.exceptions |= {name: ends for name in first_and_last(job.model.graph)}
         statistics = time_scales.record(job) if self.taq == "table" else {}
-        teacher = None
+        # Factors will put biases elsewhere: the graph gets the corrected ones, and its teacher is another.
+        is_changed = self.taq == "norm" or self.bias_correction
+        teacher = Session(job.model, device=job.settings.device) if is_changed else None
         if self.taq == "norm":
-            teacher = Session(job.model, device=job.settings.device)
             self.normalise(job)
-        biases = insert_calibrated(job, observe, search, corrects_biases=self.bias_correction, is_teacher=True).biases
+        insert_calibrated(job, observe, search, corrects_biases=self.bias_correction)
         if statistics:
             groups = min(self.groups or len(times), len(times))
             found = time_scales.scales_by_step(job, statistics, sampler, observe, groups=groups)
@@ -120,7 +119,6 @@ class QDm:
             samples=samples,
             cache_mib=self.cache_mib,
             teacher=teacher,
-            starts={name: torch.from_numpy(array) for name, array in biases.items()},
         )
         job.lower()
 
