@@ -53,6 +53,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "- both": ("diffusion", {"selection": "uniform", "image_gain_db": 0.0}),
     "- GPTQ's codes": ("diffusion", {"start": "nearest"}),
     "all, biases learned": ("diffusion", {"start": "gptq", "bias_rate": 1e-3}),
+    "- weight steps": ("diffusion", {"weight_step_rate": 0.0}),
     "- shift": ("diffusion", {"shift": False}),
     "- tables of time": ("diffusion", {"cache": False}),
     "- noise correction": ("diffusion", {"correct": False}),
