@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import DATA, MODELS
+from conftest import DATA, MODELS, add_weights
 
 import onnxq
 from onnxq import OnnxqError
@@ -165,17 +165,39 @@ def test_rounding_that_starts_from_codes_keeps_them_until_it_learns() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["adaround", "qdrop"])
-def test_the_codes_of_gptq_are_a_better_start_and_learned_biases_help(fashion: tuple[Path, Path], recipe: str) -> None:
+def test_the_codes_of_gptq_are_a_better_start(fashion: tuple[Path, Path], recipe: str) -> None:
     formats = {"weights": "int3", "activations": "int8", "samples": 32}
     found = [
         sqnr(onnxq.quantize(*fashion, recipe=recipe, knobs=QUICK | {"iterations": 20} | knobs, **formats))
-        for knobs in (
-            {"start": "nearest", "bias_rate": 0.0},
-            {"start": "gptq", "bias_rate": 0.0},
-            {"start": "gptq", "bias_rate": 1e-3},
-        )
+        for knobs in ({"start": "nearest", "bias_rate": 0.0}, {"start": "gptq", "bias_rate": 0.0})
     ]
-    assert found[1] > found[0] + 1.0 and found[2] > found[1]
+    assert found[1] > found[0] + 1.0
+
+
+DEPTHWISE = """<ir_version: 10, opset_import: ["" : 21]>
+depthwise (float[N,8,12,12] x) => (float[N,8,10,10] y)
+{
+    y = Conv <group = 8> (x, w1, b1)
+}"""
+
+
+@pytest.mark.parametrize("recipe", ["adaround", "qdrop"])
+def test_biases_learn_where_they_are_told_to(tmp_path: Path, recipe: str) -> None:
+    """Over three seeds they neither help nor harm the classifier that ships here (20 steps, 3 bits): 0.2 dB of 23."""
+    ir.save(add_weights(DEPTHWISE, {"w1": (8, 1, 3, 3), "b1": (8,)}), tmp_path / "float.onnx")
+    inputs = np.random.default_rng(0).normal(4.0, 0.5, (32, 1, 8, 12, 12)).astype(np.float32)
+    source = [{"x": sample} for sample in inputs]
+    biases = []
+    for rate in (0.0, 1e-2):
+        knobs = {"iterations": 20, "start": "nearest", "bias_rate": rate}
+        made = onnxq.quantize(
+            tmp_path / "float.onnx", source, recipe=recipe, weights="int3", activations="float", knobs=knobs
+        )
+        layer = next(node for node in made.model.graph if node.op_type == "Conv")
+        biases.append(layer.inputs[2].const_value.numpy())
+    given = models.load(tmp_path / "float.onnx").graph.initializers["b1"].const_value.numpy()
+    np.testing.assert_array_equal(biases[0], given)
+    assert np.abs(biases[1] - given).max() > 1e-2
 
 
 def test_the_gradient_of_a_step_is_that_of_lsq(network: Path, calibration: Path) -> None:
