@@ -117,10 +117,7 @@ class Student:
         self.input_sizes: dict[str, float] = {}
         self.masters: dict[str, Tensor] = {}
         names = [item.source for item in self.quantizers if item.is_weight]
-        names = list(dict.fromkeys([*names, *_float_parameters(graph.model.graph, within)]))
-        if within is None and not starts.keys() <= set(names):
-            raise ValueError(f"nothing that learns starts at {sorted(starts.keys() - set(names))}")
-        for name in names:
+        for name in dict.fromkeys([*names, *_float_parameters(graph.model.graph, within)]):
             start = starts.get(name)
             if name in frozen or (start is None and not learn_weights):
                 continue
