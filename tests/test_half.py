@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +19,7 @@ from onnxq.arithmetic import storable_scale
 from onnxq.autograd.interpreter import TorchGraph
 from onnxq.errors import OnnxqError
 from onnxq.half import to_float16
+from onnxq.learning.student import Student
 from onnxq.passes.change_precision import ChangePrecision
 from onnxq.runtime import Session
 
@@ -143,10 +145,11 @@ def in_half(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("adaround", {"iterations": 10}),
         ("qdrop", {"iterations": 10}),
         ("lsq", {"steps": 5}),
+        ("lsq", {"steps": 5, "start": "gptq"}),
         ("multiquant", {"steps": 5}),
     ],
 )
-def test_models_in_float16_learn_as_well_as_those_in_float32(in_half: Path, recipe: str, knobs: dict[str, int]) -> None:
+def test_models_in_float16_learn_as_well_as_those_in_float32(in_half: Path, recipe: str, knobs: dict[str, Any]) -> None:
     """Torch computes them in float32; nodes met halves and floats together, and scales were too small to store."""
     found = [
         onnxq.quantize(path, MODELS / "fashion_calibration.npz", recipe=recipe, knobs=knobs, samples=64).numbers
@@ -161,6 +164,17 @@ def test_halves_are_widened_in_torch_unless_asked_not_to() -> None:
     x = torch.tensor([[1e-4, 2.0]], dtype=torch.float16)
     assert TorchGraph(model).run({"x": x}, ["y"])["y"].dtype == torch.float32
     assert TorchGraph(model, in_half=True).run({"x": x}, ["y"])["y"].dtype == torch.float16
+
+
+def test_biases_of_models_in_float16_learn_in_float32(in_half: Path) -> None:
+    """They were left out of what learns, and where they should have started was lost."""
+    model = models.load(in_half)
+    biases = [node.inputs[2].name or "" for node in model.graph if node.op_type == "Gemm"]
+    starts = {biases[0]: torch.full((model.graph.initializers[biases[0]].shape[0],), 0.5, dtype=torch.float16)}
+    masters = Student(TorchGraph(model), [], starts=starts).masters
+    assert set(biases) <= set(masters)
+    assert {master.dtype for master in masters.values()} == {torch.float32}
+    assert bool((masters[biases[0]] == 0.5).all())
 
 
 def test_no_stored_scale_rounds_to_nothing() -> None:

@@ -117,11 +117,14 @@ class Student:
         self.input_sizes: dict[str, float] = {}
         self.masters: dict[str, Tensor] = {}
         names = [item.source for item in self.quantizers if item.is_weight]
-        for name in dict.fromkeys([*names, *_float_parameters(graph.model.graph, within)]):
+        names = list(dict.fromkeys([*names, *_float_parameters(graph.model.graph, within)]))
+        if within is None and not starts.keys() <= set(names):
+            raise ValueError(f"nothing that learns starts at {sorted(starts.keys() - set(names))}")
+        for name in names:
             start = starts.get(name)
             if name in frozen or (start is None and not learn_weights):
                 continue
-            own = read(graph, name) if start is None else start.to(graph.device)
+            own = read(graph, name) if start is None else graph.run({name: start}, [name])[name]  # never in halves
             self.masters[name] = own.clone().requires_grad_(learn_weights)
 
     def run(self, given: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
@@ -162,7 +165,7 @@ def _float_parameters(graph: ir.Graph, within: Collection[str] | None) -> list[s
         if within is not None and not any(value.name in within for value in node.outputs):
             continue
         for value in _parameters_of(node):
-            if value is not None and value.is_initializer() and value.dtype == ir.DataType.FLOAT and graphs.rank(value):
+            if value is not None and value.is_initializer() and graphs.is_float(value) and graphs.rank(value):
                 found.append(value.name or "")
     return found
 
