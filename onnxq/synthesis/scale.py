@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import Adam
 
+from onnxq.autograd.denormals import no_denormals
 from onnxq.autograd.interpreter import TorchGraph
 from onnxq.synthesis.statistics import Remembered, moments
 
@@ -33,6 +34,7 @@ CONVENTIONS = (
 PICTURE_MEAN, PICTURE_DEVIATION = 0.47, 0.24  # of the distance between black and white
 
 
+@no_denormals()
 def input_scale(
     graph: TorchGraph,
     name: str,

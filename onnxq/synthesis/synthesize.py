@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from onnxq.autograd.denormals import no_denormals
 from onnxq.autograd.interpreter import Replacement
 from onnxq.calibration.data import InputSpec, Sample, input_specs
 from onnxq.errors import OnnxqError
@@ -124,6 +125,7 @@ def _missing(model: ir.Model, method: Method) -> tuple[str, str] | None:
     return None
 
 
+@no_denormals()
 def synthesise(
     model: ir.Model,
     method: str = "pixels",
@@ -225,6 +227,7 @@ class _Maker:
         largest = max(SMALLEST_BATCH, BATCH_ELEMENTS // elements)
         self.batch = min(recipe.batch or len(self.layers), largest)
 
+    @no_denormals()
     def make(self, index: int, size: int, steps: int, advance: Callable[[int], None]) -> tuple[Array, list[float]]:
         """One batch, and the loss after each step."""
         source = torch.Generator().manual_seed(self.seed * 100_003 + index + 1)
