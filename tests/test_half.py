@@ -143,7 +143,7 @@ def in_half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("gptq", {}),
         ("adaround", {"iterations": 10}),
-        ("qdrop", {"iterations": 10}),
+        ("qdrop", {"iterations": 40}),  # with 10, biases that are corrected on 64 images differ by 2 dB
         ("lsq", {"steps": 5}),
         ("lsq", {"steps": 5, "start": "gptq"}),
         ("multiquant", {"steps": 5}),

@@ -29,7 +29,8 @@ class RoundingKnobs:
         observer: How the first range follows from the statistics of an activation.
         weight_ranges: ``mse``, the clip with the least error, or ``minmax``.
         correct_biases: Whether biases take back the mean error that a block is left with: for networks that run many
-            times over, as denoisers do; a classifier gains nothing.
+            times over, as denoisers do, and where blocks learn on the float network's inputs in part (``mix``); what
+            learns on the quantized part's alone gains little.
         start: ``gptq``: every weight chooses between the code that GPTQ gives it and that code's neighbour;
             ``nearest``: between the two codes around it.
         bias_rate: Adam's rate for biases; 0 keeps them.

@@ -16,20 +16,25 @@ class QDrop(BlockKnobs):
     2. Block by block: inputs whose elements come from the quantized or, by chance, from the float network; activations
        inside that are quantized or, by chance, not; learn rounding and activation steps, and, if asked for, the steps
        of weights (GENIE-M).
-    3. Store weights as codes, lint, check.
+    3. Take back the mean error that the layers of each block are left with; store weights as codes, lint, check.
 
     Source: X. Wei, R. Gong, Y. Li, X. Liu, F. Yu, QDrop: Randomly Dropping Quantization for Extremely Low-bit
     Post-Training Quantization, ICLR 2022 (arXiv 2203.05740), algorithm 1; ``weight_step_rate`` is GENIE-M of
     Y. Jeon, C. Lee, H. Kim, Genie: Show Me the Data for Quantization, CVPR 2023 (arXiv 2212.04780), section 3.2.
 
-    Departures: those of the recipe ``brecq``.
+    Departures: those of the recipe ``brecq``, and:
+        - Biases take back the mean error that is left (``correct_biases``). Half of the inputs that a block learns on
+          are the float network's, and what the quantized part makes has other means: at W4A4 that costs a network of
+          depthwise convolutions eight points, and residual networks nothing.
 
     Attributes:
+        correct_biases: Whether biases take back the mean error that a block is left with.
         drop: Probability that an activation stays float in a step.
         mix: Probability that an element of a block's input comes from the float network.
         weight_step_rate: Adam's rate for the logarithm of weight steps; 0 keeps them.
     """
 
+    correct_biases: bool = True
     drop: float = 0.5
     mix: float = 0.5
     weight_step_rate: float = 0.0
