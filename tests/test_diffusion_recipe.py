@@ -53,6 +53,19 @@ def test_each_part_can_be_turned_off(denoiser: Path) -> None:
     assert "noise_correction" in models.get_metadata(result.model)
 
 
+@pytest.mark.parametrize(("weights", "gain_db"), [("int4", 0.1), ("int4", 0.0), ("int8", 0.1)])
+def test_layers_that_make_most_of_the_error_keep_eight_bits(denoiser: Path, weights: str, gain_db: float) -> None:
+    knobs = KNOBS | ALL_LAYERS | {"wide_gain_db": gain_db, "iterations": 2, "split": "none"}
+    result = onnxq.quantize(denoiser, recipe="diffusion", knobs=knobs, **OPTIONS | {"weights": weights})
+    wide = result.numbers.get("wide_layers", [])
+    assert bool(wide) == (weights == "int4" and gain_db > 0)
+    assert any("keep weights of 8 bits" in warning for warning in result.numbers["warnings"]) == bool(wide)
+    layers = [item for item in graphs.weighted_nodes(result.model.graph) if graphs.is_dequantized(item.weight)]
+    codes = {item.node.name: item.weight.producer().inputs[0].const_value.numpy() for item in layers}
+    of_eight = {name for name, array in codes.items() if np.abs(array.astype(int)).max() > 8}
+    assert of_eight == (codes.keys() if weights == "int8" else set(wide))
+
+
 def test_scales_by_step_join_the_rest(denoiser: Path) -> None:
     """What is shifted keeps one scale; the others move, and nothing else of the recipe changes."""
     parts = {"groups": 4, "least_gain_db": 0.0, "iterations": 50} | ALL_LAYERS

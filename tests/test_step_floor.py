@@ -61,12 +61,12 @@ def chain(fragile: tuple[int, ...]) -> ir.Model:
     return model
 
 
-def job_of(model: ir.Model, steps: int = 4) -> tuple[Job, Counted]:
+def job_of(model: ir.Model, steps: int = 4, weights: str | None = None) -> tuple[Job, Counted]:
     x = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
     source = Counted([{"x": x, "step": np.arange(64) % steps}])
     target = targets.get("tensorrt")
     settings = make_settings({"target": "tensorrt"})
-    job = Job(model, target, target.scheme(None, None), settings, source, Progress(enabled=False))
+    job = Job(model, target, target.scheme(weights, None), settings, source, Progress(enabled=False))
     job.prepare()
     return job, source
 

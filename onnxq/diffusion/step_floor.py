@@ -21,6 +21,7 @@ from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.lower_weights import LowerWeights
 from onnxq.ranking import Ranking
 from onnxq.runtime import Session
+from onnxq.scheme import Scheme
 from onnxq.sensitivity import ErrorPower, Judged, Probe, error_power, judged_samples
 from onnxq.switchboard import Layer, Search, activations_of, layers_of
 from onnxq.targets import Placement
@@ -76,7 +77,7 @@ def hold_floor(job: Job, observer: Observer, search: Search | None, floor_db: fl
                     f"a sampler step keeps only {_held_db(after):.1f} dB although {count} layers stay float for it"
                 )
             for name in search_.ranking.first(count):
-                job.exceptions[name] = search_.float_scheme
+                job.exceptions[name] = search_.spared
                 job.reasons[name] = f"in float every sampler step keeps {floor_db:g} dB"
         job.step_sqnr_db = after.by_step_db
     return Floor(before, after, list(job.reasons))
@@ -95,13 +96,13 @@ def _growing(total: int) -> list[int]:
 
 
 class FloorSearch:
-    """Candidates: which layers are float, and how good the rest then is."""
+    """Candidates: which layers are spared (in float, unless another scheme is given), and how good the rest then is."""
 
     ranking: Ranking
 
-    def __init__(self, job: Job, observer: Observer, search: Search | None) -> None:
+    def __init__(self, job: Job, observer: Observer, search: Search | None, spared: Scheme | None = None) -> None:
         self.job, self.observer, self.search = job, observer, search
-        self.float_scheme = job.target.scheme("float", "float")
+        self.spared = spared or job.target.scheme("float", "float")
         placement = job.place(job.model.graph)
         schemes = schemes_of(job.scheme, job.exceptions)
         self.layers: list[Layer] = layers_of(job.model.graph, schemes, placement.left_float)
@@ -142,16 +143,16 @@ class FloorSearch:
         return high
 
     def judge(self, count: int) -> ErrorPower:
-        """The error of the target's own graph with the first so many layers in float."""
+        """The error of the target's own graph with the first so many layers spared."""
         if count not in self._judged:
             candidate = self._candidate(self.ranking.first(count) if count else [])
             session = Session(candidate, optimize=False, device=self.job.settings.device)
             self._judged[count] = error_power(session.run, self.samples)
         return self._judged[count]
 
-    def _candidate(self, in_float: Sequence[str]) -> ir.Model:
+    def _candidate(self, spared: Sequence[str]) -> ir.Model:
         model = self.job.model.clone()
-        placement = self.job.place(model.graph, dict.fromkeys(in_float, self.float_scheme))
+        placement = self.job.place(model.graph, dict.fromkeys(spared, self.spared))
         self.job.observe(activation_roots(placement))  # a float layer may move its neighbours' pairs
         InsertQDQ(placement.sites)(model)
         calibrate.set_activation_scales(model, self.statistics, self.observer)

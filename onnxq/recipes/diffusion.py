@@ -11,7 +11,7 @@ from onnxq.calibration.data import STEP_KEY
 from onnxq.calibration.insert_calibrated import insert_calibrated
 from onnxq.calibration.shortcuts import FORMS, split_shortcuts
 from onnxq.diffusion import time_scales
-from onnxq.diffusion.image_layers import keep_images
+from onnxq.diffusion.image_layers import spare_for_images
 from onnxq.diffusion.influence import image_influence
 from onnxq.diffusion.selection import POLICIES
 from onnxq.diffusion.source import sampler_of
@@ -36,7 +36,8 @@ class Diffusion(BlockKnobs):
        weights (TFMQ-DM's cache, arXiv 2407.19547).
     2. Layers that read a Concat are split where that pays (Q-Diffusion, arXiv 2302.04304, section 3.2).
     3. Layers without which a sampler step loses too much stay float, and those that alone make most of the error of the
-       images. They are looked for with weights of 8 bits: what fewer bits lose is learned back in step 5.
+       images. They are looked for with weights of 8 bits: what fewer bits lose is learned back in step 5. With fewer
+       bits, the layers whose weights then make most of the images' error keep 8: mostly the last ones, which are small.
     4. Calibrate on all steps; half of the inputs come from those in which an error moves the images most. That is
        measured: the float sampler runs with a little noise in the prediction of one step after the other.
     5. Block by block, learn the rounding of weights, their steps (GENIE-M, arXiv 2212.04780) and those of activations
@@ -69,6 +70,8 @@ class Diffusion(BlockKnobs):
         step_floor_db: SQNR that every sampler step keeps; 0 turns it off.
         image_gain_db: By how much the foretold error of the images has to fall for a further layer to stay float; 0
             turns it off.
+        wide_gain_db: By how much it has to fall for a further layer to keep weights of 8 bits where others have fewer;
+            0 turns it off.
         correct: Whether the error of each step is taken back behind the network.
         groups: In how many groups of steps an activation has a scale of its own (APQ-DM); 1: one scale for all.
         least_gain_db: By how much the error of an activation has to fall for that: factors cost time.
@@ -87,6 +90,7 @@ class Diffusion(BlockKnobs):
     shift: bool = True
     step_floor_db: float = 22.0
     image_gain_db: float = 2.0
+    wide_gain_db: float = 0.5
     correct: bool = True
     groups: int = 1
     least_gain_db: float = 2.0
@@ -111,7 +115,7 @@ class Diffusion(BlockKnobs):
             )
         whole = job.model.clone() if self.float_steps else None
         influence = getattr(job.source, "influence", None)
-        measures = influence is None and self.image_gain_db > 0
+        measures = influence is None and max(self.image_gain_db, self.wide_gain_db) > 0
         corrects = self.correct and STEP_KEY in next(iter(job.source), {})
         exact = Session(job.model, device=job.settings.device) if measures or corrects else None
         if measures and exact is not None:
@@ -120,11 +124,15 @@ class Diffusion(BlockKnobs):
         if self.cache:
             CacheTemporalFeatures(sampler.denoiser, times, bytes_per_weight=1.0)(job.model)
         split_shortcuts(job, self.split, self.split_gain_db)
+        wide = self._with_wide_weights(job)
         if self.step_floor_db > 0:
-            hold_floor(self._with_wide_weights(job), observe, search, self.step_floor_db)
+            hold_floor(wide, observe, search, self.step_floor_db)
         if influence is not None and self.image_gain_db > 0:
-            error = keep_images(self._with_wide_weights(job), observe, search, influence, self.image_gain_db)
-            job.measurements["foretold_image_error"] = error
+            spared = spare_for_images(wide, observe, search, influence, self.image_gain_db)
+            job.measurements["foretold_image_error"] = spared.error
+        if influence is not None and self.wide_gain_db > 0 and wide is not job:
+            spared = spare_for_images(job, observe, search, influence, self.wide_gain_db, wide.scheme)
+            self._say(job, spared.layers)
         blocks = cut(job.model.graph)
         by_step = time_scales.record(job) if self.groups > 1 else {}
         shifted = insert_calibrated(job, observe, search, shift=self.shift).shifted
@@ -153,6 +161,15 @@ class Diffusion(BlockKnobs):
                 Subgraph(whole, tuple(range(first)), tuple(times[:first])),
                 Subgraph(job.model, tuple(range(first, len(times))), tuple(times[first:])),
             ]
+
+    @staticmethod
+    def _say(job: Job, wide_layers: list[str]) -> None:
+        job.measurements["wide_layers"] = wide_layers
+        if wide_layers:
+            job.warnings.append(
+                f"{len(wide_layers)} layers keep weights of 8 bits, as fewer would make most of the images' error; "
+                f"first {wide_layers[0]} (--set wide_gain_db=0 for none)"
+            )
 
     def _with_wide_weights(self, job: Job) -> Job:
         """The same job with weights of at least 8 bits; what it finds out goes into the job's own dictionaries."""

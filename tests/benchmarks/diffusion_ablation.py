@@ -51,6 +51,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "- inputs by influence": ("diffusion", {"selection": "uniform"}),
     "- float where images need it": ("diffusion", {"image_gain_db": 0.0}),
     "- both": ("diffusion", {"selection": "uniform", "image_gain_db": 0.0}),
+    "- wide weights": ("diffusion", {"wide_gain_db": 0.0}),
     "- GPTQ's codes": ("diffusion", {"start": "nearest"}),
     "all, biases learned": ("diffusion", {"start": "gptq", "bias_rate": 1e-3}),
     "- weight steps": ("diffusion", {"weight_step_rate": 0.0}),

@@ -1,0 +1,60 @@
+"""Layers that make most of the images' error are spared: in float, or with wide weights among narrow ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from test_denoiser_biases import image_error
+from test_step_floor import chain, job_of
+
+from onnxq.calibration import observers
+from onnxq.diffusion.image_layers import error_shares, spare_for_images
+from onnxq.sensitivity import ErrorPower
+
+
+def test_errors_count_by_what_they_do_to_images() -> None:
+    power = ErrorPower()
+    signal = np.ones((3, 4))
+    power.add([signal], [signal + np.asarray([[0.1], [0.2], [0.0]])], np.arange(3))
+    assert error_shares(power, np.asarray([5.0, 0.5, 9.0])) == pytest.approx({0: 0.05, 1: 0.02, 2: 0.0})
+
+
+@pytest.mark.parametrize(
+    ("fragile", "gain_db", "kept"), [((3,), 2.0, {"layer3"}), ((3,), 60.0, set()), ((), 2.0, set())]
+)
+def test_a_layer_that_makes_most_of_the_error_stays_float(
+    fragile: tuple[int, ...], gain_db: float, kept: set[str]
+) -> None:
+    job, _ = job_of(chain(fragile))
+    found = spare_for_images(job, observers.get("minmax"), None, np.ones(4), gain_db)
+    assert set(job.exceptions) == kept == set(job.reasons) == set(found.layers)
+    assert found.error > 0 and (found.error < 0.1) == bool(kept or not fragile)
+
+
+@pytest.mark.parametrize(("largest", "kept"), [(40.0, ["layer3"]), (1.0, [])])
+def test_a_layer_that_few_bits_spoil_keeps_eight(largest: float, kept: list[str]) -> None:
+    """Beside the weight of a dead channel, the others of its row fall between the codes of six bits."""
+    model = chain(())
+    dead, spoilt = (np.array(model.graph.initializers[name].const_value.numpy()) for name in ("w2", "w3"))
+    dead[5] = 0
+    spoilt[:, 5] = largest * np.abs(spoilt).max()
+    for name, array in (("w2", dead), ("w3", spoilt)):
+        model.graph.initializers[name].const_value = ir.tensor(array)
+    job, _ = job_of(model, weights="int6")
+    wide = job.target.scheme(None, None)
+    found = spare_for_images(job, observers.get("minmax"), None, np.ones(4), 2.0, wide)
+    assert found.layers == kept and job.exceptions == dict.fromkeys(kept, wide) and not job.reasons
+
+
+def test_a_few_layers_of_eight_bits_halve_the_error_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real UNet with nearest rounding: what would be learned takes most of the time here."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("torch")
+    from onnxq.recipes import diffusion
+
+    monkeypatch.setattr(diffusion, "reconstruct", lambda *_, **__: None)
+    knobs = {"trajectories": 8, "kept_steps": 5, "start": "nearest", "split": "none"}
+    knobs |= {"correct": False, "step_floor_db": 0.0, "image_gain_db": 0.0}
+    wide, narrow = (image_error("diffusion", wide_gain_db=gain, **knobs) for gain in (0.5, 0.0))
+    assert wide < 0.5 * narrow
