@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from onnxq.autograd.interpreter import TorchGraph
 from onnxq.synthesis.statistics import Remembered, moments
 
 STEPS = 150
+TRIED_STEPS = 50  # after which the better of two starts is known
 SAMPLES = 8
 LAYERS = 2
 SMOOTHING = 4  # noise is enlarged so many times, half of it: pictures are smooth, and filters answer to that
@@ -59,26 +61,34 @@ def input_scale(
     """
     noise = (picture_noise if picture else smooth_noise)((SAMPLES, *shape), source).to(graph.device)
     broadcast = (1, shape[0], *[1] * (len(shape) - 1))
-    best = (torch.ones(broadcast, device=graph.device), torch.zeros(broadcast, device=graph.device))
+    unchanged = (torch.ones(broadcast, device=graph.device), torch.zeros(broadcast, device=graph.device))
     if not layers:
-        return best
+        return unchanged
     scales = (1, 1, *broadcast[2:]) if picture and shape[0] == COLOURS else broadcast
-    lowest = float("inf")
-    for first in (1.0, 64.0):  # normalised, or raw bytes: the two basins
+
+    def descend(first: float) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """The loss of each step, with the scale and the shift behind it."""
         logarithm = torch.full(scales, math.log(first), device=graph.device, requires_grad=True)
         shift = torch.zeros(broadcast, device=graph.device, requires_grad=True)  # in units of the scale
         optimizer = Adam([logarithm, shift], 0.05)
-        loss = torch.tensor(float("inf"))
         for _ in range(STEPS):
             optimizer.zero_grad()
             inputs = logarithm.exp() * (noise + shift)
             loss = _loss(graph.run({name: inputs}, [layer.value for layer in layers[:LAYERS]]), layers[:LAYERS])
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        if float(loss.detach()) < lowest:
-            lowest = float(loss.detach())
-            best = (logarithm.exp().detach().expand(broadcast), (logarithm.exp() * shift).detach())
-    return best
+            scale = logarithm.exp().detach().expand(broadcast)
+            yield float(loss.detach()), scale, scale * shift.detach()
+
+    starts = {}
+    for start in (descend(1.0), descend(64.0)):  # normalised, or raw bytes: the two basins
+        *_, (loss, _, _) = islice(start, TRIED_STEPS)
+        if math.isfinite(loss):
+            starts[loss] = start
+    if not starts:
+        return unchanged
+    *_, (_, scale, shift) = starts[min(starts)]
+    return scale, shift
 
 
 def smooth_noise(shape: Sequence[int], source: torch.Generator) -> Tensor:
