@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,13 @@ def test_a_network_that_reads_bytes_is_recognised(picture: bool) -> None:
         found[name] = float(scale), float(shift)
     assert found["bytes"][0] == pytest.approx(127.5 * found["normalised"][0], rel=0.25)
     assert found["bytes"][1] == pytest.approx(127.5 * (found["normalised"][1] + 1), rel=0.25)
+
+
+def test_statistics_that_are_no_numbers_leave_the_units_alone() -> None:
+    network = fashion()
+    layers = [replace(layer, mean=layer.mean * float("nan")) for layer in remembered(network)]
+    scale, shift = input_scale(TorchGraph(network), "x", (1, 28, 28), layers, torch.Generator().manual_seed(0))
+    assert (float(scale), float(shift)) == (1, 0)
 
 
 def test_noise_of_pictures_is_smooth_and_nearly_grey() -> None:

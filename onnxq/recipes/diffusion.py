@@ -36,8 +36,8 @@ class Diffusion(BlockKnobs):
        weights (TFMQ-DM's cache, arXiv 2407.19547).
     2. Layers that read a Concat are split where that pays (Q-Diffusion, arXiv 2302.04304, section 3.2).
     3. Layers without which a sampler step loses too much stay float, and those that alone make most of the error of the
-       images. They are looked for with weights of 8 bits: what fewer bits lose is learned back in step 5. With fewer
-       bits, the layers whose weights then make most of the images' error keep 8: mostly the last ones, which are small.
+       images. They are looked for with weights of 8 bits: what fewer bits lose is learned back in step 5. The layers
+       whose few bits make most of the images' error keep 8: mostly the last ones, which are small.
     4. Calibrate on all steps; half of the inputs come from those in which an error moves the images most. That is
        measured: the float sampler runs with a little noise in the prediction of one step after the other.
     5. Block by block, learn the rounding of weights, their steps (GENIE-M, arXiv 2212.04780) and those of activations
@@ -59,8 +59,11 @@ class Diffusion(BlockKnobs):
           small UNet of digits (int4 weights, 20 steps, 128 images, the mean over three seeds of noise) had 3.2e-2 with
           inputs spread evenly and no layer kept for the images. One layer in float, and mean images taken back, leave
           2.2e-2. Inputs that follow the influence change little: they do with one float layer less.
-        - What is left there eight bits do not mend: that UNet had 0.6e-2 with its first step in float, so there is
-          ``float_steps``, which is 0 unless it is set.
+        - The papers keep the first and the last layer in 8 bits, by rule. Which layers need them is measured here: on
+          the Fashion UNet six of the last, 6 % of the weights, bring the error of the images (W4A8, two seeds) from
+          1.1e-3 and 1.4e-3 to 0.48e-3 and 0.54e-3.
+        - What is left of the UNet of digits eight bits do not mend: it had 0.6e-2 with its first step in float, so
+          there is ``float_steps``, which is 0 unless it is set.
 
     Attributes:
         cache: Whether temporal features become tables.
@@ -132,7 +135,7 @@ class Diffusion(BlockKnobs):
             job.measurements["foretold_image_error"] = spared.error
         if influence is not None and self.wide_gain_db > 0 and wide is not job:
             spared = spare_for_images(job, observe, search, influence, self.wide_gain_db, wide.scheme)
-            self._say(job, spared.layers)
+            self._report_wide(job, spared.layers)
         blocks = cut(job.model.graph)
         by_step = time_scales.record(job) if self.groups > 1 else {}
         shifted = insert_calibrated(job, observe, search, shift=self.shift).shifted
@@ -163,7 +166,7 @@ class Diffusion(BlockKnobs):
             ]
 
     @staticmethod
-    def _say(job: Job, wide_layers: list[str]) -> None:
+    def _report_wide(job: Job, wide_layers: list[str]) -> None:
         job.measurements["wide_layers"] = wide_layers
         if wide_layers:
             job.warnings.append(
