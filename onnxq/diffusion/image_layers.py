@@ -12,13 +12,14 @@ import numpy as np
 
 from onnxq.calibration.data import STEP_KEY, Array
 from onnxq.calibration.observers import Observer
-from onnxq.diffusion.step_floor import FloorSearch
+from onnxq.diffusion.step_floor import RANKING_STEPS, FloorSearch
 from onnxq.job import Job
 from onnxq.scheme import Scheme
 from onnxq.sensitivity import ErrorPower
 from onnxq.switchboard import Search
 
 NEGLIGIBLE = 1e-4  # part of the images' power, 40 dB: nobody sees it
+AHEAD = 2  # layers are tried at once where one brings too little: beside others it may make less than alone
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def spare_for_images(
 ) -> Spared:
     """Give layers another scheme in ``job.exceptions``, as long as the next takes so much off the images' error.
 
-    Layers are ranked by the error that each makes alone in the step that makes most of the images' error; at most half
+    Layers are ranked by the error of the images that each makes alone, in the steps that make most of it; at most half
     of them are spared, and none once that error is negligible. Everything is measured on calibration samples, on the
     graph that the target will run.
 
@@ -64,20 +65,27 @@ def spare_for_images(
     with job.progress.stage("images", f"Judging {'layers' if scheme is None else 'widths'} by images"):
         layers = FloorSearch(job, observer, search, scheme)
         shares = error_shares(layers.judge(0), influence)
-        error, count = sum(shares.values()), 0
+        error, count, further = sum(shares.values()), 0, 1
         if error > NEGLIGIBLE:
-            layers.rank([max(shares, key=lambda step: shares[step])])
-        while error > NEGLIGIBLE and count < len(layers.layers) // 2:
-            less = sum(error_shares(layers.judge(count + 1), influence).values())
-            if less <= 0 or 10 * np.log10(error / less) < least_gain_db:
-                break
-            error, count = less, count + 1
+            worst = sorted(shares, key=lambda step: shares[step])[-RANKING_STEPS:]
+            layers.rank(worst, lambda power: image_error(power, influence))
+        while error > NEGLIGIBLE and further <= AHEAD and count + further <= len(layers.layers) // 2:
+            less = image_error(layers.judge(count + further), influence)
+            if less > 0 and 10 * np.log10(error / less) >= further * least_gain_db:
+                error, count, further = less, count + further, 1
+            else:
+                further += 1
         found = layers.ranking.first(count) if count else []
         job.exceptions |= dict.fromkeys(found, layers.spared)
         if not layers.spared.weights.enabled:
             reason = f"in float it takes {least_gain_db:g} dB or more off the error of the images"
             job.reasons |= dict.fromkeys(found, reason)
     return Spared(found, error)
+
+
+def image_error(power: ErrorPower, influence: Array) -> float:
+    """The error of the images that follows from the prediction's in all steps; squared, as part of their power."""
+    return sum(error_shares(power, influence).values())
 
 
 def error_shares(power: ErrorPower, influence: Array) -> dict[int, float]:

@@ -19,7 +19,7 @@ from onnxq.calibration.observers import Observer
 from onnxq.job import Job
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.lower_weights import LowerWeights
-from onnxq.ranking import Ranking
+from onnxq.ranking import Cost, Ranking, in_worst_step
 from onnxq.runtime import Session
 from onnxq.scheme import Scheme
 from onnxq.sensitivity import ErrorPower, Judged, Probe, error_power, judged_samples
@@ -122,12 +122,21 @@ class FloorSearch:
         self._judged.clear()
         return self.judge(0)
 
-    def rank(self, steps: list[int]) -> None:
-        """Order the layers by their own error in these steps, largest first, as far as it turns out to be needed."""
+    def rank(self, steps: list[int], cost: Cost = in_worst_step) -> None:
+        """Order the layers by the error that each spares in these steps, largest first, as far as it will be needed."""
         job = self.job
         samples = judged_samples(self._float, job.source, job.specs, RANKING_ROWS // self._part, steps)
         probe = Probe(job.model, samples, self.statistics, job.specs, self.observer, self.search, job.settings.device)
-        self.ranking = Ranking(replace(probe, workers=job.workers), self.layers)
+        layers = [replace(layer, scheme=self._lost(layer.scheme)) for layer in self.layers]
+        self.ranking = Ranking(replace(probe, workers=job.workers), layers, cost)
+
+    def _lost(self, scheme: Scheme) -> Scheme:
+        """What a layer is rid of where it is spared; what stays as it is makes no difference, and counts as float."""
+        in_float = self.job.target.scheme("float", "float")
+        return Scheme(
+            scheme.weights if scheme.weights != self.spared.weights else in_float.weights,
+            scheme.activations if scheme.activations != self.spared.activations else in_float.activations,
+        )
 
     def shortest(self, floor_db: float) -> int:
         """How many of the first layers have to be float, if fewer never help more; half if that is not enough."""
