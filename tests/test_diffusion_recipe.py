@@ -131,6 +131,11 @@ def test_the_float_network_is_kept_open_only_where_it_is_asked(denoiser: Path, m
         knobs = KNOBS | ALL_LAYERS | {"correct": correct, "iterations": 1, "start": "nearest"}
         onnxq.quantize(denoiser, recipe="diffusion", knobs=knobs, **OPTIONS)
         assert len(opened) == correct
+    opened.clear()
+    knobs |= {"correct": False, "selection": "uniform"}  # nothing has measured what errors do to images
+    for weights, opens in (("int8", 0), ("int4", 1)):
+        onnxq.quantize(denoiser, recipe="diffusion", knobs=knobs, **OPTIONS | {"weights": weights})
+        assert len(opened) == opens
 
 
 def test_the_same_seed_gives_the_same_bytes(denoiser: Path) -> None:

@@ -27,6 +27,8 @@ from onnxq.recipes.ptqd import Ptqd
 from onnxq.runtime import Session
 from onnxq.scheme import Scheme
 
+WIDE_BITS = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusion(BlockKnobs):
@@ -118,7 +120,8 @@ class Diffusion(BlockKnobs):
             )
         whole = job.model.clone() if self.float_steps else None
         influence = getattr(job.source, "influence", None)
-        measures = influence is None and max(self.image_gain_db, self.wide_gain_db) > 0
+        widens = self.wide_gain_db > 0 and job.scheme.weights.format.bits < WIDE_BITS
+        measures = influence is None and (self.image_gain_db > 0 or widens)
         corrects = self.correct and STEP_KEY in next(iter(job.source), {})
         exact = Session(job.model, device=job.settings.device) if measures or corrects else None
         if measures and exact is not None:
@@ -133,7 +136,7 @@ class Diffusion(BlockKnobs):
         if influence is not None and self.image_gain_db > 0:
             spared = spare_for_images(wide, observe, search, influence, self.image_gain_db)
             job.measurements["foretold_image_error"] = spared.error
-        if influence is not None and self.wide_gain_db > 0 and wide is not job:
+        if influence is not None and widens:
             spared = spare_for_images(job, observe, search, influence, self.wide_gain_db, wide.scheme)
             self._report_wide(job, spared.layers)
         blocks = cut(job.model.graph)
@@ -176,7 +179,7 @@ class Diffusion(BlockKnobs):
 
     def _with_wide_weights(self, job: Job) -> Job:
         """The same job with weights of at least 8 bits; what it finds out goes into the job's own dictionaries."""
-        if job.scheme.weights.format.bits >= 8:
+        if job.scheme.weights.format.bits >= WIDE_BITS:
             return job
         wide = job.target.scheme(None, job.settings.activations).weights
         return dataclasses.replace(job, scheme=Scheme(wide, job.scheme.activations))
