@@ -16,6 +16,7 @@ from onnxq import model as models
 from onnxq import targets
 from onnxq.calibration import observers, sizes, weight_ranges
 from onnxq.calibration.recording import record
+from onnxq.calibration.weight_ranges import Search
 from onnxq.config import Settings
 from onnxq.errors import OnnxqError
 from onnxq.inputs import calibration_inputs
@@ -25,7 +26,7 @@ from onnxq.progress import Progress
 from onnxq.report.metrics import json_safe
 from onnxq.runtime import Session, serialize
 from onnxq.sensitivity import ErrorPower, Probe, judged_samples
-from onnxq.switchboard import Layer, Search, activations_of, layers_of
+from onnxq.switchboard import Layer, activations_of, layers_of
 
 Array = np.ndarray[Any, Any]
 

@@ -16,12 +16,13 @@ import onnx_ir as ir
 
 from onnxq.calibration.data import STEP_KEY, InputSpec, Source, Spread, batches, inputs_of, row_count
 from onnxq.calibration.observers import Observer, Statistics
+from onnxq.calibration.weight_ranges import Search
 from onnxq.errors import OnnxqError
 from onnxq.learning.outputs import Compared, difference
 from onnxq.parallel import Workers
 from onnxq.runtime import Session
 from onnxq.scheme import Scheme
-from onnxq.switchboard import Layer, Search, SharedBoard, Switchboard
+from onnxq.switchboard import Layer, SharedBoard, Switchboard
 
 Array = np.ndarray[Any, Any]
 

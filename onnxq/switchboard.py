@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.calibration import calibrate
 from onnxq.calibration.observers import Observer, Statistics
-from onnxq.formats import NumberFormat
+from onnxq.calibration.weight_ranges import Search
 from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.lower_weights import LowerWeights
@@ -21,7 +21,6 @@ from onnxq.scheme import Scheme, Spec
 from onnxq.targets import Site
 
 Array = np.ndarray[Any, Any]
-Search = Callable[[Array, NumberFormat, bool], tuple[Array, Array]]
 
 SWITCH = "onnxq_switch_"
 

@@ -18,7 +18,7 @@ from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration import weight_ranges
 from onnxq.config import build_knobs, parse_assignments
 from onnxq.docstrings import knob_meanings
-from onnxq.formats import FORMATS
+from onnxq.formats import FORMATS, NumberFormat
 from onnxq.knobs import choices_of
 
 FASHION = (MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibration.npz")
@@ -73,6 +73,27 @@ def test_the_least_error_is_no_larger_than_that_of_the_extremes(name: str) -> No
     assert (clipped <= extreme * (1 + 1e-5)).all()
     if number_format.bits <= 4:
         assert clipped.sum() < (0.8 if symmetric else 0.9) * extreme.sum()
+
+
+def test_a_weight_is_looked_at_once_in_each_format() -> None:
+    seen = []
+
+    def search(rows: np.ndarray, number_format: NumberFormat, symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
+        seen.append((number_format.name, symmetric))
+        return weight_ranges.least_error(rows, number_format, symmetric)
+
+    find = weight_ranges.once(search)
+    rows = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
+    for name, symmetric in (("int4", True), ("int8", True), ("int4", False)):
+        number_format = FORMATS[name]
+        for _ in range(2):
+            found = find(rows.copy(), number_format, symmetric)
+            wanted = weight_ranges.least_error(rows, number_format, symmetric)
+            np.testing.assert_array_equal(found, wanted)
+    assert seen == [("int4", True), ("int8", True), ("int4", False)]
+    find(rows.reshape(8, 16), number_format, symmetric)
+    find(rows + 1, number_format, symmetric)
+    assert len(seen) == 5
 
 
 def test_numbers_may_be_written_in_powers_of_ten() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +12,12 @@ from onnxq import graph as graphs
 from onnxq.arithmetic import scale_and_zero_point, storable_scale
 from onnxq.calibration.let_through import Interval, let_through
 from onnxq.calibration.observers import Observer, Range, Statistics, minmax, with_headroom
+from onnxq.calibration.weight_ranges import Search
 from onnxq.formats import NumberFormat, one_sided, parse_format
 from onnxq.passes.insert_qdq import CLIP, FORMAT, STATISTICS, SYMMETRIC
 from onnxq.passes.normalise_tokens import NORMALISED
 
 Array = np.ndarray[Any, Any]
-Search = Callable[[Array, NumberFormat, bool], tuple[Array, Array]]
 
 
 def set_activation_scales(model: ir.Model, statistics: dict[str, Statistics], observer: Observer) -> dict[str, Range]:

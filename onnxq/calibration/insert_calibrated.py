@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from onnxq.calibration.bias_correction import correct_biases, corrected_apart
-from onnxq.calibration.calibrate import Search, set_activation_scales, set_weight_scales
+from onnxq.calibration.calibrate import set_activation_scales, set_weight_scales
 from onnxq.calibration.observers import Observer
 from onnxq.calibration.one_sided import free_zero_points
+from onnxq.calibration.weight_ranges import Search
 from onnxq.job import Job
 
 Array = np.ndarray[Any, Any]

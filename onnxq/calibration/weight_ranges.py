@@ -11,7 +11,8 @@ of the extremes instead of 0; asymmetric ranges move one end after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from onnxq.errors import OnnxqError
 from onnxq.formats import NumberFormat
 
 Array = np.ndarray[Any, Any]
+Search = Callable[[Array, NumberFormat, bool], tuple[Array, Array]]
 
 TILE_VALUES = 1 << 18  # worked on at once: a few MiB of scratch, however large the weight
 SMALLEST_CLIP = 0.2
@@ -158,6 +160,19 @@ def _around(
 
 
 SEARCHES = {"minmax": extremes, "few": best_of_few, "mse": least_error}
+
+
+def once(search: Search) -> Search:
+    """The same search, which looks at each weight once in each format, for those who try many graphs of one network."""
+    found: dict[tuple[Any, ...], tuple[Array, Array]] = {}
+
+    def find(rows: Array, number_format: NumberFormat, symmetric: bool) -> tuple[Array, Array]:
+        key = (hashlib.sha256(rows.tobytes()).digest(), rows.shape, rows.dtype, number_format, symmetric)
+        if key not in found:
+            found[key] = search(rows, number_format, symmetric)
+        return found[key]
+
+    return find
 
 
 def get(name: str) -> Any:

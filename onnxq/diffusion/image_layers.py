@@ -12,11 +12,11 @@ import numpy as np
 
 from onnxq.calibration.data import STEP_KEY, Array
 from onnxq.calibration.observers import Observer
+from onnxq.calibration.weight_ranges import Search
 from onnxq.diffusion.step_floor import RANKING_STEPS, FloorSearch
 from onnxq.job import Job
 from onnxq.scheme import Scheme
 from onnxq.sensitivity import ErrorPower
-from onnxq.switchboard import Search
 
 NEGLIGIBLE = 1e-4  # part of the images' power, 40 dB: nobody sees it
 AHEAD = 2  # layers are tried at once where one brings too little: beside others it may make less than alone

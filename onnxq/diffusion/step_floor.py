@@ -16,6 +16,7 @@ from onnxq import model as models
 from onnxq.calibration import calibrate
 from onnxq.calibration.data import STEP_KEY
 from onnxq.calibration.observers import Observer
+from onnxq.calibration.weight_ranges import Search, once
 from onnxq.job import Job
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.lower_weights import LowerWeights
@@ -23,7 +24,7 @@ from onnxq.ranking import Cost, Ranking, in_worst_step
 from onnxq.runtime import Session
 from onnxq.scheme import Scheme
 from onnxq.sensitivity import ErrorPower, Judged, Probe, error_power, judged_samples
-from onnxq.switchboard import Layer, Search, activations_of, layers_of
+from onnxq.switchboard import Layer, activations_of, layers_of
 from onnxq.targets import Placement
 from onnxq.targets.placement import schemes_of
 
@@ -101,7 +102,8 @@ class FloorSearch:
     ranking: Ranking
 
     def __init__(self, job: Job, observer: Observer, search: Search | None, spared: Scheme | None = None) -> None:
-        self.job, self.observer, self.search = job, observer, search
+        self.job, self.observer = job, observer
+        self.search = None if search is None else once(search)  # each candidate is the same network
         self.spared = spared or job.target.scheme("float", "float")
         placement = job.place(job.model.graph)
         schemes = schemes_of(job.scheme, job.exceptions)

@@ -17,9 +17,9 @@ from torch import Tensor
 from onnxq.arithmetic import scale_and_zero_point
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
-from onnxq.calibration.weight_ranges import extremes
+from onnxq.calibration.weight_ranges import Search, extremes
 from onnxq.folding import array_of
-from onnxq.formats import NumberFormat, parse_format
+from onnxq.formats import parse_format
 from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
 from onnxq.learning.cache import ActivationCache
@@ -32,7 +32,6 @@ from onnxq.learning.walk import FLOAT, QUANTIZED, Walk, inside
 from onnxq.passes.insert_qdq import FORMAT, SYMMETRIC
 
 Array = np.ndarray[Any, Any]
-Search = Callable[[Array, NumberFormat, bool], tuple[Array, Array]]
 
 
 @dataclass(frozen=True)

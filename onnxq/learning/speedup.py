@@ -18,6 +18,7 @@ from onnxq.calibration import calibrate
 from onnxq.calibration.data import batches, inputs_of
 from onnxq.calibration.observers import Observer, Statistics
 from onnxq.calibration.recording import record
+from onnxq.calibration.weight_ranges import Search
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.layer_times import layer_times_ms, owners_of
@@ -26,7 +27,6 @@ from onnxq.learning.widths import Group
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.runtime import Session, latency_ms
 from onnxq.scheme import Scheme
-from onnxq.switchboard import Search
 
 FLOAT = "float"
 THREADS = 1  # as `onnxq compare` times models

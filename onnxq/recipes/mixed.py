@@ -9,6 +9,7 @@ from typing import Any
 from onnxq import recipes
 from onnxq.calibration import observers, weight_ranges
 from onnxq.calibration.observers import Observer
+from onnxq.calibration.weight_ranges import Search
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.knobs import choice
@@ -20,7 +21,6 @@ from onnxq.learning.widths import Widths, probe_of, widths_of
 from onnxq.recipes.static import Static
 from onnxq.runtime import Session
 from onnxq.sensitivity import Probe, alone, judged_samples, points_lost, together
-from onnxq.switchboard import Search
 
 DEFAULT_BITS = 5.0
 HALVINGS = 7  # of the interval of mean widths: a twentieth of a bit
