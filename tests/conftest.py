@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Before anything reads it: files of tests share the cores out, and what is learned depends on the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import onnx_ir as ir

@@ -8,7 +8,7 @@ what remains is the error of the finite difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +38,6 @@ MODELS = [
     "denoisers/mnist_unet_layernorm", "language/stories260k",
 ]  # fmt: skip
 SIZES = {"DynamicDimension.1": 64, "seq": 12}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on busy cores take far longer than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def samples(model: ir.Model, batch: int) -> dict[str, Tensor]:

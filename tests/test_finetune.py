@@ -29,11 +29,6 @@ FASHION = (MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibration.npz")
 KNOBS = {"steps": 12, "batch": 8, "samples": 32}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 PERCEPTRON = """
 <ir_version: 10, opset_import: ["" : 21]>
 network (float[N,32] x) => (float[N,16] y)

@@ -38,11 +38,6 @@ FASHION, CALIBRATION = MODELS / "fashion_resnet.onnx", MODELS / "fashion_calibra
 RATES = {"weight_rate": 1e-3, "step_rate": 1e-3}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def student(step_rate: float = 1e-4, **knobs: Any) -> ZeroShot:
     """The classifier at two and three bits beside its float self, with ranges from real images: none must be made."""
     with np.load(CALIBRATION) as archive:

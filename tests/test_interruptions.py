@@ -23,7 +23,6 @@ COMMANDS = {
     "made inputs": [*QUANTIZE, "--synthesis", "zeroq", "-n", "32"],
     "synthesize": ["synthesize", "{network}", "-o", "{output}.npz", "-n", "12", "--steps", "60", "--method", "dsg"],
 }
-ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for each other make times what a kill cannot hit
 
 
 def command(network: Path, calibration: Path, output: Path, name: str) -> list[str]:
@@ -38,12 +37,12 @@ def test_killed_runs_end_with_the_same_bytes(network: Path, calibration: Path, t
     for path in (undisturbed, killed):
         path.parent.mkdir()
     before = time.monotonic()
-    subprocess.run(command(network, calibration, undisturbed, name), check=True, env=ALONE)
+    subprocess.run(command(network, calibration, undisturbed, name), check=True)
     seconds = time.monotonic() - before
     chance = random.Random(name)
     kills = 0
     while kills < KILLS:
-        process = subprocess.Popen(command(network, calibration, killed, name), env=ALONE)
+        process = subprocess.Popen(command(network, calibration, killed, name))
         try:
             process.wait(chance.uniform(0.3, 0.8) * seconds)
             assert process.returncode == 0
@@ -55,7 +54,7 @@ def test_killed_runs_end_with_the_same_bytes(network: Path, calibration: Path, t
             assert not killed.exists() or killed.read_bytes() == undisturbed.read_bytes(), "a half-written file"
         killed.unlink(missing_ok=True)
     print(f"{name}: {kills} kills survived")
-    subprocess.run(command(network, calibration, killed, name), check=True, env=ALONE)
+    subprocess.run(command(network, calibration, killed, name), check=True)
     assert killed.read_bytes() == undisturbed.read_bytes()
     assert [path.name for path in killed.parent.iterdir()] == [written]
 
@@ -63,7 +62,7 @@ def test_killed_runs_end_with_the_same_bytes(network: Path, calibration: Path, t
 def test_a_synthesis_goes_on_with_its_next_batch(network: Path, calibration: Path, tmp_path: Path) -> None:
     """Killed when its second batch is there, a run that goes on does not make the first one again."""
     output = tmp_path / "out.npz"
-    started = subprocess.Popen(command(network, calibration, output, "synthesize"), env=ALONE)
+    started = subprocess.Popen(command(network, calibration, output, "synthesize"))
     kept = checkpoint_folder(output)
     while started.poll() is None and len(list(kept.glob("*.npz"))) < 2:
         time.sleep(0.01)
@@ -73,8 +72,8 @@ def test_a_synthesis_goes_on_with_its_next_batch(network: Path, calibration: Pat
     assert len(before) >= 2 and not output.exists()
     damaged = min(before)
     damaged.write_bytes(damaged.read_bytes()[:100])  # as after a loss of power: this one is made again
-    subprocess.run(command(network, calibration, output, "synthesize"), check=True, env=ALONE)
+    subprocess.run(command(network, calibration, output, "synthesize"), check=True)
     undisturbed = tmp_path / "undisturbed.npz"
-    subprocess.run(command(network, calibration, undisturbed, "synthesize"), check=True, env=ALONE)
+    subprocess.run(command(network, calibration, undisturbed, "synthesize"), check=True)
     assert output.read_bytes() == undisturbed.read_bytes()
     assert not kept.exists()

@@ -27,11 +27,6 @@ from onnxq.runtime import Session
 QUICK = {"iterations": 40, "batch": 8, "samples": 32}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def sqnr(result: onnxq.Result) -> float:
     return float(result.numbers["sqnr_db"])
 
