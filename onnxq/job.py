@@ -161,11 +161,12 @@ class Job:
         if not self.placement.sites:
             reasons = "; ".join(sorted(set(self.placement.left_float.values()))) or "it has no Conv, Gemm or MatMul"
             raise OnnxqError(f"expected something to quantize, found nothing ({reasons})", hint="see `onnxq lint`")
-        roots = {(site.like or site.value) for site in self.placement.sites if not site.value.is_initializer()}
+        roots = self.placement.ranged
         self._has_ranges = bool(roots)
         if means:
-            roots |= bias_correction.read_in_float(self.model.graph, self.placement.sites)
-        self._taps = sorted(root.name or "" for root in roots)
+            read = bias_correction.read_in_float(self.model.graph, self.placement.sites)
+            roots |= {value.name or "" for value in read}
+        self._taps = sorted(roots)
         if not self._taps or not set(self._taps) <= self.observed.statistics.keys():
             self._open_float_session(self._taps)
         InsertQDQ(self.placement.sites)(self.model)

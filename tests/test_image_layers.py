@@ -10,7 +10,7 @@ from test_step_floor import chain, job_of
 
 from onnxq.calibration import observers
 from onnxq.diffusion.image_layers import error_shares, image_error, spare_for_images
-from onnxq.diffusion.step_floor import FloorSearch
+from onnxq.diffusion.sparing import SparingSearch
 from onnxq.sensitivity import ErrorPower
 
 
@@ -60,7 +60,7 @@ def test_what_sparing_does_not_change_is_no_reason_to_spare() -> None:
     job, _ = job_of(model, weights="int6")
     first = []
     for scheme in (None, job.target.scheme(None, None)):
-        search = FloorSearch(job, observers.get("minmax"), None, scheme)
+        search = SparingSearch(job, observers.get("minmax"), None, scheme)
         search.rank([0, 1, 2, 3], lambda power: image_error(power, np.ones(4)))
         first += search.ranking.first(1)
     assert first == ["layer3", "layer17"]

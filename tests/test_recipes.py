@@ -82,7 +82,7 @@ def test_a_weight_is_looked_at_once_in_each_format() -> None:
         seen.append((number_format.name, symmetric))
         return weight_ranges.least_error(rows, number_format, symmetric)
 
-    find = weight_ranges.once(search)
+    find = weight_ranges.once(weight_ranges.once(search))
     rows = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
     for name, symmetric in (("int4", True), ("int8", True), ("int4", False)):
         number_format = FORMATS[name]

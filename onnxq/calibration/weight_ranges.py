@@ -162,17 +162,24 @@ def _around(
 SEARCHES = {"minmax": extremes, "few": best_of_few, "mse": least_error}
 
 
-def once(search: Search) -> Search:
-    """The same search, which looks at each weight once in each format, for those who try many graphs of one network."""
-    found: dict[tuple[Any, ...], tuple[Array, Array]] = {}
+class Once:
+    """A search that looks at each weight once in each format, for those who try many graphs of one network."""
 
-    def find(rows: Array, number_format: NumberFormat, symmetric: bool) -> tuple[Array, Array]:
+    def __init__(self, search: Search) -> None:
+        self._search = search
+        self._found: dict[tuple[Any, ...], tuple[Array, Array]] = {}
+
+    def __call__(self, rows: Array, number_format: NumberFormat, symmetric: bool) -> tuple[Array, Array]:
+        """Both ends of the range of each row [rows]."""
         key = (hashlib.sha256(rows.tobytes()).digest(), rows.shape, rows.dtype, number_format, symmetric)
-        if key not in found:
-            found[key] = search(rows, number_format, symmetric)
-        return found[key]
+        if key not in self._found:
+            self._found[key] = self._search(rows, number_format, symmetric)
+        return self._found[key]
 
-    return find
+
+def once(search: Search) -> Search:
+    """The same search, which looks at each weight once in each format; one that does so already stays what it is."""
+    return search if isinstance(search, Once) else Once(search)
 
 
 def get(name: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from onnxq.calibration.data import STEP_KEY, Array
 from onnxq.calibration.observers import Observer
 from onnxq.calibration.weight_ranges import Search
-from onnxq.diffusion.step_floor import RANKING_STEPS, FloorSearch
+from onnxq.diffusion.sparing import RANKING_STEPS, SparingSearch
 from onnxq.job import Job
 from onnxq.scheme import Scheme
 from onnxq.sensitivity import ErrorPower
@@ -63,7 +63,7 @@ def spare_for_images(
     if STEP_KEY not in next(iter(job.source), {}):
         return Spared([], 0.0)
     with job.progress.stage("images", f"Judging {'layers' if scheme is None else 'widths'} by images"):
-        layers = FloorSearch(job, observer, search, scheme)
+        layers = SparingSearch(job, observer, search, scheme)
         shares = error_shares(layers.judge(0), influence)
         error, count, further = sum(shares.values()), 0, 1
         if error > NEGLIGIBLE:

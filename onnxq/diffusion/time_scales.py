@@ -14,7 +14,6 @@ from onnxq.calibration import timesteps
 from onnxq.calibration.observers import Observer
 from onnxq.calibration.timesteps import StepStatistics
 from onnxq.diffusion.partition import ScaleCosts, check_groups, optimal, scale_costs, uniform
-from onnxq.diffusion.step_floor import activation_roots
 from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.diffusion.trajectory import Sampler
 from onnxq.formats import parse_format
@@ -101,7 +100,7 @@ def moving_scales(job: Job, scales: TimeScales, least_gain_db: float) -> TimeSca
 
 def record(job: Job) -> dict[str, StepStatistics]:
     """Statistics of each step of what will be quantized, before :meth:`Job.insert`."""
-    names = sorted(activation_roots(job.place(job.model.graph)))
+    names = sorted(job.place(job.model.graph).ranged)
     inputs = {spec.name for spec in job.specs}
     session = Session(job.model, taps=[name for name in names if name not in inputs], device=job.settings.device)
     total = min(len(job.source), job.settings.samples or len(job.source))

@@ -110,7 +110,7 @@ class Diffusion(BlockKnobs):
 
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
-        observe, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
+        observe, search = observers.get(self.observer), weight_ranges.once(weight_ranges.get(self.weight_ranges))
         sampler = sampler_of(job)
         times = sampler.schedule.timesteps
         if not 0 <= self.float_steps < len(times):

@@ -93,7 +93,7 @@ class Mixed:
     def run(self, job: Job) -> None:
         """Quantize the job's model."""
         self._check()
-        observer, search = observers.get(self.observer), weight_ranges.get(self.weight_ranges)
+        observer, search = observers.get(self.observer), weight_ranges.once(weight_ranges.get(self.weight_ranges))
         job.prepare()
         level(job)
         if self.budget_speedup:

@@ -44,6 +44,12 @@ class Placement:
     sites: list[Site]
     left_float: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def ranged(self) -> set[str]:
+        """Names of the activations whose ranges it needs."""
+        values = (site.like or site.value for site in self.sites if not site.value.is_initializer())
+        return {value.name or "" for value in values}
+
 
 def excluded(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
     """Names of the nodes that ``--exclude`` patterns (shell wildcards on node names or op types) match.
