@@ -17,7 +17,7 @@ from onnxq.diffusion import subgraphs
 from onnxq.diffusion.router import Router
 from onnxq.errors import OnnxqError
 from onnxq.recipes import diffusion
-from onnxq.runtime import Session
+from onnxq.runtime import Session, elements_of
 
 OPTIONS = {"steps": 8, "weights": "int4", "activations": "int8", "exclude": ["first", "last"]}
 KNOBS = {"trajectories": 8, "kept_steps": 8, "iterations": 300}
@@ -59,11 +59,14 @@ def test_layers_that_make_most_of_the_error_keep_eight_bits(denoiser: Path, weig
     result = onnxq.quantize(denoiser, recipe="diffusion", knobs=knobs, **OPTIONS | {"weights": weights})
     wide = result.numbers.get("wide_layers", [])
     assert bool(wide) == (weights == "int4" and gain_db > 0)
-    assert any("keep weights of 8 bits" in warning for warning in result.numbers["warnings"]) == bool(wide)
+    assert any("of the weights) keep 8 bits" in warning for warning in result.numbers["warnings"]) == bool(wide)
     layers = [item for item in graphs.weighted_nodes(result.model.graph) if graphs.is_dequantized(item.weight)]
     codes = {item.node.name: item.weight.producer().inputs[0].const_value.numpy() for item in layers}
     of_eight = {name for name, array in codes.items() if np.abs(array.astype(int)).max() > 8}
     assert of_eight == (codes.keys() if weights == "int8" else set(wide))
+    if wide:
+        total = sum(elements_of(item.weight) for item in graphs.weighted_nodes(result.model.graph))
+        assert result.numbers["wide_share"] == pytest.approx(sum(codes[name].size for name in wide) / total)
 
 
 def test_scales_by_step_join_the_rest(denoiser: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from onnxq import graph as graphs
 from onnxq.autograd.blocks import cut
 from onnxq.calibration import observers, weight_ranges
 from onnxq.calibration.data import STEP_KEY
@@ -24,7 +25,7 @@ from onnxq.learning.reconstruct import reconstruct
 from onnxq.learning.reconstruction_knobs import BlockKnobs
 from onnxq.passes.cache_temporal_features import CacheTemporalFeatures
 from onnxq.recipes.ptqd import Ptqd
-from onnxq.runtime import Session
+from onnxq.runtime import Session, elements_of
 from onnxq.scheme import Scheme
 
 WIDE_BITS = 8
@@ -172,9 +173,13 @@ class Diffusion(BlockKnobs):
     def _report_wide(job: Job, wide_layers: list[str]) -> None:
         job.measurements["wide_layers"] = wide_layers
         if wide_layers:
+            weights = ((item.node.name, item.weight) for item in graphs.weighted_nodes(job.model.graph))
+            sizes = {name: elements_of(weight) for name, weight in weights if weight and graphs.is_constant(weight)}
+            share = sum(sizes[name] for name in wide_layers) / sum(sizes.values())
+            job.measurements["wide_share"] = share
             job.warnings.append(
-                f"{len(wide_layers)} layers keep weights of 8 bits, as fewer would make most of the images' error; "
-                f"first {wide_layers[0]} (--set wide_gain_db=0 for none)"
+                f"{len(wide_layers)} layers ({share:.1%} of the weights) keep 8 bits, as fewer would make most of the "
+                f"images' error; first {wide_layers[0]} (--set wide_gain_db=0 for none)"
             )
 
     def _with_wide_weights(self, job: Job) -> Job:
