@@ -175,7 +175,7 @@ class Diffusion(BlockKnobs):
         if wide_layers:
             weights = ((item.node.name, item.weight) for item in graphs.weighted_nodes(job.model.graph))
             sizes = {name: elements_of(weight) for name, weight in weights if weight and graphs.is_constant(weight)}
-            share = sum(sizes[name] for name in wide_layers) / sum(sizes.values())
+            share = sum(sizes.get(name, 0) for name in wide_layers) / max(1, sum(sizes.values()))
             job.measurements["wide_share"] = share
             job.warnings.append(
                 f"{len(wide_layers)} layers ({share:.1%} of the weights) keep 8 bits, as fewer would make most of the "
