@@ -22,6 +22,7 @@ from onnxq.commands import (
     quantize,
     recipes,
     sample,
+    specialize,
     statistics,
     strip,
     synthesize,
@@ -44,9 +45,9 @@ app = typer.Typer(
 )
 
 for command in (
-    quantize.quantize, compare.compare, analyze.analyze, lint.lint, build.build, strip.strip, recipes.recipes,
-    export.export, synthesize.synthesize, statistics.statistics, trajectories.trajectories, sample.sample, view.view,
-    doctor.doctor,
+    quantize.quantize, compare.compare, analyze.analyze, lint.lint, build.build, strip.strip, specialize.specialize,
+    recipes.recipes, export.export, synthesize.synthesize, statistics.statistics, trajectories.trajectories,
+    sample.sample, view.view, doctor.doctor,
 ):  # fmt: skip
     app.command()(command)
 

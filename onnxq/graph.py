@@ -172,16 +172,21 @@ def is_integer_lstm(node: ir.Node) -> bool:
     return node.domain == "com.microsoft" and node.op_type == "DynamicQuantizeLSTM"
 
 
-def layers_without_codes(graph: ir.Graph) -> Iterator[tuple[str, str]]:
-    """Layers with weights that no target gives Q/DQ, and why: in branches and loops, recurrent, of other domains."""
+def layers_inside(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
+    """Layers with weights in the branches and loops of a graph, each with the If, Loop or Scan that it lies in."""
     for node in graph:
         for attribute in node.attributes.values():
             for inner in graphs_in(attribute):
-                names = [item.node.name or item.node.op_type for item in weighted_nodes(inner)]
-                names += [name for name, _ in layers_without_codes(inner)]
-                yield from (
-                    (name, f"inside the {node.op_type} {node.name!r}; Q/DQ go into the main graph") for name in names
-                )
+                yield from ((item.node.name or item.node.op_type, node) for item in weighted_nodes(inner))
+                yield from ((name, node) for name, _ in layers_without_codes(inner))
+
+
+def layers_without_codes(graph: ir.Graph) -> Iterator[tuple[str, str]]:
+    """Layers with weights that no target gives Q/DQ, and why: in branches and loops, recurrent, of other domains."""
+    for name, around in layers_inside(graph):
+        advice = "; `onnxq specialize` takes one branch" if is_op(around, "If") else ""
+        yield name, f"inside the {around.op_type} {around.name!r}; Q/DQ go into the main graph{advice}"
+    for node in graph:
         if is_op(node, *RECURRENT):
             yield node.name or "", f"the weights of {node.op_type} have no form with Q/DQ"
         if is_integer_lstm(node):

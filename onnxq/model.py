@@ -150,20 +150,32 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
             )
     model.ir_version = max(model.ir_version or 0, 10)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    if any(_is_foldable(node) for node in model.graph):
-        from onnxscript import optimizer
-
-        # Weights may be stored compressed, behind Cast and Mul: the default limits would leave those in the graph.
-        optimizer.fold_constants(
-            model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS, should_fold=_should_fold
-        )
-        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _fold(model)
     identities.eliminate(model)
     common_passes.RemoveUnusedNodesPass()(model)
     shapes.infer(model)
     shapes.check_sizes(model, name)
     common_passes.NameFixPass()(model)
     _name_nodes(model)
+
+
+def _fold(model: ir.Model) -> None:
+    """Compute what is constant, again where that has decided an If: shapes behind it may be known now."""
+    if not any(_is_foldable(node) for node in model.graph):
+        return
+    from onnxscript import optimizer
+
+    decisions = -1
+    while decisions != (decisions := sum(node.op_type == "If" for node in model.graph.all_nodes())):
+        if decisions:
+            shapes.infer(model)
+        # Weights may be stored compressed, behind Cast and Mul: the default limits would leave those in the graph.
+        optimizer.fold_constants(
+            model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS, should_fold=_should_fold
+        )
+        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        if decisions:
+            _forget_lost_nodes(model)
 
 
 def _is_foldable(node: ir.Node) -> bool:
@@ -178,6 +190,16 @@ def _is_foldable(node: ir.Node) -> bool:
 def _should_fold(node: ir.Node) -> bool | None:
     """Not what would be computed only to be found too large; else what the folder decides by itself."""
     return False if any((shapes.elements(value) or 0) > FOLDED_ELEMENTS for value in node.outputs) else None
+
+
+def _forget_lost_nodes(model: ir.Model) -> None:
+    """Where one branch of an If was taken, nodes of the other still count as readers: weights would stay for them."""
+    alive = list(model.graphs())
+    for graph in alive:
+        for value in graphs.values(graph).values():
+            for user in value.uses():
+                if not any(user.node.graph is other for other in alive):
+                    user.node.replace_input_with(user.idx, None)
 
 
 def _name_nodes(model: ir.Model) -> None:

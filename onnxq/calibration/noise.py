@@ -33,9 +33,10 @@ class Noise:
     def __init__(self, specs: Sequence[InputSpec], *, count: int, seed: int, scaling: Scaling | None = None) -> None:
         for spec in specs:
             if spec.dtype.kind != "f":
+                constant = f", or make it a constant: onnxq specialize MODEL --input {spec.name}=VALUE"
                 raise OnnxqError(
                     f"expected calibration data for the {spec.dtype} input {spec.name!r}, found no --data",
-                    hint="give --data FILE.npz keyed by input name",
+                    hint=f"give --data FILE.npz keyed by input name{constant if set(spec.shape) <= {1} else ''}",
                 )
         free = [spec for spec in specs if None in spec.row_shape]
         if free:

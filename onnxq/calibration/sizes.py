@@ -48,7 +48,7 @@ def choose(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> None:
         own = list(inputs[name].shape or ())
         if len(own) != len(shape) or any(_is_fixed(a) and a != b for a, b in zip(own, shape, strict=True)):
             raise OnnxqError(
-                f"expected a shape that fits input {name!r} of shape {_spell(own)}, found {_spell(shape)}",
+                f"expected a shape that fits input {name!r} of shape {spell(own)}, found {spell(shape)}",
                 hint="give all its dimensions, the batch first; only those marked ? can be chosen",
             )
         for axis, (dimension, size) in enumerate(zip(own, shape, strict=True)):
@@ -74,5 +74,6 @@ def _is_fixed(dimension: int | ir.SymbolicDim) -> bool:
     return isinstance(dimension, int) and dimension > 0
 
 
-def _spell(dimensions: Sequence[int | ir.SymbolicDim]) -> str:
+def spell(dimensions: Iterable[int | ir.SymbolicDim]) -> str:
+    """A shape as ``--shapes`` takes it, with ``?`` where it is free."""
     return "x".join(str(dimension) if _is_fixed(dimension) else "?" for dimension in dimensions)
