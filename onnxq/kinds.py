@@ -69,7 +69,7 @@ def channel_axis(sample: Sequence[Size], output: Sequence[Size]) -> int | None:
 
 def _takes_a_timestep(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> bool:
     states = whole_inputs(inputs)  # of a recurrent network, which returns its new one: no sample
-    timesteps = [value for value in inputs if graphs.rank(value) in (0, 1)]
+    timesteps = [value for value in inputs if graphs.rank(value) in (0, 1) and value.dtype != ir.DataType.BOOL]
     is_sure = any(is_called_timestep(value.name) or becomes_waves(value) for value in timesteps)
     least_rank = 2 if is_sure else 3
     samples = [

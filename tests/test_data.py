@@ -92,6 +92,22 @@ def test_batches_share_what_has_no_axis_and_agree_on_their_rows() -> None:
         list(data.Iterables([{"t": np.zeros(2), "x": x}]))
 
 
+def test_one_row_serves_all_samples_where_the_model_reads_no_more(tmp_path: Path) -> None:
+    """The zero state of a recurrent network, or a flag, beside inputs whose batch is free."""
+    x, state = np.zeros((4, 3, 8, 8), np.float32), np.full((1, 1, 2), 5.0, np.float32)
+    specs = [SPEC, data.InputSpec("state", np.dtype(np.float32), (1, 1, 2))]
+    np.savez(tmp_path / "d.npz", x=x, state=state)
+    for source in (data.open_source(tmp_path / "d.npz", specs), data.Iterables([{"x": x, "state": state}], specs)):
+        assert len(source) == 4
+        assert [sample["state"].tolist() for sample in source] == [state[0].tolist()] * 4
+        assert [batch["state"].shape for batch in data.batches(source, specs)] == [(1, 1, 2)] * 4
+    alone = data.Iterables([{"state": state}], specs[1:])
+    assert len(alone) == 1
+    np.savez(tmp_path / "two.npz", x=x, state=state.repeat(2, 0))
+    with pytest.raises(OnnxqError, match="same number of rows"):
+        data.open_source(tmp_path / "two.npz", specs)
+
+
 @pytest.mark.parametrize(("name", "size"), [("strip", (1, 60000)), ("cut", (8, 8))])
 def test_images_that_cannot_be_read_are_named(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
     """A strip whose crop would take gigabytes, and a file whose header is cut off."""

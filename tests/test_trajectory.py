@@ -451,6 +451,20 @@ def test_features_of_pictures_make_no_denoiser() -> None:
     assert kinds.kind_of(model) is kinds.Kind.CNN
 
 
+def test_a_flag_is_no_timestep() -> None:
+    """Whether to use a cache, or to train, is one number too."""
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[N,3,4,4] x, {flag}, float[N] t) => (float[N,3,4,4] y) {{
+        a = If (flag) <then_branch = b () => (p) {{ p = Identity (x) }}, else_branch = c () => (q) {{ q = Neg (x) }}>
+        y = Abs (a)
+    }}"""
+    for flag in ("bool flag", "bool[1] flag"):
+        model = ir.from_onnx_text(text.format(flag=flag))
+        assert denoisers.find(model).timestep.name == "t"
+        model.graph.inputs.pop()
+        assert kinds.kind_of(model) is kinds.Kind.CNN
+
+
 def test_an_inpainting_denoiser_needs_no_data(tmp_path: Path) -> None:
     """A guided UNet whose sample has a mask beside the noise, from the command line's own function."""
     model = models.load(UNET)

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from onnxq.calibration.data import LABEL_KEYS, RANGE_RULE_KEY, STEP_KEY, Array, InputSpec, Sample
+from onnxq.calibration.data import LABEL_KEYS, RANGE_RULE_KEY, STEP_KEY, Array, InputSpec, Sample, single_rows
 from onnxq.errors import OnnxqError
 
 LONGEST_TEXT = 64  # characters
@@ -46,7 +46,8 @@ def read_arrays(path: Path, *, what: str, hint: str) -> dict[str, Array]:
 class Npz:
     """Rows of an ``.npz`` file, read array by array in step, never as a whole and never unpickled.
 
-    An input that has no batch axis may have one array of its own shape, for all samples, instead of a row for each.
+    An input that has no batch axis may have one array of its own shape, for all samples, instead of a row for each; an
+    input of which the model reads one row may have one.
 
     Attributes:
         path: The file.
@@ -81,6 +82,9 @@ class Npz:
         axes = {spec.name: len(spec.shape) for spec in specs if spec.is_whole}
         self._constant = {key for key, (shape, _) in headers.items() if len(shape) == axes.get(key)}
         lengths = {key: shape[0] if shape else 0 for key, (shape, _) in headers.items() if key not in self._constant}
+        self._single = single_rows(lengths, specs)
+        for key in self._single:
+            del lengths[key]
         if len(set(lengths.values())) != 1 or min(lengths.values()) == 0:
             raise OnnxqError(
                 f"expected the same number of rows (at least one) for every array in {path}, found {lengths}",
@@ -102,6 +106,7 @@ class Npz:
                     streams[key] = archive.open(member)
                     _read_header(streams[key], key, self.path)
                 constant = {key: self._read_all(streams.pop(key), key) for key in sorted(self._constant)}
+                constant |= {key: self._read_all(streams.pop(key), key)[0] for key in sorted(self._single)}
                 for row in range(self._length):
                     yield constant | {key: self._read_row(streams[key], key, row) for key in streams}
             except DAMAGED_ARCHIVE as error:

@@ -199,11 +199,13 @@ class Spread:
 class Iterables:
     """Any iterable of dicts; each holds one batch (with the batch axis) of every input.
 
-    What has no axis for the batch, as a timestep of rank 0, belongs to every row of its batch.
+    What has no axis for the batch, as a timestep of rank 0, belongs to every row of its batch, and so does the one row
+    of what the model reads one row of.
     """
 
     def __init__(self, batches: Iterable[Mapping[str, Array]], specs: Sequence[InputSpec] = ()) -> None:
         self._axes = {spec.name: len(spec.shape) for spec in specs if spec.is_whole}
+        self._specs = specs
         if iter(batches) is batches:
             batches = list(batches)  # a generator can be read once only, and results are checked on the same data
         self.batches = batches
@@ -215,7 +217,10 @@ class Iterables:
         for batch in self.batches:
             arrays = {key: np.asarray(value) for key, value in batch.items()}
             for row in range(self._rows(arrays)):
-                yield {key: array[row] if self._has_rows(key, array) else array for key, array in arrays.items()}
+                yield {
+                    key: array[row % len(array)] if self._has_rows(key, array) else array
+                    for key, array in arrays.items()
+                }
 
     def _has_rows(self, key: str, array: Array) -> bool:
         return array.ndim > self._axes.get(key, 0)
@@ -223,6 +228,8 @@ class Iterables:
     def _rows(self, arrays: Mapping[str, Array]) -> int:
         """How many samples a batch holds."""
         lengths = {key: len(array) for key, array in arrays.items() if self._has_rows(key, array)}
+        for key in single_rows(lengths, self._specs):
+            del lengths[key]
         if len(set(lengths.values())) > 1:
             raise OnnxqError(
                 "expected batches with as many rows of each input, found "
@@ -230,6 +237,17 @@ class Iterables:
                 hint="the first axis of every array counts the samples",
             )
         return next(iter(lengths.values()), 1)
+
+
+def single_rows(lengths: Mapping[str, int], specs: Sequence[InputSpec]) -> set[str]:
+    """Inputs whose only row belongs to all samples: the model reads no more at a time, and other inputs have more.
+
+    Args:
+        lengths: How many rows there are, by name.
+        specs: The model's inputs.
+    """
+    single = {spec.name for spec in specs if spec.batch == 1 and lengths.get(spec.name) == 1}
+    return single if any(length > 1 for length in lengths.values()) else set()
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,7 @@ def _samples(model: ir.Model, specs: Sequence[InputSpec]) -> Iterator[tuple[Inpu
 
 
 def _timestep(others: Sequence[InputSpec], values: Mapping[str | None, ir.Value]) -> InputSpec:
-    numbers = [spec for spec in others if len(spec.shape) <= 1 or spec.shape[1:] == (1,)]
+    numbers = [spec for spec in others if spec.dtype.kind != "b" and (len(spec.shape) <= 1 or spec.shape[1:] == (1,))]
     named = [spec for spec in others if is_called_timestep(spec.name)]
     embedded = [spec for spec in numbers if spec.dtype.kind == "f" or becomes_waves(values[spec.name])]
     candidates = embedded or [spec for spec in numbers if spec in named] or named or numbers
