@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
@@ -58,13 +60,9 @@ def _spread(graph: ir.Graph, node: ir.Node) -> bool:
     pair = None if source is None else source.producer()
     if source is None or pair is None or channels < 2:
         return False  # with a single channel the scale for each is one again
-    codes, *numbers = pair.inputs
-    made = []
-    for value in numbers:
-        assert value is not None and value.dtype is not None
-        made.append(new_initializer(graph, f"{value.name}_spread", np.full(channels, array_of(value)), value.dtype))
+    made = for_each_channel(graph, pair.inputs[1:], channels)
     tape = ir.tape.Tape()
-    spread = tape.op("DequantizeLinear", [codes, *made], {"axis": 1}, name=f"{pair.name}_{node.name}")
+    spread = tape.op("DequantizeLinear", [pair.inputs[0], *made], {"axis": 1}, name=f"{pair.name}_{node.name}")
     spread.name, spread.type, spread.shape = f"{source.name}_{node.name}", source.type, source.shape
     tape.nodes[0].metadata_props.update(pair.metadata_props)
     graph.insert_before(node, tape.nodes)
@@ -72,6 +70,17 @@ def _spread(graph: ir.Graph, node: ir.Node) -> bool:
     if not source.uses() and not source.is_graph_output():
         graph.remove(pair, safe=True)
     return True
+
+
+def for_each_channel(graph: ir.Graph, numbers: Sequence[ir.Value | None], channels: int) -> list[ir.Value]:
+    """A scale, and a zero point if there is one, written once for each channel; nothing where they are no constants."""
+    if not all(graphs.is_constant(value) and array_of(value).size == 1 for value in numbers):
+        return []
+    return [
+        new_initializer(graph, f"{value.name}_spread", np.full(channels, array_of(value)), value.dtype)
+        for value in numbers
+        if value is not None and value.dtype is not None
+    ]
 
 
 def _channels(node: ir.Node) -> int:

@@ -111,8 +111,8 @@ class StripQDQ(InPlacePass):
         storage = _storage(node)
         if graphs.is_constant(source):
             self.weights[source.name or ""] = _stored(node, storage, scale, zero_point, source)
-        elif scale.size == 1:
-            low, high = _range(storage, float(scale.reshape(())), float(zero_point.reshape(-1)[0]))
+        elif np.all(scale == scale.reshape(-1)[0]):  # one, or the same for each channel
+            low, high = _range(storage, float(scale.reshape(-1)[0]), float(zero_point.reshape(-1)[0]))
             if low == 0 and not _is_rectified(source.producer()):
                 source = _rectify(graph, source, node, high)
             self.ranges[source.name or ""] = low, high

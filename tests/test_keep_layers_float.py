@@ -89,3 +89,32 @@ def test_narrow_groups_stay_float_where_codes_are_slower(groups: int, width: int
     target = get("cpu")
     placement = target.place(add_weights(text, shapes).graph, target.scheme("int8", "uint8"))
     assert reason in placement.left_float.get("middle", "") and bool(reason) == ("middle" in placement.left_float)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 8), (2, 32), (64, 1), (8, 9), (16, 16)])
+def test_few_pairs_of_channels_stay_float_where_codes_are_slower(inputs: int, outputs: int) -> None:
+    text = NETWORK.replace("LAYER", "Conv <pads=[1,1,1,1]> (ra, w2)").replace("(x, w1)", "(x, w1, bias)")
+    shapes = {"w1": (inputs, 16, 3, 3), "bias": (inputs,), "w2": (outputs, inputs, 3, 3), "w3": (16, outputs, 3, 3)}
+    target = get("cpu")
+    graph = add_weights(text, shapes).graph
+    left = target.place(graph, target.scheme("int8", "uint8")).left_float
+    narrow = f"{inputs} by {outputs} channels, which are faster in float"
+    assert left.get("middle", "") == (narrow if inputs * outputs <= 64 else "")
+    assert "middle" not in target.place(graph, target.scheme("int8", "float")).left_float, "no codes, no cost"
+
+
+def test_a_narrow_layer_at_the_head_of_a_stream_keeps_its_codes() -> None:
+    """One block that adds to its result is no stream; a second one carries the layout of float on."""
+    block = "[in{i}] c{i} = Conv (r{i}, w{i}) [sum{i}] s{i} = Add (r{i}, c{i}) r{j} = Relu (s{i})"
+    target = get("cpu")
+    for blocks, on_codes in ((1, False), (2, True)):
+        lines = [block.format(i=i, j=i + 1) for i in range(blocks)]
+        text = f"""<ir_version: 10, opset_import: ["" : 21]>
+        network (float[N,8,8,8] x) => (float[N,16,8,8] y) {{
+            [wide] a = Conv (x, v) [narrow] b = Conv (a, u) r0 = Relu (b)
+            {" ".join(lines)} [last] y = Conv (r{blocks}, t)
+        }}"""
+        shapes = {"v": (2, 8, 1, 1), "u": (32, 2, 1, 1), "t": (16, 32, 1, 1)}
+        shapes |= {f"w{i}": (32, 32, 1, 1) for i in range(blocks)}
+        left = target.place(add_weights(text, shapes).graph, target.scheme("int8", "uint8")).left_float
+        assert ("narrow" not in left) == on_codes and "wide" in left

@@ -17,7 +17,7 @@ from onnxq.runtime import Session
 
 JOINED = """
 <ir_version: 10, opset_import: ["" : 21]>
-joined (float[N,3,16,16] x) => (float[N,8,8,8] y)
+joined (float[N,8,16,16] x) => (float[N,8,8,8] y)
 {
     [a] a = Conv (x, w1)
     [ra] ra = Relu (a)
@@ -33,13 +33,13 @@ joined (float[N,3,16,16] x) => (float[N,8,8,8] y)
 }
 """
 JOINED_SHAPES = {
-    "w1": (16, 3, 1, 1), "w2": (16, 3, 1, 1), "w3": (16, 3, 1, 1), "w4": (8, 16, 1, 1), "w5": (8, 48, 1, 1),
+    "w1": (16, 8, 1, 1), "w2": (16, 8, 1, 1), "w3": (16, 8, 1, 1), "w4": (8, 16, 1, 1), "w5": (8, 48, 1, 1),
 }  # fmt: skip
 
 
 def test_what_only_a_concat_reads_has_its_scale(tmp_path: Path) -> None:
     ir.save(add_weights(JOINED, JOINED_SHAPES), tmp_path / "model.onnx")
-    x = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((8, 8, 16, 16)).astype(np.float32)
     graph = onnxq.quantize(tmp_path / "model.onnx", [{"x": x}], target="cpu").model.graph
     scales = {
         node.inputs[0].name: node.inputs[1] for node in graph if graphs.is_quantize(node) and node.inputs[0] is not None
@@ -55,7 +55,7 @@ def test_a_convolution_can_be_the_output(tmp_path: Path, outputs: list[str]) -> 
     values = graphs.values(model.graph)
     model.graph.outputs[:] = [values[name] for name in outputs]
     ir.save(model, tmp_path / "model.onnx")
-    x = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((8, 8, 16, 16)).astype(np.float32)
     result = onnxq.quantize(tmp_path / "model.onnx", [{"x": x}], target="cpu")
     assert [value.name for value in result.model.graph.outputs] == outputs
     assert 30 < result.numbers["sqnr_db"] < 60

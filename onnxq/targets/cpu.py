@@ -28,6 +28,9 @@ from onnxq.targets.placement import Placement, Schemes, choose, excluded, scheme
 NARROW_CHANNELS = 16  # below it a product of rows, or a depthwise convolution, takes 1.1 to 4 times as long with codes
 STEM_CHANNELS = 4
 STEM_DEPTHWISE_CHANNELS = 32
+# Pairs of input and output channels of a convolution that is no faster on codes: gathering its inputs costs more than
+# the products. Of 2 by 8 channels, 3 × 3, codes take 2.3 times as long, of 8 by 8 1.4 times, of 12 by 16 as long.
+NARROW_PAIRS = 64
 NARROW_GROUP = 4  # channels that a group reads: 2 take four times as long with codes as in float, 4 up to twice
 
 LEGAL_WEIGHTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "uint8", "uint4", "float")
@@ -103,6 +106,7 @@ class Cpu:
         if scheme.activations.enabled:
             for name in _thin_stem(graph, chosen):
                 left_float[name] = "a thin first layer is faster in float"
+            left_float |= {item.node.name or "": reason for item in chosen if (reason := _why_narrow(item))}
             chosen = [item for item in chosen if item.node.name not in left_float]
         sites = weight_sites(chosen, scheme_of)
         lstm_sites, reasons = place_lstms(graph, skipped, scheme_of)
@@ -117,10 +121,11 @@ class Cpu:
 
         A Clip is absorbed by the kernel before it only if its bounds are never cut by the quantizer's own range. What
         bias correction gave a Gemm is split off again. Layers that stay in float between codes are kept from being
-        rounded by onnxruntime.
+        rounded by onnxruntime, and pools behind them from reading codes.
         """
         from onnxq.passes.keep_biases_apart import KeepBiasesApart
         from onnxq.passes.keep_layers_float import KeepLayersFloat
+        from onnxq.passes.keep_pools_float import KeepPoolsFloat
         from onnxq.passes.lower_group_norm import LowerGroupNorm
         from onnxq.passes.lower_hard_swish import LowerHardSwish
         from onnxq.passes.lower_lstm import LowerLstm
@@ -139,6 +144,7 @@ class Cpu:
         LowerGroupNorm()(model)
         PadCodes()(model)
         KeepLayersFloat()(model)
+        KeepPoolsFloat()(model)
         _keep_ranges_inside_clips(model.graph)
 
     def lint(self, model: ir.Model, sm: int | None = None) -> list[Finding]:
@@ -182,11 +188,11 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
         return "the integer Gemm has no beta"
     if scheme.weights.granularity == "block" and node.op_type == "Conv":
         return "block scales are for matrix products"
-    if scheme.activations.enabled and node.op_type == "Conv" and (groups := node.attributes.get_int("group", 1)) > 1:
-        width = int(weight.shape.numpy()[1])
-        if 1 < width <= NARROW_GROUP:
+    if scheme.activations.enabled and node.op_type == "Conv":
+        groups, width = node.attributes.get_int("group", 1), int(weight.shape.numpy()[1])
+        if groups > 1 and 1 < width <= NARROW_GROUP:
             return f"groups of {width} channels are faster in float"
-        if width == 1 and groups < NARROW_CHANNELS:
+        if groups > 1 and width == 1 and groups < NARROW_CHANNELS:
             return f"only {groups} channels, which are faster in float"
     if scheme.activations.enabled and node.op_type == "MatMul":
         rows, narrowest = graphs.rank(item.activation), int(min(weight.shape.numpy()[-2:]))
@@ -195,12 +201,33 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     return ""
 
 
+def _why_narrow(item: graphs.WeightedNode) -> str:
+    """Why a convolution is too narrow for codes, or an empty string.
+
+    Not where its result goes from sum to sum: what becomes codes behind a float layer keeps float's layout, and so
+    would all of that stream, with a transposition behind each convolution (of ResNet-56, a twentieth of the time).
+    """
+    assert item.weight is not None and item.weight.shape is not None
+    if item.node.op_type != "Conv" or item.node.attributes.get_int("group", 1) > 1:
+        return ""
+    outputs, width = map(int, item.weight.shape.numpy()[:2])
+    if outputs * width > NARROW_PAIRS or any(_sums(following) for following in _sums(item.node)):
+        return ""
+    return f"{width} by {outputs} channels, which are faster in float"
+
+
+def _sums(node: ir.Node) -> list[ir.Node]:
+    """The sums that read what a node gives, activation included."""
+    return [reader for reader, _ in graphs.consumers(after_activation(node)) if graphs.is_op(reader, "Add")]
+
+
 def _thin_stem(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode]) -> list[str]:
     """The first convolution of an image, and a narrow depthwise one right after it.
 
     With so few channels the integer kernels pad most of their lanes, and the conversion of a full-size image to
     codes comes on top; in float the layer takes a third of the time. Only where one quantized convolution reads
-    the result: a shortcut or a pooling layer there would drag float into the integer region.
+    the result, or a MaxPool, which leaves a quarter of it to convert: a shortcut there would drag float into the
+    integer region.
     """
     by_node = {item.node: item for item in chosen}
     names: list[str] = []
@@ -209,11 +236,14 @@ def _thin_stem(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode]) -> list[s
         node = readers[0][0] if len(readers) == 1 else None
         limit = STEM_CHANNELS
         while node is not None and node in by_node and node.op_type == "Conv" and _channels(by_node[node]) <= limit:
-            following = graphs.consumers(after_activation(node))
-            if len(following) != 1 or following[0][0] not in by_node or following[0][0].op_type != "Conv":
+            following = [reader for reader, _ in graphs.consumers(after_activation(node))]
+            if len(following) != 1:
+                break
+            is_read_by_layer = following[0] in by_node and following[0].op_type == "Conv"
+            if not is_read_by_layer and not graphs.is_op(following[0], "MaxPool"):
                 break
             names.append(node.name or "")
-            node = following[0][0]
+            node = following[0]
             is_depthwise = node.attributes.get_int("group", 1) > 1
             if len(names) == 2 or not is_depthwise:
                 break

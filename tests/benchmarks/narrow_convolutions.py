@@ -1,0 +1,110 @@
+"""What narrow convolutions cost in onnxruntime on codes, beside float, for `cpu`, which keeps the narrowest in float.
+
+    python tests/benchmarks/narrow_convolutions.py
+
+First, six convolutions in a row that take turns in having so many and so many channels, all of them on codes: how long
+they take, over float. Then first layers of an image with what may follow them: all on codes, and as `--target cpu`
+places them. Random weights, one thread, batch 1; the fastest of several runs, the models in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import onnx
+from onnx import numpy_helper, parser
+from slow_activations import session
+
+import onnxq
+from onnxq.targets import cpu
+
+KERNELS = (1, 3, 5)
+CHANNELS = (2, 4, 8, 12, 16, 32)
+SIDE = 56
+ROUNDS = 15
+PADDED = "pads=[1,1,1,1]"
+POOL = "kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]"
+FIRST = (
+    (1, 32, 3, 1, 112),
+    (3, 16, 3, 1, 112),
+    (3, 32, 3, 2, 224),
+    (3, 64, 7, 2, 224),
+)  # in, out, kernel, stride, side
+BEHIND = {
+    "a convolution": f"d = Conv <{PADDED}> (b, w1) e = Relu (d) f = Conv <{PADDED}> (e, w2) y = Relu (f)",
+    "a MaxPool": f"p = MaxPool <{POOL}> (b) d = Conv <{PADDED}> (p, w1) e = Relu (d) s = Add (p, e) "
+    f"g = Conv <{PADDED}> (s, w2) y = Relu (g)",
+    "a shortcut": f"d = Conv <{PADDED}> (b, w1) e = Relu (d) s = Add (b, e) f = Conv <{PADDED}> (s, w2) y = Relu (f)",
+}
+
+
+def network(body: str, channels: int, side: int, weights: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
+    """A model of these lines with random weights."""
+    signature = f"net (float[1,{channels},{side},{side}] x) => (float[1,c,h,w] y)"
+    model = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {signature} {{ {body} }}')
+    draw = np.random.default_rng(0)
+    for name, shape in weights.items():
+        array = draw.normal(size=shape) / np.prod(shape[1:]) ** 0.5
+        model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
+    return model
+
+
+def in_turns(one: int, other: int, kernel: int) -> onnx.ModelProto:
+    """Six convolutions, from so many channels to so many and back."""
+    pads = ",".join(str(kernel // 2) for _ in range(4))
+    lines = [f"c{i} = Conv <pads=[{pads}]> (r{i}, w{i}) r{i + 1} = Relu (c{i})" for i in range(6)]
+    body = " ".join(["r0 = Identity (x)", *lines, "y = Identity (r6)"])
+    shapes = {f"w{i}": ((other, one) if i % 2 == 0 else (one, other)) + (kernel, kernel) for i in range(6)}
+    return network(body, one, SIDE, shapes)
+
+
+def times_over_float(model: onnx.ModelProto, *, as_placed: bool) -> list[float]:
+    """All on codes, and as placed if asked for: time over the float model's."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{name}.onnx" for name in ("float", "codes", "placed")][: 3 if as_placed else 2]
+        onnx.save(model, files[0])
+        shape = [size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim]
+        x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+        with patch.object(cpu, "NARROW_PAIRS", 0), patch.object(cpu, "STEM_CHANNELS", 0):
+            onnxq.quantize(files[0], [{"x": x}], target="cpu", output=files[1])
+        if as_placed:
+            onnxq.quantize(files[0], [{"x": x}], target="cpu", output=files[2])
+        sessions = [session(path) for path in files]
+        fastest = [float("inf")] * len(sessions)
+        for _ in range(ROUNDS):
+            for index, running in enumerate(sessions):
+                start = time.perf_counter()
+                running.run(None, {"x": x})
+                fastest[index] = min(fastest[index], time.perf_counter() - start)
+    return [seconds / fastest[0] for seconds in fastest[1:]]
+
+
+def main() -> None:
+    """Print both tables as they grow."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for kernel in KERNELS:
+        print(f"{kernel} × {kernel} on codes, over float" + "".join(f"{channels:6}" for channels in CHANNELS))
+        for one in CHANNELS:
+            ratios = [times_over_float(in_turns(one, other, kernel), as_placed=False)[0] for other in CHANNELS]
+            print(f"{one:4} channels, and          " + "".join(f"{ratio:6.2f}" for ratio in ratios), flush=True)
+    for inputs, outputs, kernel, stride, side in FIRST:
+        pads = ",".join(str(kernel // 2) for _ in range(4))
+        stem = f"a = Conv <pads=[{pads}], strides=[{stride},{stride}]> (x, w0) b = Relu (a) "
+        weights = {"w0": (outputs, inputs, kernel, kernel)} | {f"w{i}": (outputs, outputs, 3, 3) for i in (1, 2)}
+        for name, rest in BEHIND.items():
+            codes, placed = times_over_float(network(stem + rest, inputs, side, weights), as_placed=True)
+            print(
+                f"{inputs} to {outputs:2} channels, {kernel} × {kernel}, then {name:13}: "
+                f"codes {codes:.2f}, as placed {placed:.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
