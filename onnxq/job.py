@@ -29,6 +29,7 @@ from onnxq.model import initializer_bytes
 from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.decompose_attention import DecomposeAttention
 from onnxq.passes.insert_qdq import InsertQDQ
+from onnxq.passes.level_gates import GATED
 from onnxq.passes.rotate_heads import RotateHeads
 from onnxq.passes.rotate_streams import RotateStreams
 from onnxq.progress import Progress
@@ -270,10 +271,13 @@ class Job:
 def quantized_counts(graph: ir.Graph) -> tuple[int, int]:
     """How many Conv, Gemm and MatMul read codes, and how many there are; LSTMs on integers count too.
 
-    A layer with float weights reads none, also where what it reads had codes for its neighbours.
+    A layer with float weights reads none, also where what it reads had codes for its neighbours. What scales the
+    channels of a gate is no layer of the user's.
     """
     total = quantized = sum(graphs.is_integer_lstm(node) for node in graph)
     for item in graphs.weighted_nodes(graph):
+        if GATED in item.node.metadata_props:
+            continue
         total += 1
         if not graphs.is_constant(item.weight):
             quantized += any(

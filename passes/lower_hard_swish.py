@@ -15,7 +15,7 @@ from onnxq.passes.level_gates import GATED
 Array = np.ndarray[Any, Any]
 
 LARGEST_CODE = 255
-HALF_CODE = 128  # half a code above the middle: what is at or below -½ has the lowest code
+LARGEST_WEIGHT = 127
 EIGHT_BITS = (ir.DataType.UINT8, ir.DataType.INT8)
 
 
@@ -35,8 +35,8 @@ class LowerHardSwish(InPlacePass):
     of step 1/255 end at 0 and 1. onnxruntime has no integer HardSwish: two integer kernels take 0.4 of the time of
     DequantizeLinear, HardSigmoid, Mul and QuantizeLinear. The gate is rounded to 1/255, as that of a Sigmoid is.
 
-    One whose channels were levelled, Mul(s) ─► HardSigmoid ─► Mul, has its sixth and its scales in one product of
-    codes before the Add: three kernels.
+    One whose channels were levelled, Mul(s) ─► HardSigmoid ─► Mul, has its sixth, its scales and the half in a
+    depthwise convolution of one weight a channel: it takes two thirds of the time of a product and a sum of codes.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -68,20 +68,26 @@ def _is_eight_bits(quantize: ir.Node) -> bool:
 
 
 def _rewrite_levelled(graph: ir.Graph, argument: ir.Node) -> None:
-    """The argument as a product of codes, raised by a half as any other."""
+    """The argument as a depthwise convolution of one weight a channel, raised by a half in its bias."""
     opened = graphs.consumers(argument.outputs[0])[0][0]
     quantize = graphs.consumers(opened.outputs[0])[0][0]
     make = _Maker(graph, opened.outputs[0], opened.name or "", *quantize.inputs[1:3])
-    sixths = array_of(argument.inputs[1]).astype(np.float64) / 6
-    step = float(sixths.max()) / LARGEST_CODE
-    codes = make.code("sixths", np.rint(sixths / step) + make.lowest)
-    zero = make.code("gate_zero_point", make.lowest)
-    factors = make.op("sixths_dequantized", "DequantizeLinear", codes, make.number("sixths_scale", step), zero)
-    product = make.op("product", "Mul", argument.inputs[0], factors)
-    pair = make.number("product_scale", 1 / LARGEST_CODE), make.code("product_zero_point", make.lowest + HALF_CODE)
-    product_codes = make.op("product_quantized", "QuantizeLinear", product, *pair)
-    gate_codes, gate_scale = make.gate(make.op("sixth", "DequantizeLinear", product_codes, *pair), zero)
-    factors.shape = ir.Shape(sixths.shape)
+    factors = array_of(argument.inputs[1])
+    channels, zero = factors.size, make.code("gate_zero_point", make.lowest)
+    kernel = np.full((channels, *[1] * factors.ndim), LARGEST_WEIGHT)
+    weight = make.op(
+        "sixths",
+        "DequantizeLinear",
+        make.weight_code("sixths_quantized", kernel),
+        make.number("sixths_scale", factors.reshape(-1).astype(np.float64) / 6 / LARGEST_WEIGHT),
+        make.weight_code("sixths_zero_point", np.zeros(channels)),
+        axis=0,
+    )
+    weight.shape = ir.Shape(kernel.shape)
+    half = make.number("half", np.full(channels, 0.5))
+    raised = make.op("raised", "Conv", argument.inputs[0], weight, half, group=channels)
+    make.tape.nodes[-1].metadata_props[GATED] = "1"
+    gate_codes, gate_scale = make.gate_codes(raised, zero)
     graph.insert_before(argument, make.tape.nodes)
     for reader, _ in graphs.consumers(quantize.outputs[0]):
         reader.replace_input_with(1, gate_scale)
@@ -136,7 +142,7 @@ class _Maker:
         self.floats, self.integers = ir.DataType.from_numpy(step.dtype), ir.DataType.from_numpy(code.dtype)
         self.lowest, self.highest = int(np.iinfo(code.dtype).min), int(np.iinfo(code.dtype).max)
 
-    def number(self, suffix: str, value: float) -> ir.Value:
+    def number(self, suffix: str, value: Array | float) -> ir.Value:
         """A float constant."""
         return new_initializer(
             self.graph, f"{self.value.name}_{suffix}", np.asarray(value, self.floats.numpy()), self.floats
@@ -148,9 +154,13 @@ class _Maker:
             self.graph, f"{self.value.name}_{suffix}", np.asarray(value, self.integers.numpy()), self.integers
         )
 
-    def op(self, suffix: str, op_type: str, *inputs: ir.Value | None) -> ir.Value:
+    def weight_code(self, suffix: str, value: Array) -> ir.Value:
+        """A constant in codes of weights, which have a sign."""
+        return new_initializer(self.graph, f"{self.value.name}_{suffix}", value.astype(np.int8), ir.DataType.INT8)
+
+    def op(self, suffix: str, op_type: str, *inputs: ir.Value | None, **attributes: int) -> ir.Value:
         """A node whose result has the shape of the value."""
-        made = self.tape.op(op_type, list(inputs))
+        made = self.tape.op(op_type, list(inputs), attributes)
         made.name, made.shape = f"{self.value.name}_{suffix}", self.value.shape
         made.dtype = self.integers if op_type == "QuantizeLinear" else self.floats
         self.tape.nodes[-1].name = f"{self.node}_{suffix}"
@@ -158,10 +168,13 @@ class _Maker:
 
     def gate(self, sixth: ir.Value, zero_point: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The codes of clip(sixth + ½, 0, 1), and their scale."""
-        scale = self.number("gate_scale", 1 / LARGEST_CODE)
         half_codes, half_scale = self.code("half", self.highest), self.number("half_scale", 0.5 / LARGEST_CODE)
         half = self.op("half_dequantized", "DequantizeLinear", half_codes, half_scale, zero_point)
         half.shape = ir.Shape(())
-        raised = self.op("raised", "Add", sixth, half)
+        return self.gate_codes(self.op("raised", "Add", sixth, half), zero_point)
+
+    def gate_codes(self, raised: ir.Value, zero_point: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The codes of what was raised by a half, between 0 and 1, and their scale."""
+        scale = self.number("gate_scale", 1 / LARGEST_CODE)
         gate = self.op("gate", "Clip", raised, self.number("gate_low", 0), self.number("gate_high", 1))
         return self.op("gate_quantized", "QuantizeLinear", gate, scale, zero_point), scale

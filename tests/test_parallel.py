@@ -48,7 +48,7 @@ def test_sensitivities_are_those_of_one(network: Path, many: Path, tmp_path: Pat
 def test_trajectories_are_those_of_one(tmp_path: Path) -> None:
     text = """
     <ir_version: 10, opset_import: ["" : 17]>
-    g (float[N,1,8,8] sample, int64[N] timestep) => (float[N,1,8,8] noise)
+    g (float[N,4,8,8] sample, int64[N] timestep) => (float[N,4,8,8] noise)
     <float hundred = {100.0}, int64[4] shape = {-1,1,1,1}> {
       c = Conv <pads=[1,1,1,1]> (sample, w)
       f = Cast <to=1> (timestep)  d = Div (f, hundred)  t = Reshape (d, shape)
@@ -57,7 +57,7 @@ def test_trajectories_are_those_of_one(tmp_path: Path) -> None:
     }
     """
     denoiser = tmp_path / "denoiser.onnx"
-    ir.save(add_weights(text, {"w": (16, 1, 3, 3), "u": (1, 16, 3, 3)}), denoiser)
+    ir.save(add_weights(text, {"w": (32, 4, 3, 3), "u": (4, 32, 3, 3)}), denoiser)
     for workers in (1, 2):
         onnxq.quantize(denoiser, steps=5, target="cpu", workers=workers, output=tmp_path / f"{workers}.onnx")
     assert (tmp_path / "1.onnx").read_bytes() == (tmp_path / "2.onnx").read_bytes()
