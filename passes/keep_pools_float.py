@@ -31,14 +31,29 @@ class KeepPoolsFloat(InPlacePass):
 
 def _spread(graph: ir.Graph, node: ir.Node) -> bool:
     """Write the scale behind a MaxPool of floats once for each channel; whether there was something to do."""
-    if not graphs.is_op(node, "MaxPool") or graphs.is_dequantize(node.inputs[0].producer() if node.inputs[0] else None):
+    if not graphs.is_op(node, "MaxPool") or _comes_from_codes(node.inputs[0]):
         return False
     reader, shape = graphs.only_reader(node.outputs[0]), node.outputs[0].shape
     channels = shape[1] if shape is not None and len(shape) > 1 else None
     if reader is None or not graphs.is_quantize(reader) or not isinstance(channels, int) or channels < 2:
         return False
     made = for_each_channel(graph, reader.inputs[1:], channels)
+    if not made:
+        return False
     for index, value in enumerate(made, start=1):
         reader.replace_input_with(index, value)
     reader.attributes["axis"] = ir.AttrInt64("axis", 1)
-    return bool(made)
+    return True
+
+
+def _comes_from_codes(value: ir.Value | None) -> bool:
+    """Whether what makes a value is codes, or has an integer kernel that may give them: the pool reads those then."""
+    if graphs.is_dequantized(value):
+        return True
+    node = None if value is None else value.producer()
+    while node is not None and graphs.is_op(node, "Relu", "Clip"):
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    if node is None:
+        return False
+    item = graphs.weighted(node)
+    return any(map(graphs.is_dequantized, node.inputs if item is None else [item.weight]))

@@ -71,6 +71,22 @@ def test_it_computes_the_same_without_and_is_still_needed(quantized: Path, monke
     np.testing.assert_array_equal(Session(other).run({"x": x})[0], expected)
 
 
+def test_a_pool_behind_codes_reads_codes(tmp_path: Path) -> None:
+    text = STEM.replace("float[N,3,", "float[N,32,")
+    path = models.save(add_weights(text, SHAPES | {"w1": (32, 32, 7, 7)}), tmp_path / "network.onnx")
+    x = np.random.default_rng(0).standard_normal((8, 32, 32, 32), np.float32)
+    model = onnxq.quantize(path, [{"x": x}], target="cpu", output=tmp_path / "quantized.onnx").model
+    assert pool_reads(tmp_path / "quantized.onnx") == "QLinearConv"
+    # Where the pair stands behind the pool alone, onnxruntime moves it in front of it, and that is well.
+    first = next(node for node in model.graph if node.name == "pool").inputs[0]
+    assert first is not None and graphs.is_dequantized(first)
+    while graphs.is_dequantized(first) or graphs.is_quantize(first.producer()):
+        first = first.producer().inputs[0]  # type: ignore[union-attr]
+        assert first is not None
+    next(node for node in model.graph if node.name == "pool").replace_input_with(0, first)
+    assert not KeepPoolsFloat()(model).modified
+
+
 def test_other_targets_read_it(quantized: Path) -> None:
     """The scales of one activation, written for each channel, are one scale to those who take Q/DQ out."""
     from onnxq import retarget

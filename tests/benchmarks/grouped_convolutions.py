@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import numpy_helper, parser
-from slow_activations import session
+from session import fastest_milliseconds, open_session
 
 import onnxq
 from onnxq.targets import cpu
@@ -55,14 +54,7 @@ def measure(channels: int, side: int, width: int) -> list[float]:
         onnxq.quantize(files[0], [{"x": x}], target="cpu", output=files[1])
         exclude = [f"layer{index}" for index in (1, 4, 7)]
         onnxq.quantize(files[0], [{"x": x}], target="cpu", output=files[2], exclude=exclude)
-        sessions = [session(path) for path in files]
-        fastest = [float("inf")] * len(sessions)
-        for _ in range(ROUNDS):
-            for index, running in enumerate(sessions):
-                start = time.perf_counter()
-                running.run(None, {"x": x})
-                fastest[index] = min(fastest[index], time.perf_counter() - start)
-    return [1000 * seconds for seconds in fastest]
+        return fastest_milliseconds([open_session(path, threads=1) for path in files], {"x": x}, ROUNDS)
 
 
 def main() -> None:

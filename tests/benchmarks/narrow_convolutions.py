@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
@@ -19,7 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import onnx
 from onnx import numpy_helper, parser
-from slow_activations import session
+from session import fastest_milliseconds, open_session
 
 import onnxq
 from onnxq.targets import cpu
@@ -75,14 +74,8 @@ def times_over_float(model: onnx.ModelProto, *, as_placed: bool) -> list[float]:
             onnxq.quantize(files[0], [{"x": x}], target="cpu", output=files[1])
         if as_placed:
             onnxq.quantize(files[0], [{"x": x}], target="cpu", output=files[2])
-        sessions = [session(path) for path in files]
-        fastest = [float("inf")] * len(sessions)
-        for _ in range(ROUNDS):
-            for index, running in enumerate(sessions):
-                start = time.perf_counter()
-                running.run(None, {"x": x})
-                fastest[index] = min(fastest[index], time.perf_counter() - start)
-    return [seconds / fastest[0] for seconds in fastest[1:]]
+        before, *others = fastest_milliseconds([open_session(path, threads=1) for path in files], {"x": x}, ROUNDS)
+    return [milliseconds / before for milliseconds in others]
 
 
 def main() -> None:
