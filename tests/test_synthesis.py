@@ -31,7 +31,7 @@ FASHION = MODELS / "fashion_resnet.onnx"
 
 COMPUTED_STATISTICS = """
 <ir_version: 10, opset_import: ["" : 17]>
-computed (float[N,3,8,8] x) => (float[N,8,8,8] z) {
+computed (float[N,3,8,8] x) => (float[N,32,8,8] z) {
     [c] y = Conv <pads=[1,1,1,1]> (x, w)
     m = ReduceMean <axes=[0,2,3], keepdims=0> (y)
     v = ReduceSumSquare <axes=[0,2,3], keepdims=0> (y)
@@ -304,7 +304,7 @@ def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
     warnings = onnxq.quantize(folded).numbers["warnings"]
     assert "BatchNormalization nodes, or --statistics, would tell more" in warnings[0]
     computed = tmp_path / "computed.onnx"  # from the batch itself, nothing is remembered
-    models.save(add_weights(COMPUTED_STATISTICS, {"w": (8, 3, 3, 3), "s": (8,)}), computed)
+    models.save(add_weights(COMPUTED_STATISTICS, {"w": (32, 3, 3, 3), "s": (32,)}), computed)
     with pytest.raises(OnnxqError, match="with constant statistics"):
         onnxq.quantize(computed, synthesis="pixels", target="cpu")
     assert onnxq.quantize(computed, target="cpu").numbers["warnings"]
