@@ -19,8 +19,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import Sequential
 
+from onnxq import constant_folding, identities, shapes
 from onnxq import graph as graphs
-from onnxq import identities, shapes
 from onnxq.errors import OnnxqError
 from onnxq.runtime import IN_MEMORY_LIMIT_BYTES
 from onnxq.writing import atomic_folder
@@ -31,7 +31,6 @@ WITHOUT_WEIGHTS_BYTES = 64 << 20  # a file that is larger holds its weights itse
 EXTERNAL_DATA_LIMIT_BYTES = (
     256 << 20
 )  # far below the 2 GiB of protobuf: data in a file of its own is mapped, not copied
-FOLDED_ELEMENTS = 1 << 26
 SMALL_TENSOR_BYTES = 1 << 12
 METADATA_PREFIX = "onnxq."
 DATA_FIELDS = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
@@ -150,56 +149,13 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
             )
     model.ir_version = max(model.ir_version or 0, 10)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    _fold(model)
+    constant_folding.fold(model)
     identities.eliminate(model)
     common_passes.RemoveUnusedNodesPass()(model)
     shapes.infer(model)
     shapes.check_sizes(model, name)
     common_passes.NameFixPass()(model)
     _name_nodes(model)
-
-
-def _fold(model: ir.Model) -> None:
-    """Compute what is constant, again where that has decided an If: shapes behind it may be known now."""
-    if not any(_is_foldable(node) for node in model.graph):
-        return
-    from onnxscript import optimizer
-
-    decisions = -1
-    while decisions != (decisions := sum(node.op_type == "If" for node in model.graph.all_nodes())):
-        if decisions:
-            shapes.infer(model)
-        # Weights may be stored compressed, behind Cast and Mul: the default limits would leave those in the graph.
-        optimizer.fold_constants(
-            model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS, should_fold=_should_fold
-        )
-        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        if decisions:
-            _forget_lost_nodes(model)
-
-
-def _is_foldable(node: ir.Node) -> bool:
-    """All inputs constant, or a Shape: what constant folding could remove."""
-    if node.op_type in ("Shape", "Size", "ConstantOfShape"):
-        return True
-    if graphs.is_quantize(node) or graphs.is_dequantize(node):
-        return False
-    return bool(node.inputs) and all(value is None or graphs.is_constant(value) for value in node.inputs)
-
-
-def _should_fold(node: ir.Node) -> bool | None:
-    """Not what would be computed only to be found too large; else what the folder decides by itself."""
-    return False if any((shapes.elements(value) or 0) > FOLDED_ELEMENTS for value in node.outputs) else None
-
-
-def _forget_lost_nodes(model: ir.Model) -> None:
-    """Where one branch of an If was taken, nodes of the other still count as readers: weights would stay for them."""
-    alive = list(model.graphs())
-    for graph in alive:
-        for value in graphs.values(graph).values():
-            for user in value.uses():
-                if not any(user.node.graph is other for other in alive):
-                    user.node.replace_input_with(user.idx, None)
 
 
 def _name_nodes(model: ir.Model) -> None:

@@ -12,7 +12,7 @@ import pytest
 from conftest import MODELS
 from onnx_ir.passes.common import ShapeInferencePass
 
-from onnxq import machine, shapes
+from onnxq import constant_folding, machine, shapes
 from onnxq import model as models
 from onnxq.errors import OnnxqError
 
@@ -62,7 +62,7 @@ def test_long_vectors_that_fit_are_left_to_the_runtime() -> None:
 
 
 def test_constants_are_not_folded_into_huge_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network("u = ConstantOfShape (size)", size=2 * models.FOLDED_ELEMENTS)
+    model = network("u = ConstantOfShape (size)", size=2 * constant_folding.FOLDED_ELEMENTS)
     monkeypatch.setattr(machine, "memory_bytes", lambda: 1 << 40)
     models.normalise(model)
     assert "ConstantOfShape" in {node.op_type for node in model.graph}

@@ -188,11 +188,11 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
         return "the integer Gemm has no beta"
     if scheme.weights.granularity == "block" and node.op_type == "Conv":
         return "block scales are for matrix products"
-    if scheme.activations.enabled and node.op_type == "Conv":
-        groups, width = node.attributes.get_int("group", 1), int(weight.shape.numpy()[1])
-        if groups > 1 and 1 < width <= NARROW_GROUP:
+    if scheme.activations.enabled and node.op_type == "Conv" and (groups := node.attributes.get_int("group", 1)) > 1:
+        width = int(weight.shape.numpy()[1])
+        if 1 < width <= NARROW_GROUP:
             return f"groups of {width} channels are faster in float"
-        if groups > 1 and width == 1 and groups < NARROW_CHANNELS:
+        if width == 1 and groups < NARROW_CHANNELS:
             return f"only {groups} channels, which are faster in float"
     if scheme.activations.enabled and node.op_type == "MatMul":
         rows, narrowest = graphs.rank(item.activation), int(min(weight.shape.numpy()[-2:]))
