@@ -128,7 +128,7 @@ def measure(
         expected = dict(zip(_unique(names), float_session.run(feed, _unique(names)), strict=True))
         found = dict(zip(_unique(quantized_names), quantized_session.run(feed, _unique(quantized_names)), strict=True))
         for sqnr, name, quantized_name in zip(sums, names, quantized_names, strict=True):
-            reference, rounded = expected[name], found[quantized_name]
+            reference, rounded = expected[name], _own_channels(found[quantized_name], expected[name])
             if is_float(reference) and is_float(rounded) and reference.shape == rounded.shape:
                 sqnr.update(reference, rounded)
     rows: list[dict[str, Any]] = [
@@ -137,6 +137,11 @@ def measure(
         if sqnr.value is not None
     ]
     return total, sorted(rows, key=lambda row: float(row["sqnr_db"]))
+
+
+def _own_channels(rounded: Array, reference: Array) -> Array:
+    """The channels that the float model has too: a target may have added some of zeros behind them."""
+    return rounded[:, : reference.shape[1]] if rounded.ndim == reference.ndim > 1 else rounded
 
 
 def _unique(names: Iterable[str]) -> list[str]:

@@ -132,6 +132,7 @@ class Cpu:
         from onnxq.passes.lower_prelu import LowerPRelu
         from onnxq.passes.lower_softplus import LowerSoftplus
         from onnxq.passes.lower_weights import LowerWeights
+        from onnxq.passes.pad_channels import PadChannels
         from onnxq.passes.split_gemm_bias import SplitGemmBias
 
         SplitGemmBias()(model)
@@ -143,6 +144,7 @@ class Cpu:
         LowerSoftplus()(model)
         LowerGroupNorm()(model)
         PadCodes()(model)
+        PadChannels()(model)
         KeepLayersFloat()(model)
         KeepPoolsFloat()(model)
         _keep_ranges_inside_clips(model.graph)
