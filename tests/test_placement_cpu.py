@@ -135,3 +135,22 @@ def test_products_of_few_channels_stay_float(channels: int, reasons: list[str]) 
     model, cpu = add_weights(text, {"w1": (64, channels), "w2": (channels, 64)}), targets.get("cpu")
     models.normalise(model)
     assert list(cpu.place(model.graph, cpu.scheme(None, None)).left_float.values()) == reasons
+
+
+@pytest.mark.parametrize(
+    ("results", "reasons"), [(32, []), (64, ["several results of each channel are faster in float"])]
+)
+def test_a_depthwise_convolution_with_several_results_a_channel_stays_float(results: int, reasons: list[str]) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    widening (float[N,32,8,8] x) => (float[N,32,8,8] y)
+    {
+        [first] a = Conv (x, w1)
+        [widen] b = Conv <pads=[1,1,1,1], group=32> (a, w2)
+        [last] y = Conv (b, w3)
+    }
+    """
+    shapes = {"w1": (32, 32, 1, 1), "w2": (results, 1, 3, 3), "w3": (32, results, 1, 1)}
+    model, cpu = add_weights(text, shapes), targets.get("cpu")
+    models.normalise(model)
+    assert list(cpu.place(model.graph, cpu.scheme(None, None)).left_float.values()) == reasons

@@ -32,6 +32,7 @@ STEM_DEPTHWISE_CHANNELS = 32
 # the products. Of 2 by 8 channels, 3 × 3, codes take 2.3 times as long, of 8 by 8 1.4 times, of 12 by 16 as long.
 NARROW_PAIRS = 64
 NARROW_GROUP = 4  # channels that a group reads: 2 take four times as long with codes as in float, 4 up to twice
+MOST_OF_ONE = 1  # results of each channel in a depthwise convolution: 2 take three to seven times as long with codes
 
 LEGAL_WEIGHTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "uint8", "uint4", "float")
 LEGAL_ACTIVATIONS = (
@@ -194,6 +195,8 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
         width = int(weight.shape.numpy()[1])
         if 1 < width <= NARROW_GROUP:
             return f"groups of {width} channels are faster in float"
+        if width == 1 and int(weight.shape.numpy()[0]) > groups * MOST_OF_ONE:
+            return "several results of each channel are faster in float"
         if width == 1 and groups < NARROW_CHANNELS:
             return f"only {groups} channels, which are faster in float"
     if scheme.activations.enabled and node.op_type == "MatMul":

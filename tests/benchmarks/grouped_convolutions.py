@@ -24,15 +24,17 @@ from onnxq.targets import cpu
 SIZES = ((64, 56), (128, 28), (256, 14))  # channels, side
 WIDTHS = (1, 2, 4, 8, 16, 32)
 DEPTHWISE = ((8, 56), (12, 56), (16, 56), (24, 56))
+MULTIPLIERS = (2, 4)  # results of each channel
 ROUNDS = 40
 
 
-def network(channels: int, side: int, width: int) -> onnx.ModelProto:
+def network(channels: int, side: int, width: int, multiplier: int = 1) -> onnx.ModelProto:
     """The blocks, in float."""
     groups, lines, constants = channels // width, [], {}
-    draw, value = np.random.default_rng(0), "x"
+    draw, value, many = np.random.default_rng(0), "x", channels * multiplier
+    shapes = ((channels, channels, 1, 1), (many, width, 3, 3), (channels, many, 1, 1))
     for index in range(9):
-        shape = (channels, width, 3, 3) if index % 3 == 1 else (channels, channels, 1, 1)
+        shape = shapes[index % 3]
         constants[f"w{index}"] = draw.normal(size=shape) / np.prod(shape[1:]) ** 0.5
         options = f"<group={groups}, pads=[1,1,1,1]>" if index % 3 == 1 else ""
         lines.append(f"[layer{index}] c{index} = Conv {options} ({value}, w{index}) r{index} = Relu (c{index})")
@@ -45,11 +47,11 @@ def network(channels: int, side: int, width: int) -> onnx.ModelProto:
     return model
 
 
-def measure(channels: int, side: int, width: int) -> list[float]:
+def measure(channels: int, side: int, width: int, multiplier: int) -> list[float]:
     """Milliseconds in float, all on codes, and with groups in float."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{name}.onnx" for name in ("float", "codes", "mixed")]
-        onnx.save(network(channels, side, width), files[0])
+        onnx.save(network(channels, side, width, multiplier), files[0])
         x = np.random.default_rng(1).normal(size=(1, channels, side, side)).astype(np.float32)
         onnxq.quantize(files[0], [{"x": x}], target="cpu", output=files[1])
         exclude = [f"layer{index}" for index in (1, 4, 7)]
@@ -60,12 +62,15 @@ def measure(channels: int, side: int, width: int) -> list[float]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     cpu.NARROW_GROUP = cpu.NARROW_CHANNELS = 0
-    cases = [(channels, side, width) for channels, side in SIZES for width in WIDTHS]
-    for channels, side, width in cases + [(channels, side, 1) for channels, side in DEPTHWISE]:
-        before, codes, mixed = measure(channels, side, width)
+    cpu.MOST_OF_ONE = max(MULTIPLIERS)
+    cases = [(channels, side, width, 1) for channels, side in SIZES for width in WIDTHS]
+    cases += [(channels, side, 1, 1) for channels, side in DEPTHWISE]
+    cases += [(channels, side, 1, multiplier) for channels, side in SIZES for multiplier in MULTIPLIERS]
+    for channels, side, width, multiplier in cases:
+        before, codes, mixed = measure(channels, side, width, multiplier)
         print(
-            f"{channels:4} channels of {side:2}², {width:2} in a group: float {before:5.2f} ms, "
-            f"codes {codes / before:.2f}, groups in float {mixed / before:.2f}",
+            f"{channels:4} channels of {side:2}², {width:2} in a group, {multiplier} made of each: "
+            f"float {before:5.2f} ms, codes {codes / before:.2f}, groups in float {mixed / before:.2f}",
             flush=True,
         )
 

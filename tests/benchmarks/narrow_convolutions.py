@@ -4,7 +4,8 @@
 
 First, six convolutions in a row that take turns in having so many and so many channels, all of them on codes: how long
 they take, over float. Then first layers of an image with what may follow them: all on codes, and as `--target cpu`
-places them. Random weights, one thread, batch 1; the fastest of several runs, the models in turn.
+places them. Last, blocks around depthwise convolutions, with the channels that they have, and padded as `--target cpu`
+does. Random weights, one thread, batch 1; the fastest of several runs, the models in turn.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import numpy as np
@@ -21,6 +24,7 @@ from onnx import numpy_helper, parser
 from session import fastest_milliseconds, open_session
 
 import onnxq
+from onnxq.passes import pad_channels
 from onnxq.targets import cpu
 
 KERNELS = (1, 3, 5)
@@ -41,6 +45,11 @@ BEHIND = {
     f"g = Conv <{PADDED}> (s, w2) y = Relu (g)",
     "a shortcut": f"d = Conv <{PADDED}> (b, w1) e = Relu (d) s = Add (b, e) f = Conv <{PADDED}> (s, w2) y = Relu (f)",
 }
+
+DEPTHWISE = ((3, 56), (3, 28), (5, 14))  # kernel, side
+DEPTHWISE_CHANNELS = (24, 40, 64, 72, 88, 120, 184, 200)
+ALL_ON_CODES = ((cpu, "NARROW_PAIRS", 0), (cpu, "STEM_CHANNELS", 0))
+UNPADDED = ((pad_channels, "LANES", 1),)
 
 
 def network(body: str, channels: int, side: int, weights: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
@@ -63,14 +72,31 @@ def in_turns(one: int, other: int, kernel: int) -> onnx.ModelProto:
     return network(body, one, SIDE, shapes)
 
 
-def times_over_float(model: onnx.ModelProto, *, as_placed: bool) -> list[float]:
-    """All on codes, and as placed if asked for: time over the float model's."""
+def around_depthwise(channels: int, kernel: int, side: int) -> onnx.ModelProto:
+    """Two blocks that widen a quarter of the channels to all of them and back, with a depthwise layer between."""
+    pads, narrow = ",".join(str(kernel // 2) for _ in range(4)), channels // 8 * 4
+    lines = []
+    for i in range(0, 6, 3):
+        depthwise = f"d{i} = Conv <group={channels}, pads=[{pads}]> (a{i}, w{i + 1})"
+        lines.append(f"c{i} = Conv (r{i}, w{i}) a{i} = Relu (c{i}) {depthwise} b{i} = Relu (d{i})")
+        lines.append(f"e{i} = Conv (b{i}, w{i + 2}) r{i + 3} = Relu (e{i})")
+    shapes = [(channels, narrow, 1, 1), (channels, 1, kernel, kernel), (narrow, channels, 1, 1)] * 2
+    body = " ".join(["r0 = Identity (x)", *lines, "y = Identity (r6)"])
+    return network(body, narrow, side, {f"w{i}": shape for i, shape in enumerate(shapes)})
+
+
+def times_over_float(
+    model: onnx.ModelProto, without: Sequence[tuple[ModuleType, str, int]], *, as_placed: bool
+) -> list[float]:
+    """Without some of the target's rules, and as placed if asked for: time over the float model's."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{name}.onnx" for name in ("float", "codes", "placed")][: 3 if as_placed else 2]
         onnx.save(model, files[0])
         shape = [size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim]
         x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-        with patch.object(cpu, "NARROW_PAIRS", 0), patch.object(cpu, "STEM_CHANNELS", 0):
+        with ExitStack() as rules:
+            for change in without:
+                rules.enter_context(patch.object(*change))
             onnxq.quantize(files[0], [{"x": x}], target="cpu", output=files[1])
         if as_placed:
             onnxq.quantize(files[0], [{"x": x}], target="cpu", output=files[2])
@@ -84,19 +110,26 @@ def main() -> None:
     for kernel in KERNELS:
         print(f"{kernel} × {kernel} on codes, over float" + "".join(f"{channels:6}" for channels in CHANNELS))
         for one in CHANNELS:
-            ratios = [times_over_float(in_turns(one, other, kernel), as_placed=False)[0] for other in CHANNELS]
+            ratios = [
+                times_over_float(in_turns(one, other, kernel), ALL_ON_CODES, as_placed=False)[0] for other in CHANNELS
+            ]
             print(f"{one:4} channels, and          " + "".join(f"{ratio:6.2f}" for ratio in ratios), flush=True)
     for inputs, outputs, kernel, stride, side in FIRST:
         pads = ",".join(str(kernel // 2) for _ in range(4))
         stem = f"a = Conv <pads=[{pads}], strides=[{stride},{stride}]> (x, w0) b = Relu (a) "
         weights = {"w0": (outputs, inputs, kernel, kernel)} | {f"w{i}": (outputs, outputs, 3, 3) for i in (1, 2)}
         for name, rest in BEHIND.items():
-            codes, placed = times_over_float(network(stem + rest, inputs, side, weights), as_placed=True)
+            codes, placed = times_over_float(network(stem + rest, inputs, side, weights), ALL_ON_CODES, as_placed=True)
             print(
                 f"{inputs} to {outputs:2} channels, {kernel} × {kernel}, then {name:13}: "
                 f"codes {codes:.2f}, as placed {placed:.2f}",
                 flush=True,
             )
+    for kernel, side in DEPTHWISE:
+        for channels in DEPTHWISE_CHANNELS:
+            plain, padded = times_over_float(around_depthwise(channels, kernel, side), UNPADDED, as_placed=True)
+            shape = f"{channels:3} channels of {side}², {kernel} × {kernel}"
+            print(f"around a depthwise layer of {shape}: {plain:.2f} of float's time, padded {padded:.2f}", flush=True)
 
 
 if __name__ == "__main__":
