@@ -10,12 +10,10 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
 from onnxq.folding import array_of, new_initializer
-from onnxq.passes.level_gates import GATED
 
 Array = np.ndarray[Any, Any]
 
 LARGEST_CODE = 255
-LARGEST_WEIGHT = 127
 EIGHT_BITS = (ir.DataType.UINT8, ir.DataType.INT8)
 
 
@@ -34,9 +32,6 @@ class LowerHardSwish(InPlacePass):
     The sixth costs nothing, since it is only another meaning of the same codes, and neither does the clip, since codes
     of step 1/255 end at 0 and 1. onnxruntime has no integer HardSwish: two integer kernels take 0.4 of the time of
     DequantizeLinear, HardSigmoid, Mul and QuantizeLinear. The gate is rounded to 1/255, as that of a Sigmoid is.
-
-    One whose channels were levelled, Mul(s) ─► HardSigmoid ─► Mul, has its sixth, its scales and the half in a
-    depthwise convolution of one weight a channel: it takes two thirds of the time of a product and a sum of codes.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -44,57 +39,15 @@ class LowerHardSwish(InPlacePass):
         found = [node for node in model.graph if _is_between_codes(node)]
         for node in found:
             _rewrite(model.graph, node)
-        levelled = [node for node in model.graph if _is_levelled(node)]
-        for node in levelled:
-            _rewrite_levelled(model.graph, node)
-        return PassResult(model, bool(found or levelled))
+        return PassResult(model, bool(found))
 
 
-def _is_levelled(argument: ir.Node) -> bool:
-    """Whether a node is the Mul that gives a HardSigmoid between codes its argument back."""
-    source = argument.inputs[0] if GATED in argument.metadata_props else None
-    if source is None or not graphs.is_dequantized(source):
-        return False
-    opened = graphs.consumers(argument.outputs[0])[0][0]
-    readers = graphs.consumers(opened.outputs[0]) if graphs.is_op(opened, "HardSigmoid") else []
-    return len(readers) == 1 and graphs.is_quantize(readers[0][0]) and _is_eight_bits(readers[0][0])
-
-
-def _is_eight_bits(quantize: ir.Node) -> bool:
+def is_eight_bits(quantize: ir.Node) -> bool:
+    """Whether a QuantizeLinear of constants makes codes that onnxruntime has integer kernels for."""
     return len(quantize.inputs) == 3 and all(
         value is not None and graphs.is_constant(value) and (index == 0 or value.dtype in EIGHT_BITS)
         for index, value in enumerate(quantize.inputs[1:])
     )
-
-
-def _rewrite_levelled(graph: ir.Graph, argument: ir.Node) -> None:
-    """The argument as a depthwise convolution of one weight a channel, raised by a half in its bias."""
-    opened = graphs.consumers(argument.outputs[0])[0][0]
-    quantize = graphs.consumers(opened.outputs[0])[0][0]
-    make = _Maker(graph, opened.outputs[0], opened.name or "", *quantize.inputs[1:3])
-    factors = array_of(argument.inputs[1])
-    channels, zero = factors.size, make.code("gate_zero_point", make.lowest)
-    kernel = np.full((channels, *[1] * factors.ndim), LARGEST_WEIGHT)
-    weight = make.op(
-        "sixths",
-        "DequantizeLinear",
-        make.weight_code("sixths_quantized", kernel),
-        make.number("sixths_scale", factors.reshape(-1).astype(np.float64) / 6 / LARGEST_WEIGHT),
-        make.weight_code("sixths_zero_point", np.zeros(channels)),
-        axis=0,
-    )
-    weight.shape = ir.Shape(kernel.shape)
-    half = make.number("half", np.full(channels, 0.5))
-    raised = make.op("raised", "Conv", argument.inputs[0], weight, half, group=channels)
-    make.tape.nodes[-1].metadata_props[GATED] = "1"
-    gate_codes, gate_scale = make.gate_codes(raised, zero)
-    graph.insert_before(argument, make.tape.nodes)
-    for reader, _ in graphs.consumers(quantize.outputs[0]):
-        reader.replace_input_with(1, gate_scale)
-        reader.replace_input_with(2, zero)
-    ir.convenience.replace_all_uses_with(quantize.outputs[0], gate_codes)
-    for node in (quantize, opened, argument):
-        graph.remove(node, safe=True)
 
 
 def _is_between_codes(node: ir.Node) -> bool:
@@ -118,7 +71,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     dequantize = activation.producer() if activation is not None else None
     assert activation is not None and dequantize is not None
     codes, scale, zero_point = dequantize.inputs
-    make = _Maker(graph, output, node.name or "", scale, zero_point)
+    make = GateMaker(graph, output, node.name or "", scale, zero_point)
     zero = make.code("gate_zero_point", make.lowest)
     sixth_scale = make.number("sixth_scale", float(array_of(scale)) / 6)
     gate_codes, gate_scale = make.gate(make.op("sixth", "DequantizeLinear", codes, sixth_scale, zero_point), zero)
@@ -131,7 +84,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     product.name, product.type, product.shape = output.name, output.type, output.shape
 
 
-class _Maker:
+class GateMaker:
     """Nodes and constants of one gate, named after the value that it is for, in the types of its Q/DQ."""
 
     def __init__(
@@ -165,6 +118,20 @@ class _Maker:
         made.dtype = self.integers if op_type == "QuantizeLinear" else self.floats
         self.tape.nodes[-1].name = f"{self.node}_{suffix}"
         return made
+
+    def for_each_channel(self, suffix: str, factors: Array) -> ir.Value:
+        """The weights [channels, 1, …] of a depthwise convolution that multiplies each channel by its factor."""
+        codes = np.full((factors.size, *[1] * factors.ndim), np.iinfo(np.int8).max)
+        weight = self.op(
+            suffix,
+            "DequantizeLinear",
+            self.weight_code(f"{suffix}_quantized", codes),
+            self.number(f"{suffix}_scale", factors.reshape(-1) / np.iinfo(np.int8).max),
+            self.weight_code(f"{suffix}_zero_point", np.zeros(factors.size)),
+            axis=0,
+        )
+        weight.shape = ir.Shape(codes.shape)
+        return weight
 
     def gate(self, sixth: ir.Value, zero_point: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The codes of clip(sixth + ½, 0, 1), and their scale."""

@@ -82,11 +82,16 @@ def test_it_is_the_default_where_it_pays(gate: str, target: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
-def test_a_levelled_hard_swish_runs_on_integer_kernels_and_can_be_stripped(activations: str, tmp_path: Path) -> None:
-    path = models.save(network("hard swish"), tmp_path / "m.onnx")
+@pytest.mark.parametrize("gate", ["hard swish", "silu"])
+def test_a_levelled_gate_runs_on_integer_kernels_and_can_be_stripped(
+    gate: str, activations: str, tmp_path: Path
+) -> None:
+    path = models.save(network(gate), tmp_path / "m.onnx")
     result = onnxq.quantize(path, [{"x": X}], target="cpu", activations=activations)
     model, nodes = result.model, optimized_nodes(result.model)
     assert nodes["QLinearConv"] == 4 and nodes["QLinearMul"] == 1 and nodes["QLinearAdd"] == 0
+    assert nodes["QLinearSigmoid"] == (1 if gate == "silu" else 0) and nodes["Sigmoid"] == 0
+    assert all(value.uses() for value in model.graph.initializers.values())
     assert result.numbers["quantized_nodes"] == result.numbers["weighted_nodes"] == 3  # the gate's is none of them
     assert "HardSigmoid" not in nodes and "Mul" not in nodes
     literal, optimized = (Session(model, optimize=flag).run({"x": X})[0] for flag in (False, True))

@@ -129,6 +129,7 @@ class Cpu:
         from onnxq.passes.keep_pools_float import KeepPoolsFloat
         from onnxq.passes.lower_group_norm import LowerGroupNorm
         from onnxq.passes.lower_hard_swish import LowerHardSwish
+        from onnxq.passes.lower_levelled_gates import LowerLevelledGates
         from onnxq.passes.lower_lstm import LowerLstm
         from onnxq.passes.lower_prelu import LowerPRelu
         from onnxq.passes.lower_softplus import LowerSoftplus
@@ -141,6 +142,7 @@ class Cpu:
         LowerLstm()(model)
         KeepBiasesApart()(model)
         LowerHardSwish()(model)
+        LowerLevelledGates()(model)
         LowerPRelu()(model)
         LowerSoftplus()(model)
         LowerGroupNorm()(model)
