@@ -154,3 +154,32 @@ def test_a_depthwise_convolution_with_several_results_a_channel_stays_float(resu
     model, cpu = add_weights(text, shapes), targets.get("cpu")
     models.normalise(model)
     assert list(cpu.place(model.graph, cpu.scheme(None, None)).left_float.values()) == reasons
+
+
+@pytest.mark.parametrize(
+    ("first", "behind", "stays_float"),
+    [
+        ((32, 3, 3, 3), "b = Relu (a)", True),
+        ((32, 3, 3, 3), "b = HardSwish (a)", True),
+        ((32, 3, 3, 3), "g = Sigmoid (a) b = Mul (a, g)", True),
+        ((32, 3, 3, 3), "g = Sigmoid (a) h = Relu (g) b = Mul (a, h)", False),  # several read what it makes
+        ((64, 3, 7, 7), "b = Relu (a)", False),  # so many products are faster on codes
+        ((32, 5, 3, 3), "b = Relu (a)", False),
+    ],
+)
+def test_a_thin_first_layer_stays_float_with_its_activation(
+    first: tuple[int, ...], behind: str, stays_float: bool
+) -> None:
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 21]>
+    image (float[N,{first[1]},32,32] x) => (float[N,16,32,32] y)
+    {{
+        [stem] a = Conv <pads=[{first[2] // 2},{first[2] // 2},{first[2] // 2},{first[2] // 2}]> (x, w1)
+        {behind}
+        [last] y = Conv <pads=[1,1,1,1]> (b, w2)
+    }}
+    """
+    model, cpu = add_weights(text, {"w1": first, "w2": (16, first[0], 3, 3)}), targets.get("cpu")
+    models.normalise(model)
+    left_float = cpu.place(model.graph, cpu.scheme(None, None)).left_float
+    assert left_float == ({"stem": "a thin first layer is faster in float"} if stays_float else {})

@@ -28,6 +28,7 @@ from onnxq.targets.placement import Placement, Schemes, choose, excluded, scheme
 NARROW_CHANNELS = 16  # below it a product of rows, or a depthwise convolution, takes 1.1 to 4 times as long with codes
 STEM_CHANNELS = 4
 STEM_DEPTHWISE_CHANNELS = 32
+STEM_WEIGHTS = 6000  # with more of them the products are what counts: 3 to 64 channels, 7 × 7, are faster on codes
 # Pairs of input and output channels of a convolution that is no faster on codes: gathering its inputs costs more than
 # the products. Of 2 by 8 channels, 3 × 3, codes take 2.3 times as long, of 8 by 8 1.4 times, of 12 by 16 as long.
 NARROW_PAIRS = 64
@@ -233,8 +234,8 @@ def _thin_stem(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode]) -> list[s
 
     With so few channels the integer kernels pad most of their lanes, and the conversion of a full-size image to
     codes comes on top; in float the layer takes a third of the time. Only where one quantized convolution reads
-    the result, or a MaxPool, which leaves a quarter of it to convert: a shortcut there would drag float into the
-    integer region.
+    the result, activation included, or a MaxPool, which leaves a quarter of it to convert: a shortcut there would
+    drag float into the integer region.
     """
     by_node = {item.node: item for item in chosen}
     names: list[str] = []
@@ -242,8 +243,8 @@ def _thin_stem(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode]) -> list[s
         readers = graphs.consumers(value)
         node = readers[0][0] if len(readers) == 1 else None
         limit = STEM_CHANNELS
-        while node is not None and node in by_node and node.op_type == "Conv" and _channels(by_node[node]) <= limit:
-            following = [reader for reader, _ in graphs.consumers(after_activation(node))]
+        while node is not None and node in by_node and _is_thin(by_node[node], limit):
+            following = [reader for reader, _ in graphs.consumers(_after_gate(after_activation(node)))]
             if len(following) != 1:
                 break
             is_read_by_layer = following[0] in by_node and following[0].op_type == "Conv"
@@ -258,11 +259,27 @@ def _thin_stem(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode]) -> list[s
     return names
 
 
-def _channels(item: graphs.WeightedNode) -> int:
-    """Input channels of a convolution."""
+def _after_gate(value: ir.Value) -> ir.Value:
+    """What HardSwish, SiLU or Gelu makes of a value that nothing else reads; the value itself where there is none."""
+    readers = list(dict.fromkeys(reader for reader, _ in graphs.consumers(value)))
+    if value.is_graph_output():
+        return value
+    if len(readers) == 1 and graphs.is_op(readers[0], "HardSwish", "Gelu"):
+        return readers[0].outputs[0]
+    gates = [reader for reader in readers if graphs.is_op(reader, "Sigmoid", "HardSigmoid")]
+    products = [reader for reader in readers if graphs.is_op(reader, "Mul")]
+    if len(readers) == 2 and gates and products and graphs.only_reader(gates[0].outputs[0]) is products[0]:
+        return products[0].outputs[0]
+    return value
+
+
+def _is_thin(item: graphs.WeightedNode, channels: int) -> bool:
+    """Whether a layer is a convolution that reads at most so many channels and has few weights."""
     shape = None if item.weight is None else item.weight.shape
-    size = shape[1] if shape is not None else None
-    return size * item.node.attributes.get_int("group", 1) if isinstance(size, int) else 1 << 30
+    if item.node.op_type != "Conv" or shape is None or not shape.is_static():
+        return False
+    width = int(shape.numpy()[1]) * item.node.attributes.get_int("group", 1)
+    return width <= channels and int(np.prod(shape.numpy())) <= STEM_WEIGHTS
 
 
 def _keep_ranges_inside_clips(graph: ir.Graph) -> None:

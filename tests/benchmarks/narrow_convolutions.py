@@ -39,11 +39,13 @@ FIRST = (
     (3, 32, 3, 2, 224),
     (3, 64, 7, 2, 224),
 )  # in, out, kernel, stride, side
+SECOND = f"d = Conv <{PADDED}> (b, w1) e = Relu (d)"
 BEHIND = {
-    "a convolution": f"d = Conv <{PADDED}> (b, w1) e = Relu (d) f = Conv <{PADDED}> (e, w2) y = Relu (f)",
-    "a MaxPool": f"p = MaxPool <{POOL}> (b) d = Conv <{PADDED}> (p, w1) e = Relu (d) s = Add (p, e) "
-    f"g = Conv <{PADDED}> (s, w2) y = Relu (g)",
-    "a shortcut": f"d = Conv <{PADDED}> (b, w1) e = Relu (d) s = Add (b, e) f = Conv <{PADDED}> (s, w2) y = Relu (f)",
+    "a convolution": f"b = Relu (a) {SECOND} f = Conv <{PADDED}> (e, w2) y = Relu (f)",
+    "a HardSwish": f"b = HardSwish (a) {SECOND} f = Conv <{PADDED}> (e, w2) y = Relu (f)",
+    "a MaxPool": f"c = Relu (a) b = MaxPool <{POOL}> (c) {SECOND} s = Add (b, e) "
+    f"f = Conv <{PADDED}> (s, w2) y = Relu (f)",
+    "a shortcut": f"b = Relu (a) {SECOND} s = Add (b, e) f = Conv <{PADDED}> (s, w2) y = Relu (f)",
 }
 
 DEPTHWISE = ((3, 56), (3, 28), (5, 14))  # kernel, side
@@ -116,7 +118,7 @@ def main() -> None:
             print(f"{one:4} channels, and          " + "".join(f"{ratio:6.2f}" for ratio in ratios), flush=True)
     for inputs, outputs, kernel, stride, side in FIRST:
         pads = ",".join(str(kernel // 2) for _ in range(4))
-        stem = f"a = Conv <pads=[{pads}], strides=[{stride},{stride}]> (x, w0) b = Relu (a) "
+        stem = f"a = Conv <pads=[{pads}], strides=[{stride},{stride}]> (x, w0) "
         weights = {"w0": (outputs, inputs, kernel, kernel)} | {f"w{i}": (outputs, outputs, 3, 3) for i in (1, 2)}
         for name, rest in BEHIND.items():
             codes, placed = times_over_float(network(stem + rest, inputs, side, weights), ALL_ON_CODES, as_placed=True)
