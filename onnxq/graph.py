@@ -157,6 +157,13 @@ def weighted_nodes(graph: ir.Graph) -> Iterator[WeightedNode]:
             yield found
 
 
+def depthwise_channels(node: ir.Node) -> int | None:
+    """The channels of a convolution with one result and one kernel for each; ``None`` if it is none."""
+    weight = node.inputs[1] if is_op(node, "Conv") and len(node.inputs) > 1 else None
+    shape, groups = None if weight is None else weight.shape, node.attributes.get_int("group", 1)
+    return groups if groups > 1 and shape is not None and shape[0] == groups and shape[1] == 1 else None
+
+
 def multiplies_several(node: ir.Node) -> bool:
     """Whether the node is a MatMul with several matrices on its right, as the experts of a mixture are."""
     return is_op(node, "MatMul") and node.inputs[1] is not None and (rank(node.inputs[1]) or 0) > 2

@@ -65,17 +65,10 @@ def _pad_around(graph: ir.Graph, node: ir.Node) -> bool:
 
 def leftover_channels(node: ir.Node) -> int | None:
     """How many channels a depthwise convolution of codes has, if that is no multiple of what the kernel takes."""
-    channels = _depthwise_channels(node)
+    channels = graphs.depthwise_channels(node)
     if channels is None or channels % LANES == 0 or not all(map(graphs.is_dequantized, node.inputs[:2])):
         return None
     return channels
-
-
-def _depthwise_channels(node: ir.Node) -> int | None:
-    """The channels of a convolution with a weight for each one; ``None`` if it is none."""
-    shape = node.inputs[1].shape if graphs.is_op(node, "Conv") and node.inputs[1] is not None else None
-    groups = node.attributes.get_int("group", 1)
-    return groups if groups > 1 and shape is not None and shape[0] == groups and shape[1] == 1 else None
 
 
 @dataclass(frozen=True)
@@ -179,7 +172,7 @@ def _region(seed: ir.Node, channels: int) -> _Region | None:
                     region.paddings[item] = None
                 else:
                     return None
-            if _depthwise_channels(node) is not None:
+            if graphs.depthwise_channels(node) is not None:
                 region.depthwise[node] = None
     return region
 
@@ -227,7 +220,7 @@ def _scales(pair: ir.Node) -> Iterable[_Padding]:
 
 def _tied_by_convolution(node: ir.Node, value: ir.Value) -> list[ir.Value | _Padding] | None:
     """Its weight and bias; of one in groups there would be several places to grow."""
-    is_depthwise = _depthwise_channels(node) is not None
+    is_depthwise = graphs.depthwise_channels(node) is not None
     if not is_depthwise and node.attributes.get_int("group", 1) > 1:
         return None
     found = _data(node) if is_depthwise else []

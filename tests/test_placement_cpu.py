@@ -67,7 +67,7 @@ stream (float[2,32,8,8] x, float[2,1,32] token) => (float[2,1,64] y, float[2,32,
 <int64[3] flat = {2, 32, 64}, int64[3] map = {2, 32, 1}, int64 first = {0}, int64[1] zero = {0}, int64[1] one = {1},
  int64[1] axis = {1}, int64[1] end = {65}, int64[4] image = {2, 32, 8, 8}>
 {
-    [position] p = Conv <pads=[1,1,1,1], group=32> (x, w1)
+    [position] p = Conv <pads=[1,1,1,1]> (x, w1)
     [rows] r = Reshape (p, flat)
     [turned] t = Transpose <perm=[0,2,1]> (r)
     [join] j = Concat <axis=1> (token, t)
@@ -82,10 +82,10 @@ stream (float[2,32,8,8] x, float[2,1,32] token) => (float[2,1,64] y, float[2,32,
     [patches] e = Slice (s, one, end, axis)
     [back] f = Transpose <perm=[0,2,1]> (e)
     [grid] m = Reshape (f, image)
-    [again] z = Conv <pads=[1,1,1,1], group=32> (m, w1)
+    [again] z = Conv <pads=[1,1,1,1]> (m, w1)
 }
 """
-STREAM_SHAPES = {"w1": (32, 1, 3, 3), "w2": (32, 64), "w3": (64, 32), "w4": (32, 64), "g1": (32,), "b1": (32,)}
+STREAM_SHAPES = {"w1": (32, 32, 3, 3), "w2": (32, 64), "w3": (64, 32), "w4": (32, 64), "g1": (32,), "b1": (32,)}
 
 
 def test_a_residual_stream_behind_a_convolution_stays_float(tmp_path: Path) -> None:
@@ -183,3 +183,24 @@ def test_a_thin_first_layer_stays_float_with_its_activation(
     models.normalise(model)
     left_float = cpu.place(model.graph, cpu.scheme(None, None)).left_float
     assert left_float == ({"stem": "a thin first layer is faster in float"} if stays_float else {})
+
+
+@pytest.mark.parametrize(
+    ("behind", "stays_float"),
+    [("c = Transpose <perm=[0,2,3,1]> (b) y = LayerNormalization (c, g)", True), ("y = Conv (b, w2)", False)],
+)
+def test_a_depthwise_layer_alone_between_floats_stays_float(behind: str, stays_float: bool) -> None:
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 21]>
+    mixer (float[N,32,8,8] x) => (float[N,a,b,c] y)
+    {{
+        e = Tanh (x)
+        [mix] b = Conv <pads=[3,3,3,3], group=32> (e, w1)
+        {behind}
+    }}
+    """
+    model, cpu = add_weights(text, {"w1": (32, 1, 7, 7), "w2": (32, 32, 1, 1), "g": (32,)}), targets.get("cpu")
+    models.normalise(model)
+    placement = cpu.place(model.graph, cpu.scheme(None, None))
+    reason = "a depthwise layer alone between floats is faster in float"
+    assert placement.left_float == ({"mix": reason} if stays_float else {})

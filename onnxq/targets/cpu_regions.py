@@ -96,6 +96,12 @@ class Regions:
             return False
         return any(value in self.codes for value in inputs)
 
+    def is_alone(self, item: graphs.WeightedNode) -> bool:
+        """Whether a layer is all of its region: it reads floats, and what reads its result makes no codes of it."""
+        readers = [reader for reader, _ in graphs.consumers(after_activation(item.node))]
+        reaches = any(reader in self.core or (reader in self.useful and hands_on_codes(reader)) for reader in readers)
+        return item.activation not in self.codes and not reaches
+
     def sites(self, scheme_of: Schemes, usual: Spec) -> list[Site]:
         """Pairs for all readers of held values, and for the core ops alone elsewhere.
 
