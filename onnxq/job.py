@@ -161,7 +161,10 @@ class Job:
         self.placement = self.place(self.model.graph)
         if not self.placement.sites:
             reasons = "; ".join(sorted(set(self.placement.left_float.values()))) or "it has no Conv, Gemm or MatMul"
-            raise OnnxqError(f"expected something to quantize, found nothing ({reasons})", hint="see `onnxq lint`")
+            hint = "see `onnxq lint`"
+            if "faster in float" in reasons:
+                hint = "keep the float model, or store its weights alone in 8 bits: --activations float"
+            raise OnnxqError(f"expected something to quantize, found nothing ({reasons})", hint=hint)
         roots = self.placement.ranged
         self._has_ranges = bool(roots)
         if means:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import add_weights
 
 from onnxq import cli
 from onnxq import model as models
@@ -333,3 +334,21 @@ def test_an_interrupt_leaves_nothing(number: signal.Signals, network: Path, tmp_
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr and "error: interrupted" in stderr
     assert list(output.iterdir()) == []
+
+
+def test_a_network_that_is_faster_in_float_is_refused_with_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    tiny (float[N,3,8,8] x) => (float[N,4,8,8] y)
+    {
+        a = Conv (x, w1)
+        y = Conv (a, w2)
+    }
+    """
+    path = models.save(add_weights(text, {"w1": (8, 3, 1, 1), "w2": (4, 8, 1, 1)}), tmp_path / "tiny.onnx")
+    command = ["quantize", path, "--target", "cpu", "-o", tmp_path / "o.onnx"]
+    code, stderr = run(capsys, *command)
+    assert_two_lines(code, stderr, "--activations float")
+    assert run(capsys, *command, "--activations", "float")[0] == 0
