@@ -127,13 +127,18 @@ def _stored(value: ir.Value | None) -> Array | None:
 
 
 def _extend(graph: ir.Graph, node: ir.Node, index: int, axis: int, count: int, filling: Array | bool) -> None:
-    """Write an initializer with more numbers along an axis, in its place where nobody else reads it."""
+    """Write an initializer with more numbers along an axis: those given, zeros (true) or its last ones (false).
+
+    It keeps its place where nobody else reads it.
+    """
     value = node.inputs[index]
     if value is None:
         return
     assert value.dtype is not None
     array = array_of(value)
-    last = filling if isinstance(filling, np.ndarray) else np.take(array, [-1], axis) * (not filling)
+    last = filling if isinstance(filling, np.ndarray) else np.take(array, [-1], axis)
+    if filling is True:
+        last = np.zeros_like(last)
     longer = np.concatenate([array, np.repeat(last.astype(array.dtype), count, axis)], axis)
     if len(value.uses()) == 1 and not value.is_graph_output():
         value.const_value, value.shape = ir.Tensor(longer, dtype=value.dtype, name=value.name), ir.Shape(longer.shape)

@@ -4,8 +4,9 @@
 
 First, six convolutions in a row that take turns in having so many and so many channels, all of them on codes: how long
 they take, over float. Then first layers of an image with what may follow them: all on codes, and as `--target cpu`
-places them. Last, blocks around depthwise convolutions, with the channels that they have, and padded as `--target cpu`
-does. Random weights, one thread, batch 1; the fastest of several runs, the models in turn.
+places them. Then blocks around depthwise convolutions, with the channels that they have, and padded as `--target cpu`
+does. Last, blocks as ConvNeXt's, whose depthwise convolution lies between float layers: on codes, and as placed.
+Random weights, one thread, batch 1; the fastest of several runs, the models in turn.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ DEPTHWISE = ((3, 56), (3, 28), (5, 14))  # kernel, side
 DEPTHWISE_CHANNELS = (24, 40, 64, 72, 88, 120, 184, 200)
 ALL_ON_CODES = ((cpu, "NARROW_PAIRS", 0), (cpu, "STEM_CHANNELS", 0))
 UNPADDED = ((pad_channels, "LANES", 1),)
+LONE = ((24, 56), (48, 56), (88, 28), (192, 28), (384, 14))  # channels, side
+LONE_KERNELS = (3, 5, 7)
+LONE_ON_CODES = ((cpu, "_alone", lambda *_: []),)
 
 
 def network(body: str, channels: int, side: int, weights: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
@@ -87,8 +91,23 @@ def around_depthwise(channels: int, kernel: int, side: int) -> onnx.ModelProto:
     return network(body, narrow, side, {f"w{i}": shape for i, shape in enumerate(shapes)})
 
 
+def between_floats(channels: int, kernel: int, side: int) -> onnx.ModelProto:
+    """Three blocks of a depthwise convolution, a norm and a product of channels, beside a shortcut."""
+    pads = ",".join(str(kernel // 2) for _ in range(4))
+    lines = [
+        f"c{i} = Conv <group={channels}, pads=[{pads}]> (r{i}, w{i}) t{i} = Transpose <perm=[0,2,3,1]> (c{i}) "
+        f"n{i} = LayerNormalization (t{i}, g) u{i} = MatMul (n{i}, m{i}) "
+        f"v{i} = Transpose <perm=[0,3,1,2]> (u{i}) r{i + 1} = Add (v{i}, r{i})"
+        for i in range(3)
+    ]
+    kernels = {f"w{i}": (channels, 1, kernel, kernel) for i in range(3)}
+    matrices = {f"m{i}": (channels, channels) for i in range(3)}
+    body = " ".join(["r0 = Identity (x)", *lines, "y = Identity (r3)"])
+    return network(body, channels, side, {**kernels, **matrices, "g": (channels,)})
+
+
 def times_over_float(
-    model: onnx.ModelProto, without: Sequence[tuple[ModuleType, str, int]], *, as_placed: bool
+    model: onnx.ModelProto, without: Sequence[tuple[ModuleType, str, object]], *, as_placed: bool
 ) -> list[float]:
     """Without some of the target's rules, and as placed if asked for: time over the float model's."""
     with tempfile.TemporaryDirectory() as folder:
@@ -132,6 +151,11 @@ def main() -> None:
             plain, padded = times_over_float(around_depthwise(channels, kernel, side), UNPADDED, as_placed=True)
             shape = f"{channels:3} channels of {side}², {kernel} × {kernel}"
             print(f"around a depthwise layer of {shape}: {plain:.2f} of float's time, padded {padded:.2f}", flush=True)
+    for channels, side in LONE:
+        for kernel in LONE_KERNELS:
+            codes, placed = times_over_float(between_floats(channels, kernel, side), LONE_ON_CODES, as_placed=True)
+            shape = f"{channels:3} channels of {side}², {kernel} × {kernel}"
+            print(f"a lone depthwise layer of {shape}: on codes {codes:.2f} of float's time, as placed {placed:.2f}")
 
 
 if __name__ == "__main__":
