@@ -48,9 +48,11 @@ class PadChannels(InPlacePass):
 
 def _pad_around(graph: ir.Graph, node: ir.Node) -> bool:
     """Pad the channels of a node if it is a depthwise convolution that has some left over; whether that was done."""
-    channels = leftover_channels(node)
-    region = None if channels is None else _region(node, channels)
-    if channels is None or region is None:
+    channels = graphs.depthwise_channels(node)
+    if channels is None or channels % LANES == 0 or not all(map(graphs.is_dequantized, node.inputs[:2])):
+        return False
+    region = _region(node, channels)
+    if region is None:
         return False
     count = -channels % LANES
     for padding in region.paddings:
@@ -61,14 +63,6 @@ def _pad_around(graph: ir.Graph, node: ir.Node) -> bool:
         if value.shape is not None:
             value.shape = ir.Shape([value.shape[0], channels + count, *value.shape[2:]])
     return True
-
-
-def leftover_channels(node: ir.Node) -> int | None:
-    """How many channels a depthwise convolution of codes has, if that is no multiple of what the kernel takes."""
-    channels = graphs.depthwise_channels(node)
-    if channels is None or channels % LANES == 0 or not all(map(graphs.is_dequantized, node.inputs[:2])):
-        return None
-    return channels
 
 
 @dataclass(frozen=True)
@@ -96,6 +90,8 @@ class _Padding:
         if pair is None:
             _extend(graph, self.node, self.index, self.axis, count, self.by_zeros)
             return
+        if graphs.only_reader(value) is None:
+            value, pair = _own_copy(graph, self.node, self.index, pair)
         scales, codes = array_of(pair.inputs[1]), array_of(pair.inputs[0])
         zero_points = array_of(pair.inputs[2]) if len(pair.inputs) > 2 and pair.inputs[2] is not None else None
         axis, along = self.axis % codes.ndim, pair.attributes.get_int("axis", 1) % codes.ndim
@@ -111,8 +107,19 @@ class _Padding:
         value.shape = pair.inputs[0].shape if pair.inputs[0] is not None else None
 
 
+def _own_copy(graph: ir.Graph, node: ir.Node, index: int, pair: ir.Node) -> tuple[ir.Value, ir.Node]:
+    """A DequantizeLinear of the same codes for one of its readers."""
+    shared, tape = pair.outputs[0], ir.tape.Tape()
+    own = tape.op("DequantizeLinear", list(pair.inputs), dict(pair.attributes), name=f"{pair.name}_{node.name}")
+    own.name, own.type, own.shape = f"{shared.name}_{node.name}", shared.type, shared.shape
+    tape.nodes[0].metadata_props.update(pair.metadata_props)
+    graph.insert_before(node, tape.nodes)
+    node.replace_input_with(index, own)
+    return own, tape.nodes[0]
+
+
 def _stored(value: ir.Value | None) -> Array | None:
-    """The numbers of a constant, or the codes that one DequantizeLinear makes it of for this reader alone."""
+    """The numbers of a constant, or the codes that a DequantizeLinear makes it of."""
     if value is None:
         return None
     if graphs.is_constant(value):
@@ -187,8 +194,8 @@ def _tied(node: ir.Node, value: ir.Value, channels: int) -> list[ir.Value | _Pad
     output = node.outputs[0]
     if graphs.is_op(node, *ELEMENTWISE, "PRelu", "Swish") and not graphs.is_op(node, "Clip", *UNFIT):
         return _tied_elementwise(node, channels)
-    if any(operand is value for operand in node.inputs[1:]):
-        return None
+    if any(operand is value for operand in node.inputs[1:]) or len(node.outputs) > 1:
+        return None  # as a weight; or a MaxPool that gives places, too, which count channels
     if graphs.is_op(node, "Conv"):
         return _tied_by_convolution(node, value)
     if graphs.is_quantize(node) or graphs.is_dequantize(node):
@@ -219,7 +226,7 @@ def _scales(pair: ir.Node) -> Iterable[_Padding]:
     """Scales and zero points of a pair, where there is one for each channel."""
     for index in range(1, len(pair.inputs)):
         value = pair.inputs[index]
-        if value is not None and (value.shape is None or len(value.shape) > 0):
+        if value is not None and not (graphs.is_constant(value) and array_of(value).size == 1):
             yield _Padding(pair, index, 0, by_zeros=False)
 
 

@@ -95,6 +95,18 @@ def test_a_gated_block_grows_to_the_next_multiple_of_sixteen_and_computes_the_sa
     ]  # fmt: skip
 
 
+def test_weights_that_several_layers_read_stay_those_of_the_others(tmp_path: Path) -> None:
+    """Biases and weights are shared where exporters find them equal; what lies outside keeps its own."""
+    text = BLOCK.replace("[last] y = Conv <pads=[1,1,1,1]> (i, w6, b0)", """
+    [wide] j = Conv (i, w1, b1)
+    k = Concat <axis=1> (j, j)
+    [last] y = Conv (k, w7, b0)""")  # fmt: skip
+    plain = without_padding(tmp_path, text, SHAPES | {"w7": (24, 80, 1, 1)})
+    model, expected = models.read(plain), answers(plain)
+    assert PadChannels()(model).modified and depthwise_channels(model) == {48}
+    assert np.array_equal(answers(models.save(model, tmp_path / "grown.onnx")), expected)
+
+
 def test_quantize_pads_and_layers_are_judged_on_the_channels_that_both_models_have(tmp_path: Path) -> None:
     plain = without_padding(tmp_path)
     path, grown = tmp_path / "network.onnx", tmp_path / "grown.onnx"
