@@ -116,7 +116,10 @@ class StripQDQ(InPlacePass):
             if low == 0 and not _is_rectified(source.producer()):
                 source = _rectify(graph, source, node, high)
             self.ranges[source.name or ""] = low, high
+        before = source.name or ""
         _let_read(graph, node.outputs[0], source, float(scale.reshape(-1)[0]), float(zero_point.reshape(-1)[0]))
+        if source.name != before and before in self.ranges:  # it is the model's output now, and has its name
+            self.ranges[source.name or ""] = self.ranges.pop(before)
 
     def _strip_codes(self, graph: ir.Graph, node: ir.Node) -> None:
         codes = node.inputs[0]

@@ -14,8 +14,9 @@ import onnxq
 from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq.passes.pad_channels import PadChannels
-from onnxq.retarget import strip
+from onnxq.retarget import retarget, strip
 from onnxq.runtime import Session
+from onnxq.targets import get
 
 # An inverted residual of MobileNetV3, with a gate over its 40 channels, behind a stream of 24.
 BLOCK = """
@@ -116,6 +117,15 @@ def test_quantize_pads_and_layers_are_judged_on_the_channels_that_both_models_ha
     assert before == after
     assert {"widen", "depthwise", "squeeze", "project"} <= {layer["name"] for layer in after}
     assert np.array_equal(answers(strip(grown)), answers(strip(plain)))
+
+
+def test_lint_tells_of_channels_left_over_and_mends_them(tmp_path: Path) -> None:
+    plain = without_padding(tmp_path)
+    cpu = get("cpu")
+    assert [(item.rule, item.node) for item in cpu.lint(models.load(plain))] == [("C13", "depthwise")]
+    mended = retarget(plain, "cpu").model
+    assert depthwise_channels(mended) == {48}
+    assert not cpu.lint(mended)
 
 
 @pytest.mark.parametrize(

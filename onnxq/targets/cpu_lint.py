@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.passes.keep_biases_apart import fused_bias
 from onnxq.passes.keep_layers_float import is_rounded
+from onnxq.passes.pad_channels import LANES
 from onnxq.targets.cpu_ops import ABSORBED, ARITHMETIC, DATA_MOVEMENT
 from onnxq.targets.findings import Finding
 from onnxq.targets.reading import Product, Quantizer, Reading, name_of, output_axis, scale_axis, scale_shape, spelled
@@ -219,6 +220,25 @@ def float_kept(reading: Reading) -> Broken:
             )
 
 
+def depthwise_fast(reading: Reading) -> Broken:
+    """C13: a depthwise convolution on codes has a multiple of 16 channels, and one result for each."""
+    for product in reading.products:
+        node = product.node
+        weight, groups = node.inputs[1], node.attributes.get_int("group", 1)
+        if node.op_type != "Conv" or groups == 1 or not product.is_quantized or weight is None or weight.shape is None:
+            continue
+        if weight.shape[1] != 1:
+            continue
+        if graphs.depthwise_channels(node) is None:
+            yield node, "expected one result for each channel on codes, found several: in float they are faster"
+        elif groups % LANES:
+            yield (
+                node,
+                f"expected a multiple of {LANES} channels on codes, found {groups}: those left over are computed one "
+                "by one",
+            )
+
+
 ERRORS: dict[str, Rule] = {
     "C2": scale_usable,
     "C3": format_accepted,
@@ -234,6 +254,7 @@ WARNINGS: dict[str, Rule] = {
     "C10": format_native,
     "C11": bias_apart,
     "C12": float_kept,
+    "C13": depthwise_fast,
 }
 
 
