@@ -13,6 +13,7 @@ import onnxq
 from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq import targets
+from onnxq.passes.level_gates import LevelGates
 from onnxq.runtime import Session
 
 JOINED = """
@@ -183,6 +184,24 @@ def test_a_thin_first_layer_stays_float_with_its_activation(
     models.normalise(model)
     left_float = cpu.place(model.graph, cpu.scheme(None, None)).left_float
     assert left_float == ({"stem": "a thin first layer is faster in float"} if stays_float else {})
+
+
+@pytest.mark.parametrize("behind", ["b = HardSwish (a)", "g = Sigmoid (a) b = Mul (a, g)"])
+def test_a_thin_first_layer_stays_float_with_a_levelled_gate_too(behind: str) -> None:
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 21]>
+    image (float[N,3,32,32] x) => (float[N,16,32,32] y)
+    {{
+        [stem] a = Conv <pads=[1,1,1,1]> (x, w1)
+        {behind}
+        [last] y = Conv <pads=[1,1,1,1]> (b, w2)
+    }}
+    """
+    model, cpu = add_weights(text, {"w1": (32, 3, 3, 3), "w2": (16, 32, 3, 3)}), targets.get("cpu")
+    models.normalise(model)
+    assert LevelGates({"b": np.linspace(0.5, 2, 32)})(model).modified
+    left_float = cpu.place(model.graph, cpu.scheme(None, None)).left_float
+    assert left_float == {"stem": "a thin first layer is faster in float"}
 
 
 @pytest.mark.parametrize(

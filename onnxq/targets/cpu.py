@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
+from onnxq.passes.level_gates import GATED
 from onnxq.passes.pad_codes import PadCodes
 from onnxq.scheme import Scheme, for_integer_products, parse_activations, parse_weights
 from onnxq.targets.cpu_lstm import place_lstms
@@ -276,17 +277,24 @@ def _alone(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], skipped: set[
 
 
 def _after_gate(value: ir.Value) -> ir.Value:
-    """What HardSwish, SiLU or Gelu makes of a value that nothing else reads; the value itself where there is none."""
+    """What HardSwish, SiLU or Gelu makes of a value that nothing else reads; the value itself where there is none.
+
+    Levelled or not: whether a first layer is thin must not depend on that.
+    """
     readers = list(dict.fromkeys(reader for reader, _ in graphs.consumers(value)))
     if value.is_graph_output():
         return value
     if len(readers) == 1 and graphs.is_op(readers[0], "HardSwish", "Gelu"):
         return readers[0].outputs[0]
-    gates = [reader for reader in readers if graphs.is_op(reader, "Sigmoid", "HardSigmoid")]
-    products = [reader for reader in readers if graphs.is_op(reader, "Mul")]
-    if len(readers) == 2 and gates and products and graphs.only_reader(gates[0].outputs[0]) is products[0]:
-        return products[0].outputs[0]
-    return value
+    products = [reader for reader in readers if graphs.is_op(reader, "Mul") and GATED not in reader.metadata_props]
+    if len(readers) != 2 or len(products) != 1:
+        return value
+    gate: ir.Node | None = next(reader for reader in readers if reader is not products[0])
+    if gate is not None and GATED in gate.metadata_props:
+        gate = graphs.only_reader(gate.outputs[0])
+    if gate is None or not graphs.is_op(gate, "Sigmoid", "HardSigmoid"):
+        return value
+    return products[0].outputs[0] if graphs.only_reader(gate.outputs[0]) is products[0] else value
 
 
 def _is_thin(item: graphs.WeightedNode, channels: int) -> bool:
