@@ -1,8 +1,9 @@
-"""Make a node of a graph another one, with ops before it."""
+"""Make a node of a graph another one, with ops before it, or give it an input of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -41,3 +42,34 @@ def become(node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], domai
     node.resize_inputs(len(inputs))
     for index, value in enumerate(inputs):
         node.replace_input_with(index, value)
+
+
+def dequantize_apart(
+    graph: ir.Graph,
+    node: ir.Node,
+    index: int,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, Any],
+) -> ir.Node:
+    """Give one reader of a DequantizeLinear another one, for itself alone.
+
+    Args:
+        graph: The graph.
+        node: The reader.
+        index: Which of its inputs comes from the DequantizeLinear.
+        inputs: What the new one reads.
+        attributes: And its attributes.
+
+    Returns:
+        The new one.
+    """
+    shared = node.inputs[index]
+    pair = None if shared is None else shared.producer()
+    assert shared is not None and pair is not None
+    tape = ir.tape.Tape()
+    own = tape.op("DequantizeLinear", inputs, attributes, name=f"{pair.name}_{node.name}")
+    own.name, own.type, own.shape = f"{shared.name}_{node.name}", shared.type, shared.shape
+    tape.nodes[0].metadata_props.update(pair.metadata_props)
+    graph.insert_before(node, tape.nodes)
+    node.replace_input_with(index, own)
+    return tape.nodes[0]

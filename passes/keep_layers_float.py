@@ -10,6 +10,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
 from onnxq.folding import array_of, new_initializer
+from onnxq.rewriting import dequantize_apart
 
 LAYERS = ("Conv", "ConvTranspose")
 
@@ -61,12 +62,7 @@ def _spread(graph: ir.Graph, node: ir.Node) -> bool:
     if source is None or pair is None or channels < 2:
         return False  # with a single channel the scale for each is one again
     made = for_each_channel(graph, pair.inputs[1:], channels)
-    tape = ir.tape.Tape()
-    spread = tape.op("DequantizeLinear", [pair.inputs[0], *made], {"axis": 1}, name=f"{pair.name}_{node.name}")
-    spread.name, spread.type, spread.shape = f"{source.name}_{node.name}", source.type, source.shape
-    tape.nodes[0].metadata_props.update(pair.metadata_props)
-    graph.insert_before(node, tape.nodes)
-    node.replace_input_with(0, spread)
+    dequantize_apart(graph, node, 0, [pair.inputs[0], *made], {"axis": 1})
     if not source.uses() and not source.is_graph_output():
         graph.remove(pair, safe=True)
     return True

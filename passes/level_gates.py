@@ -19,6 +19,11 @@ Array = np.ndarray[Any, Any]
 GATED = "onnxq.gated"  # on the Mul that gives the gate its argument back
 
 
+def gate_of(reader: ir.Node) -> ir.Node | None:
+    """The node that reads a gate's argument: a reader of the source itself, or what is behind the Mul that levels."""
+    return graphs.only_reader(reader.outputs[0]) if GATED in reader.metadata_props else reader
+
+
 @dataclass(frozen=True)
 class Gate:
     """HardSwish or SiLU before layers that alone read it, or read it scaled and shifted by constants.

@@ -9,7 +9,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
 from onnxq.folding import array_of
-from onnxq.passes.level_gates import GATED
+from onnxq.passes.level_gates import GATED, gate_of
 from onnxq.passes.lower_hard_swish import LARGEST_CODE, GateMaker, is_eight_bits
 
 # A sigmoid beyond these is within a thousandth of where it ends, and inside them the step of its argument is a
@@ -50,14 +50,17 @@ def _is_between_codes(argument: ir.Node) -> bool:
     source = argument.inputs[0] if GATED in argument.metadata_props else None
     if source is None or not graphs.is_dequantized(source):
         return False
-    opened = graphs.consumers(argument.outputs[0])[0][0]
-    readers = graphs.consumers(opened.outputs[0]) if graphs.is_op(opened, "HardSigmoid", "Sigmoid") else []
-    return len(readers) == 1 and graphs.is_quantize(readers[0][0]) and is_eight_bits(readers[0][0])
+    opened = gate_of(argument)
+    if opened is None or not graphs.is_op(opened, "HardSigmoid", "Sigmoid"):
+        return False
+    reader = graphs.only_reader(opened.outputs[0])
+    return reader is not None and graphs.is_quantize(reader) and is_eight_bits(reader)
 
 
 def _rewrite(graph: ir.Graph, argument: ir.Node) -> None:
-    opened = graphs.consumers(argument.outputs[0])[0][0]
-    quantize = graphs.consumers(opened.outputs[0])[0][0]
+    opened = gate_of(argument)
+    quantize = None if opened is None else graphs.only_reader(opened.outputs[0])
+    assert opened is not None and quantize is not None
     make = GateMaker(graph, opened.outputs[0], opened.name or "", *quantize.inputs[1:3])
     if graphs.is_op(opened, "Sigmoid"):
         opened.replace_input_with(0, _rounded_argument(make, argument))

@@ -13,6 +13,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnxq import graph as graphs
 from onnxq.folding import POOLING, array_of, new_initializer
 from onnxq.passes.split_shortcuts import ELEMENTWISE
+from onnxq.rewriting import dequantize_apart
 
 Array = np.ndarray[Any, Any]
 
@@ -88,10 +89,12 @@ class _Padding:
         assert value is not None
         pair = value.producer()
         if pair is None:
-            _extend(graph, self.node, self.index, self.axis, count, self.by_zeros)
+            end = _end(value, self.axis)
+            _extend(graph, self.node, self.index, self.axis, count, np.zeros_like(end) if self.by_zeros else end)
             return
         if graphs.only_reader(value) is None:
-            value, pair = _own_copy(graph, self.node, self.index, pair)
+            pair = dequantize_apart(graph, self.node, self.index, list(pair.inputs), dict(pair.attributes))
+            value = pair.outputs[0]
         scales, codes = array_of(pair.inputs[1]), array_of(pair.inputs[0])
         zero_points = array_of(pair.inputs[2]) if len(pair.inputs) > 2 and pair.inputs[2] is not None else None
         axis, along = self.axis % codes.ndim, pair.attributes.get_int("axis", 1) % codes.ndim
@@ -103,19 +106,8 @@ class _Padding:
         _extend(graph, pair, 0, axis, count, np.take(filling, [-1], axis))
         if scales.size > 1 and along == axis:
             for index in range(1, len(pair.inputs)):
-                _extend(graph, pair, index, 0, count, False)
+                _extend(graph, pair, index, 0, count, _end(pair.inputs[index], 0))
         value.shape = pair.inputs[0].shape if pair.inputs[0] is not None else None
-
-
-def _own_copy(graph: ir.Graph, node: ir.Node, index: int, pair: ir.Node) -> tuple[ir.Value, ir.Node]:
-    """A DequantizeLinear of the same codes for one of its readers."""
-    shared, tape = pair.outputs[0], ir.tape.Tape()
-    own = tape.op("DequantizeLinear", list(pair.inputs), dict(pair.attributes), name=f"{pair.name}_{node.name}")
-    own.name, own.type, own.shape = f"{shared.name}_{node.name}", shared.type, shared.shape
-    tape.nodes[0].metadata_props.update(pair.metadata_props)
-    graph.insert_before(node, tape.nodes)
-    node.replace_input_with(index, own)
-    return own, tape.nodes[0]
 
 
 def _stored(value: ir.Value | None) -> Array | None:
@@ -133,20 +125,16 @@ def _stored(value: ir.Value | None) -> Array | None:
     return array_of(codes)
 
 
-def _extend(graph: ir.Graph, node: ir.Node, index: int, axis: int, count: int, filling: Array | bool) -> None:
-    """Write an initializer with more numbers along an axis: those given, zeros (true) or its last ones (false).
+def _end(value: ir.Value | None, axis: int) -> Array:
+    """The last slice of a constant along an axis."""
+    return np.take(array_of(value), [-1], axis)
 
-    It keeps its place where nobody else reads it.
-    """
+
+def _extend(graph: ir.Graph, node: ir.Node, index: int, axis: int, count: int, slice_: Array) -> None:
+    """Write an initializer with a slice so many times behind it, in its place where nobody else reads it."""
     value = node.inputs[index]
-    if value is None:
-        return
-    assert value.dtype is not None
-    array = array_of(value)
-    last = filling if isinstance(filling, np.ndarray) else np.take(array, [-1], axis)
-    if filling is True:
-        last = np.zeros_like(last)
-    longer = np.concatenate([array, np.repeat(last.astype(array.dtype), count, axis)], axis)
+    assert value is not None and value.dtype is not None
+    longer = np.concatenate([array_of(value), np.repeat(slice_, count, axis)], axis)
     if len(value.uses()) == 1 and not value.is_graph_output():
         value.const_value, value.shape = ir.Tensor(longer, dtype=value.dtype, name=value.name), ir.Shape(longer.shape)
         return

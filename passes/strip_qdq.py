@@ -109,17 +109,17 @@ class StripQDQ(InPlacePass):
         if producer is not None and CLIP in producer.metadata_props:
             source = producer.inputs[0] or source
         storage = _storage(node)
+        covered = None
         if graphs.is_constant(source):
             self.weights[source.name or ""] = _stored(node, storage, scale, zero_point, source)
         elif np.all(scale == scale.reshape(-1)[0]):  # one, or the same for each channel
             low, high = _range(storage, float(scale.reshape(-1)[0]), float(zero_point.reshape(-1)[0]))
             if low == 0 and not _is_rectified(source.producer()):
                 source = _rectify(graph, source, node, high)
-            self.ranges[source.name or ""] = low, high
-        before = source.name or ""
+            covered = low, high
         _let_read(graph, node.outputs[0], source, float(scale.reshape(-1)[0]), float(zero_point.reshape(-1)[0]))
-        if source.name != before and before in self.ranges:  # it is the model's output now, and has its name
-            self.ranges[source.name or ""] = self.ranges.pop(before)
+        if covered is not None:  # not before: what was behind the model's output has its name now
+            self.ranges[source.name or ""] = covered
 
     def _strip_codes(self, graph: ir.Graph, node: ir.Node) -> None:
         codes = node.inputs[0]

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.folding import array_of
-from onnxq.passes.level_gates import GATED
+from onnxq.passes.level_gates import gate_of
 
 Interval = tuple[float, float]
 
@@ -49,14 +49,12 @@ def let_through(quantizer: ir.Node) -> Interval:
 
 def _gate(reader: ir.Node) -> tuple[ir.Node, float] | None:
     """The Sigmoid or HardSigmoid that a reader is or leads to, and below what x·g(x) is zero."""
-    factor = 1.0
-    if GATED in reader.metadata_props:
-        factor = float(array_of(reader.inputs[1]).min())
-        reader = graphs.consumers(reader.outputs[0])[0][0]
-    if graphs.is_op(reader, "Sigmoid"):
-        return reader, SILU[0] / factor
-    if graphs.is_op(reader, "HardSigmoid"):
-        return reader, _interval(reader)[0] / factor
+    gate = gate_of(reader)
+    factor = 1.0 if gate is reader else float(array_of(reader.inputs[1]).min())
+    if gate is not None and graphs.is_op(gate, "Sigmoid"):
+        return gate, SILU[0] / factor
+    if gate is not None and graphs.is_op(gate, "HardSigmoid"):
+        return gate, _interval(gate)[0] / factor
     return None
 
 

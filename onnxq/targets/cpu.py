@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
-from onnxq.passes.level_gates import GATED
+from onnxq.passes.level_gates import GATED, gate_of
 from onnxq.passes.pad_codes import PadCodes
 from onnxq.scheme import Scheme, for_integer_products, parse_activations, parse_weights
 from onnxq.targets.cpu_lstm import place_lstms
@@ -289,9 +289,7 @@ def _after_gate(value: ir.Value) -> ir.Value:
     products = [reader for reader in readers if graphs.is_op(reader, "Mul") and GATED not in reader.metadata_props]
     if len(readers) != 2 or len(products) != 1:
         return value
-    gate: ir.Node | None = next(reader for reader in readers if reader is not products[0])
-    if gate is not None and GATED in gate.metadata_props:
-        gate = graphs.only_reader(gate.outputs[0])
+    gate = gate_of(next(reader for reader in readers if reader is not products[0]))
     if gate is None or not graphs.is_op(gate, "Sigmoid", "HardSigmoid"):
         return value
     return products[0].outputs[0] if graphs.only_reader(gate.outputs[0]) is products[0] else value
