@@ -18,6 +18,7 @@ from onnxq.layer_times import layer_times_ms, owners_of
 from onnxq.learning import speedup
 from onnxq.learning.mixed_precision import Choice, Point
 from onnxq.learning.speedup import FLOAT, Race, Timed, fastest_within
+from onnxq.recipes import mixed
 from onnxq.runtime import Session
 
 FASHION = (MODELS / "fashion_resnet.onnx", "--data", MODELS / "fashion_calibration.npz", "-n", 16)
@@ -123,6 +124,30 @@ def test_a_real_network_is_timed(
     on_codes = {item.node.name for item in graphs.weighted_nodes(written.graph) if graphs.is_dequantized(item.weight)}
     assert on_codes == {name for name, label in found["layer_formats"].items() if label != FLOAT}
     assert all(min(times.values()) > 0 for times in found["layer_ms"].values())  # every kernel found its layer
+
+
+def test_a_layer_that_its_neighbours_leave_in_float_is_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU a depthwise layer alone between float ones is placed in float, whatever was chosen for it."""
+    monkeypatch.setattr(speedup, "SECONDS", 0.05)
+
+    def neighbours_float(race: Race, *_: object) -> Timed:
+        around = {"node_conv2d_12", "node_conv2d_14"}
+        labels = tuple(FLOAT if around & set(group.nodes) else "int8/uint8" for group in race.groups)
+        assert labels.count(FLOAT) == 2
+        return race.run(Point(0.0, 0.0, labels))
+
+    monkeypatch.setattr(mixed, "fastest_within", neighbours_float)
+    output, numbers = tmp_path / "q.onnx", tmp_path / "q.json"
+    command = ("quantize", *FASHION, "--target", "cpu", *QUICK, "-o", output, "--json", numbers)
+    assert run(capsys, *command, "--budget-speedup", 1.05)[0] == 0
+    formats = json.loads(numbers.read_text())["layer_formats"]
+    assert formats["node_conv2d_13"] == FLOAT and formats["node_conv2d_8"] == "int8/uint8"
+    on_codes = {
+        item.node.name for item in graphs.weighted_nodes(ir.load(output).graph) if graphs.is_dequantized(item.weight)
+    }
+    assert on_codes == {name for name, label in formats.items() if label != FLOAT}
 
 
 @pytest.mark.parametrize(

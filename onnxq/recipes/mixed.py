@@ -168,13 +168,14 @@ class Mixed:
                 f"the result is {result.speedup:.2f} times faster than float, {self.budget_speedup:g} were wanted: "
                 f"while choosing it was {chosen.speedup:.2f}; on a busy machine times differ from run to run"
             )
+        left_float = job.placement.left_float if job.placement is not None else {}
         job.measurements |= {
             "speedup": result.speedup,
             "speedup_wanted": self.budget_speedup,
             "speedup_ms": {"float": result.float_ms, "quantized": result.quantized_ms},
             "predicted_loss": chosen.point.loss,
-            "layer_formats": {
-                name: choice
+            "layer_formats": {  # a layer whose neighbours are float may be placed so too
+                name: FLOAT if name in left_float else choice
                 for group, choice in zip(widths.groups, chosen.point.labels, strict=True)
                 for name in group.nodes
             },
