@@ -112,6 +112,39 @@ def test_the_class_in_config_json_goes_before_the_graph(tmp_path: Path) -> None:
         assert conventions(path, 1000.0) == {"network_time": "noise", "even_sigmas": True}
 
 
+# What the pipelines told them (tests/benchmarks/pipelines.py); all but CogView4's shift noise by a constant.
+@pytest.mark.parametrize(
+    ("kind", "factor", "shift", "wanted"),
+    [
+        ("HunyuanImageTransformer2DModel", 1.0, 5.0, [1000, 961.5, 909.1, 833.3, 714.3, 500]),
+        ("ErnieImageTransformer2DModel", 1.0, 4.0, [1000, 952.4, 888.9, 800, 666.7, 444.4]),
+        ("PRXTransformer2DModel", 1000.0, 3.0, [1, 0.9233, 0.8189, 0.6683, 0.4322, 0.008929]),
+        ("ZImageTransformer2DModel", 1000.0, 3.0, [0, 0.0625, 0.14286, 0.25, 0.4, 0.625]),
+        ("HiDreamImageTransformer2DModel", 1.0, 3.0, [1000, 923.3, 818.9, 668.3, 432.2, 8.929]),
+    ],
+)
+def test_networks_that_graphs_do_not_tell_apart_have_their_pipelines_times(
+    tmp_path: Path, kind: str, factor: float, shift: float, wanted: list[float]
+) -> None:
+    (tmp_path / "config.json").write_text(f'{{"_class_name": "{kind}"}}')
+    found = told(network(factor=factor), FLOW | {"shift": shift}, 6, tmp_path / "model.onnx")
+    np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=1e-6)
+
+
+def test_cogview_4_is_told_even_timesteps_of_noise_that_is_shifted(tmp_path: Path) -> None:
+    """The shift grows with the root of the tokens."""
+    model, path = network(factor=1.0, size="4,16,16"), tmp_path / "model.onnx"
+    (tmp_path / "config.json").write_text('{"_class_name": "CogView4Transformer2DModel"}')
+    config = FLOW | {
+        "use_dynamic_shifting": True, "base_shift": 0.25, "max_shift": 0.75, "time_shift_type": "linear",
+    }  # fmt: skip
+    schedule = open_schedule(conventions(path, 1.0) | config, denoisers.find(model), 6)
+    assert schedule.timesteps == [1000, 800, 600, 400, 200, 1]
+    assert isinstance(schedule, Diffusers)
+    mu, parts = 0.25 + 0.75 * (64 / 256) ** 0.5, np.array([1, 0.8, 0.6, 0.4, 0.2, 0.001])
+    np.testing.assert_allclose(schedule.scheduler.sigmas[:-1], mu / (mu + 1 / parts - 1), rtol=1e-5)
+
+
 def test_a_network_that_is_told_how_much_is_data_predicts_the_other_way(tmp_path: Path) -> None:
     """Then diffusers' Euler steps are those of flow matching, where time runs from noise to data."""
     model, path = network(factor=1.0), tmp_path / "model.onnx"

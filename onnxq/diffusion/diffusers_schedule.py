@@ -12,7 +12,7 @@ import numpy as np
 
 from onnxq.diffusion.denoiser import Denoiser
 from onnxq.diffusion.network_time import told
-from onnxq.diffusion.schedule_entries import OwnEntries, SchedulerEntries, empirical_mu
+from onnxq.diffusion.schedule_entries import OwnEntries, SchedulerEntries
 from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
@@ -38,11 +38,14 @@ MODULES = {
     "KDPM2AncestralDiscreteScheduler": "k_dpm_2_ancestral_discrete",
     "LCMScheduler": "lcm",
     "TCDScheduler": "tcd",
+    "IPNDMScheduler": "ipndm",
     "EDMEulerScheduler": "edm_euler",
     "EDMDPMSolverMultistepScheduler": "edm_dpmsolver_multistep",
     "CogVideoXDDIMScheduler": "ddim_cogvideox",
+    "CogVideoXDPMScheduler": "dpm_cogvideox",
     "FlowMatchEulerDiscreteScheduler": "flow_match_euler_discrete",
     "FlowMatchHeunDiscreteScheduler": "flow_match_heun_discrete",
+    "FlowMatchLCMScheduler": "flow_match_lcm",
 }
 
 
@@ -65,6 +68,8 @@ class Diffusers:
         self._sign, self.eta = own.sign, own.eta
         takes = inspect.signature(scheduler.step).parameters
         self._takes_generators = "generator" in takes
+        self._takes_last_data = "old_pred_original_sample" in takes
+        self._last_data: Any = None  # what the step before took for the image
         self._options: dict[str, Any] = {}
         if "use_clipped_model_output" in takes:
             clips = bool(getattr(scheduler.config, "clip_sample", False))
@@ -83,6 +88,7 @@ class Diffusers:
         import torch
 
         self.scheduler.set_timesteps(**self._chosen)
+        self._last_data = None
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if self._takes_generators and not self.eta:
             self._options["generator"] = self._generators
@@ -107,13 +113,19 @@ class Diffusers:
             shape = (1, *sample.shape[1:])
             noise = torch.cat([torch.randn(shape, generator=generator) for generator in self._generators])
             self._options |= {"eta": self.eta, "variance_noise": noise * self.noise_factors.get(step, 1.0)}
+        times = self.scheduler.timesteps
+        if self._takes_last_data:
+            before = times[step - 1] if step else None
+            self._options |= {"old_pred_original_sample": self._last_data, "timestep_back": before}
         with _blaming(self.scheduler):
-            moved = self.scheduler.step(
+            moved, *rest = self.scheduler.step(
                 torch.from_numpy(np.ascontiguousarray(self._sign * prediction, np.float32)),
-                self.scheduler.timesteps[step],
-                torch.from_numpy(sample),
+                timestep=times[step],
+                sample=torch.from_numpy(sample),
+                return_dict=False,
                 **self._options,
-            ).prev_sample
+            )
+        self._last_data = rest[0] if self._takes_last_data else None
         result: Array = moved.to(torch.float32).numpy()
         return result
 
@@ -158,10 +170,11 @@ def open_diffusers(config: Mapping[str, Any], own: OwnEntries, denoiser: Denoise
     chosen: dict[str, Any] = {"num_inference_steps": steps}
     if own.even_sigmas and "FlowMatch" in name:
         chosen["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    if own.even_timesteps and "FlowMatch" in name:
+        chosen["timesteps"] = np.linspace(theirs.num_train_timesteps, 1, steps).astype(np.int64).astype(np.float32)
+        chosen["sigmas"] = chosen["timesteps"] / theirs.num_train_timesteps
     if theirs.use_dynamic_shifting:
-        tokens = _tokens(denoiser)
-        mu = empirical_mu(tokens, steps) if own.empirical_mu else theirs.mu(tokens)
-        chosen["mu"] = mu if own.mu is None else own.mu
+        chosen["mu"] = theirs.mu(own.mu_rule, _tokens(denoiser), steps) if own.mu is None else own.mu
     return Diffusers(_scheduler(name, config), chosen, own)
 
 

@@ -28,15 +28,20 @@ FEWEST_COUNTED = 10.0
 NETWORKS: dict[str, dict[str, Any]] = {
     "Lumina2Transformer2DModel": {"network_time": "data", "even_sigmas": True},
     "LuminaNextDiT2DModel": {"network_time": "data"},
-    "ZImageTransformer2DModel": {"network_time": "data"},
+    "ZImageTransformer2DModel": {"network_time": "data", "even_sigmas": True},
     "AuraFlowTransformer2DModel": {"network_time": "noise"},
+    "PRXTransformer2DModel": {"network_time": "noise"},
+    "CogView4Transformer2DModel": {"even_timesteps": True, "mu_rule": "root"},
     "HiDreamImageTransformer2DModel": {"negated": True},
     "NucleusMoEImageTransformer2DModel": {"network_time": "noise", "negated": True, "even_sigmas": True},
     "LTXVideoTransformer3DModel": {"even_sigmas": True},
     "HunyuanVideoTransformer3DModel": {"even_sigmas": True},
     "OmniGenTransformer2DModel": {"even_sigmas": True},
     "BriaTransformer2DModel": {"even_sigmas": True},
-    "Flux2Transformer2DModel": {"network_time": "noise", "even_sigmas": True, "empirical_mu": True},
+    "BriaFiboTransformer2DModel": {"even_sigmas": True},
+    "ErnieImageTransformer2DModel": {"even_sigmas": True},
+    "HunyuanImageTransformer2DModel": {"even_sigmas": True},
+    "Flux2Transformer2DModel": {"network_time": "noise", "even_sigmas": True, "mu_rule": "empirical"},
 }
 
 

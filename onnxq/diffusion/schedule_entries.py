@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -55,8 +56,9 @@ class OwnEntries(Entries):
     network_time: Literal["timestep", "noise", "data"] = "timestep"
     negated: bool | None = None
     even_sigmas: bool = False
+    even_timesteps: bool = False
     mu: FiniteFloat | None = None
-    empirical_mu: bool = False
+    mu_rule: Literal["line", "root", "empirical"] = "line"
 
     @property
     def sign(self) -> int:
@@ -84,12 +86,22 @@ class SchedulerEntries(Entries):
             raise ValueError(f"base_image_seq_len below max_image_seq_len is needed, found {few:g} and {many:g}")
         return self
 
-    def mu(self, tokens: int) -> float:
-        """The shift of a sample of so many tokens: it grows evenly between two sizes.
+    def mu(self, rule: str, tokens: int, steps: int) -> float:
+        """The shift of a sample of so many tokens.
+
+        Args:
+            rule: ``line``: it grows evenly between two sizes; ``root``: with the root of the sample's size (CogView4);
+                ``empirical``: see :func:`empirical_mu`.
+            tokens: Of the sample.
+            steps: Of the sampler.
 
         Source: P. Esser et al., Scaling Rectified Flow Transformers, ICML 2024 (arXiv 2403.03206), section 5.3.2, as
-        diffusers' pipelines interpolate it.
+        diffusers' pipelines interpolate it; the root, ``CogView4Pipeline``.
         """
+        if rule == "empirical":
+            return empirical_mu(tokens, steps)
+        if rule == "root":
+            return self.base_shift + self.max_shift * math.sqrt(tokens / self.base_image_seq_len)
         part = (tokens - self.base_image_seq_len) / (self.max_image_seq_len - self.base_image_seq_len)
         return self.base_shift + (self.max_shift - self.base_shift) * part
 
