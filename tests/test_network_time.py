@@ -17,6 +17,7 @@ from onnxq.config import make_settings
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.diffusion.diffusers_schedule import Diffusers
 from onnxq.diffusion.flow_matching import FlowMatching
+from onnxq.diffusion.flow_sigmas import given_sigmas
 from onnxq.diffusion.network_time import conventions, wave_rate
 from onnxq.diffusion.schedule import open_schedule
 from onnxq.diffusion.schedule_entries import empirical_mu
@@ -109,26 +110,59 @@ def test_the_class_in_config_json_goes_before_the_graph(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, [1000, 878.1, 734.9, 564, 356.7, 100], rtol=5e-3)
     for text in ("{", "[]", "\xff"):
         (tmp_path / "config.json").write_text(text)
-        assert conventions(path, 1000.0) == {"network_time": "noise", "even_sigmas": True}
+        assert conventions(path, 1000.0) == {"network_time": "noise", "sigmas": "even"}
 
 
-# What the pipelines told them (tests/benchmarks/pipelines.py); all but CogView4's shift noise by a constant.
+# What the pipelines told them (tests/benchmarks/pipelines.py), on samples of 64 tokens.
 @pytest.mark.parametrize(
-    ("kind", "factor", "shift", "wanted"),
+    ("kind", "factor", "config", "wanted"),
     [
-        ("HunyuanImageTransformer2DModel", 1.0, 5.0, [1000, 961.5, 909.1, 833.3, 714.3, 500]),
-        ("ErnieImageTransformer2DModel", 1.0, 4.0, [1000, 952.4, 888.9, 800, 666.7, 444.4]),
-        ("PRXTransformer2DModel", 1000.0, 3.0, [1, 0.9233, 0.8189, 0.6683, 0.4322, 0.008929]),
-        ("ZImageTransformer2DModel", 1000.0, 3.0, [0, 0.0625, 0.14286, 0.25, 0.4, 0.625]),
-        ("HiDreamImageTransformer2DModel", 1.0, 3.0, [1000, 923.3, 818.9, 668.3, 432.2, 8.929]),
+        ("HunyuanImageTransformer2DModel", 1.0, {"shift": 5.0}, [1000, 961.5, 909.1, 833.3, 714.3, 500]),
+        ("HunyuanVideo15Transformer3DModel", 1.0, {"shift": 7.0}, [1000, 972.2, 933.3, 875, 777.8, 583.3]),
+        ("MotifVideoTransformer3DModel", 1.0, {"shift": 15.0}, [1000, 986.8, 967.7, 937.5, 882.4, 750]),
+        ("ErnieImageTransformer2DModel", 1.0, {"shift": 4.0}, [1000, 952.4, 888.9, 800, 666.7, 444.4]),
+        ("PRXTransformer2DModel", 1000.0, {"shift": 3.0}, [1, 0.9233, 0.8189, 0.6683, 0.4322, 0.008929]),
+        ("ZImageTransformer2DModel", 1000.0, {"shift": 3.0}, [0, 0.0625, 0.14286, 0.25, 0.4, 0.625]),
+        ("HiDreamImageTransformer2DModel", 1.0, {"shift": 3.0}, [1000, 923.3, 818.9, 668.3, 432.2, 8.929]),
+        ("MochiTransformer3DModel", 1.0, {"invert_sigmas": True}, [0, 8.333, 16.667, 25, 138.89, 463.9]),
+        (
+            "CosmosTransformer3DModel",
+            1.0,
+            {"use_karras_sigmas": True},
+            [0.98766, 0.9606, 0.8538, 0.4912, 0.07842, 0.001996],
+        ),
+        ("EasyAnimateTransformer3DModel", 1.0, {"use_dynamic_shifting": True}, [1000, 915.9, 803.3, 645, 405.8, 2.714]),
     ],
 )
 def test_networks_that_graphs_do_not_tell_apart_have_their_pipelines_times(
-    tmp_path: Path, kind: str, factor: float, shift: float, wanted: list[float]
+    tmp_path: Path, kind: str, factor: float, config: dict[str, Any], wanted: list[float]
 ) -> None:
     (tmp_path / "config.json").write_text(f'{{"_class_name": "{kind}"}}')
-    found = told(network(factor=factor), FLOW | {"shift": shift}, 6, tmp_path / "model.onnx")
+    found = told(network(factor=factor), FLOW | config, 6, tmp_path / "model.onnx")
     np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+def test_mochi_s_parts_of_noise_fall_from_one_and_bend_where_halves_meet(steps: int) -> None:
+    """Evenly through 1/40 of the noise, then faster with every step."""
+    sigmas = given_sigmas("linear_quadratic", steps, 1000)["sigmas"]
+    falls = -np.diff([*sigmas, 0])
+    assert sigmas[0] == 1 and len(sigmas) == steps and (falls > 0).all()
+    half = steps // 2
+    if half:
+        np.testing.assert_allclose(falls[:half], 0.025 / half)
+        assert (np.diff(falls[half:]) > 0).all()
+
+
+def test_a_flow_that_starts_with_some_data_starts_from_less_noise(tmp_path: Path) -> None:
+    """Cosmos 2: Karras's 80 parts of noise beside one of data. Its first kind has a scheduler of its own."""
+    path, model = tmp_path / "model.onnx", network(factor=1.0)
+    (tmp_path / "config.json").write_text('{"_class_name": "CosmosTransformer3DModel"}')
+    flow = open_schedule(conventions(path, 1.0) | FLOW, denoisers.find(model), 6)
+    assert flow.begin([0]) == pytest.approx(80 / 81)
+    first = {"_class_name": "EDMEulerScheduler", "sigma_max": 80.0}
+    found = open_schedule(conventions(path, 1.0) | first, denoisers.find(model), 6)
+    assert found.begin([0]) == pytest.approx(80, rel=1e-3) and found.timesteps[0] == pytest.approx(np.log(80) / 4)
 
 
 def test_cogview_4_is_told_even_timesteps_of_noise_that_is_shifted(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnxq.diffusion.denoiser import Denoiser
+from onnxq.diffusion.flow_sigmas import given_sigmas
 from onnxq.diffusion.network_time import told
 from onnxq.diffusion.schedule_entries import OwnEntries, SchedulerEntries
 from onnxq.errors import OnnxqError
@@ -69,6 +70,7 @@ class Diffusers:
         takes = inspect.signature(scheduler.step).parameters
         self._takes_generators = "generator" in takes
         self._takes_last_data = "old_pred_original_sample" in takes
+        self._starts_with_data = own.sigmas == "karras" and "sigmas" in chosen  # not all is noise then
         self._last_data: Any = None  # what the step before took for the image
         self._options: dict[str, Any] = {}
         if "use_clipped_model_output" in takes:
@@ -92,6 +94,8 @@ class Diffusers:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if self._takes_generators and not self.eta:
             self._options["generator"] = self._generators
+        if self._starts_with_data:
+            return float(self.scheduler.sigmas[0])
         return float(getattr(self.scheduler, "init_noise_sigma", 1.0))  # schedulers of flows have none
 
     def scaled(self, sample: Array, step: int) -> Array:
@@ -168,11 +172,10 @@ def open_diffusers(config: Mapping[str, Any], own: OwnEntries, denoiser: Denoise
             hint="choose fewer --steps",
         )
     chosen: dict[str, Any] = {"num_inference_steps": steps}
-    if own.even_sigmas and "FlowMatch" in name:
-        chosen["sigmas"] = np.linspace(1.0, 1 / steps, steps)
-    if own.even_timesteps and "FlowMatch" in name:
-        chosen["timesteps"] = np.linspace(theirs.num_train_timesteps, 1, steps).astype(np.int64).astype(np.float32)
-        chosen["sigmas"] = chosen["timesteps"] / theirs.num_train_timesteps
+    if "FlowMatch" in name:
+        chosen |= given_sigmas(own.sigmas, steps, theirs.num_train_timesteps)
+        if own.sigmas == "karras":
+            config = {**config, "use_karras_sigmas": False}  # they are already
     if theirs.use_dynamic_shifting:
         chosen["mu"] = theirs.mu(own.mu_rule, _tokens(denoiser), steps) if own.mu is None else own.mu
     return Diffusers(_scheduler(name, config), chosen, own)

@@ -26,22 +26,27 @@ FAST_WAVES = 100.0
 FEWEST_COUNTED = 10.0
 # What pipelines of diffusers do with these networks, beyond what their graphs show.
 NETWORKS: dict[str, dict[str, Any]] = {
-    "Lumina2Transformer2DModel": {"network_time": "data", "even_sigmas": True},
+    "Lumina2Transformer2DModel": {"network_time": "data", "sigmas": "even"},
     "LuminaNextDiT2DModel": {"network_time": "data"},
-    "ZImageTransformer2DModel": {"network_time": "data", "even_sigmas": True},
+    "ZImageTransformer2DModel": {"network_time": "data", "sigmas": "even"},
     "AuraFlowTransformer2DModel": {"network_time": "noise"},
     "PRXTransformer2DModel": {"network_time": "noise"},
-    "CogView4Transformer2DModel": {"even_timesteps": True, "mu_rule": "root"},
+    "CogView4Transformer2DModel": {"sigmas": "even_timesteps", "mu_rule": "root"},
     "HiDreamImageTransformer2DModel": {"negated": True},
-    "NucleusMoEImageTransformer2DModel": {"network_time": "noise", "negated": True, "even_sigmas": True},
-    "LTXVideoTransformer3DModel": {"even_sigmas": True},
-    "HunyuanVideoTransformer3DModel": {"even_sigmas": True},
-    "OmniGenTransformer2DModel": {"even_sigmas": True},
-    "BriaTransformer2DModel": {"even_sigmas": True},
-    "BriaFiboTransformer2DModel": {"even_sigmas": True},
-    "ErnieImageTransformer2DModel": {"even_sigmas": True},
-    "HunyuanImageTransformer2DModel": {"even_sigmas": True},
-    "Flux2Transformer2DModel": {"network_time": "noise", "even_sigmas": True, "mu_rule": "empirical"},
+    "NucleusMoEImageTransformer2DModel": {"network_time": "noise", "negated": True, "sigmas": "even"},
+    "LTXVideoTransformer3DModel": {"sigmas": "even"},
+    "HunyuanVideoTransformer3DModel": {"sigmas": "even"},
+    "HunyuanVideo15Transformer3DModel": {"sigmas": "even"},
+    "MotifVideoTransformer3DModel": {"sigmas": "even"},
+    "MochiTransformer3DModel": {"sigmas": "linear_quadratic"},
+    "CosmosTransformer3DModel": {"network_time": "noise", "sigmas": "karras"},
+    "EasyAnimateTransformer3DModel": {"mu": 1.0},
+    "OmniGenTransformer2DModel": {"sigmas": "even"},
+    "BriaTransformer2DModel": {"sigmas": "even"},
+    "BriaFiboTransformer2DModel": {"sigmas": "even"},
+    "ErnieImageTransformer2DModel": {"sigmas": "even"},
+    "HunyuanImageTransformer2DModel": {"sigmas": "even"},
+    "Flux2Transformer2DModel": {"network_time": "noise", "sigmas": "even", "mu_rule": "empirical"},
 }
 
 
@@ -55,7 +60,7 @@ def conventions(path: Path | None, rate: float) -> dict[str, Any]:
     name = "" if path is None else str(read_config(path.with_name(CONFIG)).get("_class_name"))
     known = NETWORKS.get(name)
     if known is None and rate >= FAST_WAVES:
-        return {"network_time": "noise", "even_sigmas": True}  # FLUX and its kin
+        return {"network_time": "noise", "sigmas": "even"}  # FLUX and its kin
     return dict(known or {})
 
 

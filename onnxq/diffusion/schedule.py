@@ -16,10 +16,10 @@ What pipelines of diffusers do by themselves can be said to its schedulers, too,
 :mod:`onnxq.diffusion.network_time` finds if it is not: ``network_time``, whether the network is told the ``timestep``,
 the part of the sample that is ``noise`` (timestep / num_train_timesteps), or that which is ``data`` (1 minus that);
 ``negated``, whether its prediction changes sign before the scheduler's step (it does with ``data`` if nothing is said);
-``even_sigmas``, whether a flow's noise starts from even parts, 1 to 1/steps; ``even_timesteps``, whether it starts
-from even timesteps, which the network is told whatever noise is shifted to; ``mu``, by which a schedule that shifts
-with the size of the sample (``use_dynamic_shifting``) does so; and ``mu_rule``, by which it follows from that size: a
-``line``, CogView4's ``root``, or FLUX.2's ``empirical`` one, in which steps count too.
+``sigmas``, how much noise a flow's steps start from (:mod:`onnxq.diffusion.flow_sigmas`): ``even``, ``even_timesteps``,
+``linear_quadratic`` or ``karras``; ``mu``, by which a schedule that shifts with the size of the sample
+(``use_dynamic_shifting``) does so; and ``mu_rule``, by which it follows from that size: a ``line``, CogView4's
+``root``, or FLUX.2's ``empirical`` one, in which steps count too.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from onnxq.diffusion.flow_sigmas import Rule
 from onnxq.errors import OnnxqError, unwanted
 
 EMPIRICAL_TOKENS = 4300  # of a sample: above, FLUX.2's shift does not depend on steps
@@ -55,8 +56,7 @@ class OwnEntries(Entries):
     eta: float = Field(default=0.0, ge=0, le=1)
     network_time: Literal["timestep", "noise", "data"] = "timestep"
     negated: bool | None = None
-    even_sigmas: bool = False
-    even_timesteps: bool = False
+    sigmas: Rule = "scheduler"
     mu: FiniteFloat | None = None
     mu_rule: Literal["line", "root", "empirical"] = "line"
 
