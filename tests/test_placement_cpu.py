@@ -146,12 +146,12 @@ def test_a_depthwise_convolution_with_several_results_a_channel_stays_float(resu
     <ir_version: 10, opset_import: ["" : 21]>
     widening (float[N,32,8,8] x) => (float[N,32,8,8] y)
     {
-        [first] a = Conv (x, w1)
+        [first] a = Conv <pads=[1,1,1,1]> (x, w1)
         [widen] b = Conv <pads=[1,1,1,1], group=32> (a, w2)
         [last] y = Conv (b, w3)
     }
     """
-    shapes = {"w1": (32, 32, 1, 1), "w2": (results, 1, 3, 3), "w3": (32, results, 1, 1)}
+    shapes = {"w1": (32, 32, 3, 3), "w2": (results, 1, 3, 3), "w3": (32, results, 1, 1)}
     model, cpu = add_weights(text, shapes), targets.get("cpu")
     models.normalise(model)
     assert list(cpu.place(model.graph, cpu.scheme(None, None)).left_float.values()) == reasons
@@ -221,5 +221,36 @@ def test_a_depthwise_layer_alone_between_floats_stays_float(behind: str, stays_f
     model, cpu = add_weights(text, {"w1": (32, 1, 7, 7), "w2": (32, 32, 1, 1), "g": (32,)}), targets.get("cpu")
     models.normalise(model)
     placement = cpu.place(model.graph, cpu.scheme(None, None))
-    reason = "a depthwise layer alone between floats is faster in float"
+    reason = "a small layer alone between floats gains nothing from codes"
     assert placement.left_float == ({"mix": reason} if stays_float else {})
+
+
+@pytest.mark.parametrize(
+    ("weights", "before", "behind", "stays_float"),
+    [
+        ((384, 4, 2, 2), "e = Reshape (x, size)", "y = LayerNormalization (c, g)", True),
+        ((384, 16, 2, 2), "e = Reshape (x, size)", "y = LayerNormalization (c, g)", True),
+        ((384, 3, 16, 16), "e = Reshape (x, size)", "y = LayerNormalization (c, g)", False),  # much to compute
+        ((384, 4, 2, 2), "d = Reshape (x, size) e = Conv (d, w0)", "y = LayerNormalization (c, g)", False),  # not first
+        ((384, 4, 2, 2), "e = Reshape (x, size)", "y = Conv (b, w2)", False),  # read as codes
+    ],
+)
+def test_what_cuts_latents_into_patches_between_floats_stays_float(
+    weights: tuple[int, ...], before: str, behind: str, stays_float: bool
+) -> None:
+    channels, side = weights[1], weights[-1]
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 21]>
+    patches (float[1,{channels},1,{64 * side * side}] x) => (float[N,a,b,c] y)
+    <int64[4] size = {{1, {channels}, {8 * side}, {8 * side}}}>
+    {{
+        {before}
+        [cut] b = Conv <strides=[{side},{side}]> (e, w1)
+        c = Transpose <perm=[0,2,3,1]> (b)
+        {behind}
+    }}
+    """
+    shapes = {"w1": weights, "w0": (channels, channels, 1, 1), "w2": (32, 384, 1, 1), "g": (384,)}
+    model, cpu = add_weights(text, {name: shape for name, shape in shapes.items() if name in text}), targets.get("cpu")
+    models.normalise(model)
+    assert ("cut" in cpu.place(model.graph, cpu.scheme(None, None)).left_float) is stays_float

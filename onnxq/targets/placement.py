@@ -95,19 +95,27 @@ def schemes_of(scheme: Scheme, exceptions: Mapping[str, Scheme]) -> Schemes:
     return lambda node: exceptions.get(node.name or "", scheme)
 
 
+def first_layers(graph: ir.Graph) -> set[ir.Node]:
+    """The layers with weights that have none before them."""
+    return _not_beyond(graph, list(graph), ir.Node.predecessors)
+
+
 def first_and_last(graph: ir.Graph) -> list[str]:
     """Names of the layers with weights that have none before them, or none behind them."""
+    ends = first_layers(graph) | _not_beyond(graph, list(reversed(graph)), ir.Node.successors)
+    return [node.name or "" for node in graph if node in ends]
+
+
+def _not_beyond(
+    graph: ir.Graph, nodes: Sequence[ir.Node], neighbours: Callable[[ir.Node], Sequence[ir.Node]]
+) -> set[ir.Node]:
+    """The layers with weights that no other is on the way to, along neighbours that come first among the nodes."""
     layers = {item.node for item in graphs.weighted_nodes(graph) if item.weight_index is not None}
-    nodes = list(graph)
-    fed: set[ir.Node] = set()  # by a layer, if only through other nodes
-    feeding: set[ir.Node] = set()
+    beyond: set[ir.Node] = set()  # of a layer, if only through other nodes
     for node in nodes:
-        if any(other in layers or other in fed for other in node.predecessors()):
-            fed.add(node)
-    for node in reversed(nodes):
-        if any(other in layers or other in feeding for other in node.successors()):
-            feeding.add(node)
-    return [node.name or "" for node in nodes if node in layers and not (node in fed and node in feeding)]
+        if any(other in layers or other in beyond for other in neighbours(node)):
+            beyond.add(node)
+    return layers - beyond
 
 
 def weight_sites(items: Sequence[graphs.WeightedNode], scheme_of: Schemes) -> list[Site]:
