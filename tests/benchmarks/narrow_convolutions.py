@@ -5,7 +5,8 @@
 First, six convolutions in a row that take turns in having so many and so many channels, all of them on codes: how long
 they take, over float. Then first layers of an image with what may follow them: all on codes, and as `--target cpu`
 places them. Then blocks around depthwise convolutions, with the channels that they have, and padded as `--target cpu`
-does. Last, blocks as ConvNeXt's, whose depthwise convolution lies between float layers: on codes, and as placed.
+does. Then blocks as ConvNeXt's, whose depthwise convolution lies between float layers: on codes, and as placed. Last,
+what cuts latents into patches for layers of a transformer.
 Random weights, one thread, batch 1; the fastest of several runs, the models in turn.
 """
 
@@ -55,6 +56,7 @@ ALL_ON_CODES = ((cpu, "NARROW_PAIRS", 0), (cpu, "STEM_CHANNELS", 0))
 UNPADDED = ((pad_channels, "LANES", 1),)
 LONE = ((24, 56), (48, 56), (88, 28), (192, 28), (384, 14))  # channels, side
 LONE_KERNELS = (3, 5, 7)
+PATCHES = ((4, 384, 2, 32), (4, 1152, 2, 64), (16, 1536, 2, 64), (3, 96, 4, 224))  # in, out, patch, side
 LONE_ON_CODES = ((cpu, "_alone", lambda *_: []),)
 
 
@@ -104,6 +106,17 @@ def between_floats(channels: int, kernel: int, side: int) -> onnx.ModelProto:
     matrices = {f"m{i}": (channels, channels) for i in range(3)}
     body = " ".join(["r0 = Identity (x)", *lines, "y = Identity (r3)"])
     return network(body, channels, side, {**kernels, **matrices, "g": (channels,)})
+
+
+def of_patches(channels: int, width: int, patch_side: int, side: int) -> onnx.ModelProto:
+    """Three products of tokens beside a shortcut, behind what makes tokens of patches."""
+    lines = [
+        f"n{i} = LayerNormalization (r{i}, g) u{i} = MatMul (n{i}, m{i}) r{i + 1} = Add (u{i}, r{i})" for i in range(3)
+    ]
+    cut = f"c = Conv <strides=[{patch_side},{patch_side}]> (x, w) r0 = Transpose <perm=[0,2,3,1]> (c)"
+    weights: dict[str, Sequence[int]] = {f"m{i}": (width, width) for i in range(3)}
+    weights |= {"w": (width, channels, patch_side, patch_side), "g": (width,)}
+    return network(" ".join([cut, *lines, "y = Identity (r3)"]), channels, side, weights)
 
 
 def times_over_float(
@@ -156,6 +169,10 @@ def main() -> None:
             codes, placed = times_over_float(between_floats(channels, kernel, side), LONE_ON_CODES, as_placed=True)
             shape = f"{channels:3} channels of {side}², {kernel} × {kernel}"
             print(f"a lone depthwise layer of {shape}: on codes {codes:.2f} of float's time, as placed {placed:.2f}")
+    for channels, width, patch_side, side in PATCHES:
+        codes, placed = times_over_float(of_patches(channels, width, patch_side, side), LONE_ON_CODES, as_placed=True)
+        shape = f"{patch_side} × {patch_side} of {side}², {channels} channels, to tokens of {width:4}"
+        print(f"patches of {shape}: on codes {codes:.2f} of float's time, as placed {placed:.2f}")
 
 
 if __name__ == "__main__":
