@@ -228,10 +228,16 @@ def test_a_depthwise_layer_alone_between_floats_stays_float(behind: str, stays_f
 @pytest.mark.parametrize(
     ("weights", "before", "behind", "stays_float"),
     [
-        ((384, 4, 2, 2), "e = Reshape (x, size)", "y = LayerNormalization (c, g)", True),
-        ((384, 16, 2, 2), "e = Reshape (x, size)", "y = LayerNormalization (c, g)", True),
-        ((384, 3, 16, 16), "e = Reshape (x, size)", "y = LayerNormalization (c, g)", False),  # much to compute
-        ((384, 4, 2, 2), "d = Reshape (x, size) e = Conv (d, w0)", "y = LayerNormalization (c, g)", False),  # not first
+        ((384, 4, 2, 2), "e = Reshape (x, size)", "d = LayerNormalization (c, g) y = MatMul (d, big)", True),
+        ((384, 16, 2, 2), "e = Reshape (x, size)", "d = LayerNormalization (c, g) y = MatMul (d, big)", True),
+        ((384, 4, 2, 2), "e = Reshape (x, size)", "y = LayerNormalization (c, g)", False),  # all of the network
+        ((384, 3, 16, 16), "e = Reshape (x, size)", "d = LayerNormalization (c, g) y = MatMul (d, big)", False),
+        (  # not first
+            (384, 4, 2, 2),
+            "h = Reshape (x, size) e = Conv (h, w0)",
+            "d = LayerNormalization (c, g) y = MatMul (d, big)",
+            False,
+        ),
         ((384, 4, 2, 2), "e = Reshape (x, size)", "y = Conv (b, w2)", False),  # read as codes
     ],
 )
@@ -250,7 +256,32 @@ def test_what_cuts_latents_into_patches_between_floats_stays_float(
         {behind}
     }}
     """
-    shapes = {"w1": weights, "w0": (channels, channels, 1, 1), "w2": (32, 384, 1, 1), "g": (384,)}
+    shapes = {"w1": weights, "w0": (channels, channels, 1, 1), "w2": (32, 384, 1, 1), "g": (384,), "big": (384, 4096)}
     model, cpu = add_weights(text, {name: shape for name, shape in shapes.items() if name in text}), targets.get("cpu")
     models.normalise(model)
     assert ("cut" in cpu.place(model.graph, cpu.scheme(None, None)).left_float) is stays_float
+
+
+@pytest.mark.parametrize(
+    ("given", "before", "behind", "stays_float"),
+    [
+        ("float[N,4,64]", "e = Identity (x)", "LayerNormalization (a, g)", True),
+        ("float[N,4,64]", "e = Identity (x)", "Relu (a)", False),  # read as codes
+        ("int64[N,4]", "e = Gather (table, x)", "LayerNormalization (a, g)", False),  # words, not numbers
+    ],
+)
+def test_a_first_product_of_few_numbers_stays_float(given: str, before: str, behind: str, stays_float: bool) -> None:
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 21]>
+    tokens ({given} x) => (float[N,4,4096] y)
+    {{
+        {before}
+        [first] a = MatMul (e, w)
+        b = {behind}
+        y = MatMul (b, v)
+    }}
+    """
+    shapes = {"w": (64, 384), "v": (384, 4096), "g": (384,), "table": (50, 64)}
+    model, cpu = add_weights(text, shapes), targets.get("cpu")
+    models.normalise(model)
+    assert ("first" in cpu.place(model.graph, cpu.scheme(None, None)).left_float) is stays_float

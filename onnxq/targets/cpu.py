@@ -34,9 +34,10 @@ STEM_WEIGHTS = 6000  # with more of them the products are what counts: 3 to 64 c
 # Pairs of input and output channels of a convolution that is no faster on codes: gathering its inputs costs more than
 # the products. Of 2 by 8 channels, 3 × 3, codes take 2.3 times as long, of 8 by 8 1.4 times, of 12 by 16 as long.
 NARROW_PAIRS = 64
-# Products for each result of a first convolution whose codes would be made for it alone: 4 channels of 2 × 2 gain 3 to
+# Products for each result of a first layer whose codes would be made for it alone: 4 channels of 2 × 2 gain 3 to
 # 8 % of the layer, 16 of them 19 %, which is nothing of the network; and what codes round there all layers behind get.
 FEW_PRODUCTS = 64
+SMALL_SHARE = 1 / 32  # of a network's weights that such a layer has at most
 NARROW_GROUP = 4  # channels that a group reads: 2 take four times as long with codes as in float, 4 up to twice
 MOST_OF_ONE = 1  # results of each channel in a depthwise convolution: 2 take three to seven times as long with codes
 
@@ -268,17 +269,17 @@ def _thin_stem(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode]) -> list[s
 
 
 def _alone(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], skipped: set[str]) -> list[str]:
-    """Small convolutions whose neighbours are float: codes would be made for them alone.
+    """Small layers whose neighbours are float: codes would be made for them alone.
 
-    Depthwise ones, as in ConvNeXt: such blocks of 192 channels, 28² and 3 × 3, take 0.73 of float's time so and 0.82
-    with codes; those of 24 channels, 56² and 7 × 7, 1.07 and 2.52. And first ones of few products, as those that cut
-    latents into patches: eight blocks of a DiT with 384 channels have 37.0 dB so, and 35.4 with codes.
+    Depthwise convolutions, as in ConvNeXt: such blocks of 192 channels, 28² and 3 × 3, take 0.73 of float's time so and
+    0.82 with codes; those of 24 channels, 56² and 7 × 7, 1.07 and 2.52. And first layers of few products, as those that
+    cut latents into patches: eight blocks of a DiT with 384 channels have 37.0 dB so, and 35.4 with codes.
     """
-    first = first_layers(graph)
+    first, most = first_layers(graph), SMALL_SHARE * sum(map(_weights, chosen))
     small = [
         item for item in chosen
         if graphs.depthwise_channels(item.node) is not None
-        or (item.node in first and _products(item) <= FEW_PRODUCTS)
+        or (item.node in first and _is_small(item, most) and _reads_numbers(item.activation))
     ]  # fmt: skip
     if not small:
         return []
@@ -286,11 +287,33 @@ def _alone(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], skipped: set[
     return [item.node.name or "" for item in small if regions.is_alone(item)]
 
 
-def _products(item: graphs.WeightedNode) -> float:
-    """How many products make one result of a convolution; infinitely many of another layer."""
-    if item.node.op_type != "Conv" or item.weight is None or item.weight.shape is None:
-        return math.inf
-    return math.prod(map(int, item.weight.shape.numpy()[1:]))
+def _weights(item: graphs.WeightedNode) -> int:
+    """How many numbers a layer's weight has, if it is known."""
+    shape = None if item.weight is None else item.weight.shape
+    return math.prod(map(int, shape.numpy())) if shape is not None and shape.is_static() else 0
+
+
+def _is_small(item: graphs.WeightedNode, most: float) -> bool:
+    """Whether a layer has at most so many weights, and few products make each of its results."""
+    weights = _weights(item)
+    if not 0 < weights <= most:
+        return False
+    assert item.weight is not None and item.weight.shape is not None
+    return weights // int(item.weight.shape.numpy()[item.channel_axis]) <= FEW_PRODUCTS
+
+
+def _reads_numbers(value: ir.Value) -> bool:
+    """Whether what a first layer reads is made of an input's numbers, and not looked up by whole ones, as words are."""
+    found, seen = [value], {value}
+    while found:
+        value = found.pop()
+        if value.is_graph_input() and graphs.is_float(value):
+            return True
+        node = value.producer()
+        behind = {item for item in (() if node is None else node.inputs) if item is not None and item not in seen}
+        found.extend(behind)
+        seen |= behind
+    return False
 
 
 def _after_gate(value: ir.Value) -> ir.Value:
