@@ -27,7 +27,7 @@ from session import fastest_milliseconds, open_session
 
 import onnxq
 from onnxq.passes import pad_channels
-from onnxq.targets import cpu
+from onnxq.targets import cpu_float_layers
 
 KERNELS = (1, 3, 5)
 CHANNELS = (2, 4, 8, 12, 16, 32)
@@ -52,12 +52,12 @@ BEHIND = {
 
 DEPTHWISE = ((3, 56), (3, 28), (5, 14))  # kernel, side
 DEPTHWISE_CHANNELS = (24, 40, 64, 72, 88, 120, 184, 200)
-ALL_ON_CODES = ((cpu, "NARROW_PAIRS", 0), (cpu, "STEM_CHANNELS", 0))
+ALL_ON_CODES = ((cpu_float_layers, "NARROW_PAIRS", 0), (cpu_float_layers, "STEM_CHANNELS", 0))
 UNPADDED = ((pad_channels, "LANES", 1),)
 LONE = ((24, 56), (48, 56), (88, 28), (192, 28), (384, 14))  # channels, side
 LONE_KERNELS = (3, 5, 7)
 PATCHES = ((4, 384, 2, 32), (4, 1152, 2, 64), (16, 1536, 2, 64), (3, 96, 4, 224))  # in, out, patch, side
-LONE_ON_CODES = ((cpu, "_alone", lambda *_: []),)
+LONE_ON_CODES = ((cpu_float_layers, "_alone", lambda *_: []),)
 
 
 def network(body: str, channels: int, side: int, weights: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
