@@ -216,6 +216,21 @@ DATA_MOVEMENT = (
 AVERAGES = ("GlobalAveragePool", "AveragePool", "ReduceMean")
 
 
+def computed_from(value: ir.Value) -> set[ir.Value]:
+    """All values that a value is computed from, and itself."""
+    seen: set[ir.Value] = set()
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if item in seen:
+            continue
+        seen.add(item)
+        producer = item.producer()
+        if producer is not None:
+            stack.extend(source for source in producer.inputs if source is not None)
+    return seen
+
+
 def nearest_behind(
     value: ir.Value | None, wanted: Callable[[ir.Node], bool], through: Callable[[ir.Node], bool]
 ) -> Iterator[ir.Node]:

@@ -147,14 +147,4 @@ def worth_caching(
 
 def _initializers_behind(value: ir.Value) -> set[ir.Value]:
     """What of the file the value is computed from."""
-    seen: set[ir.Value] = set()
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if item in seen:
-            continue
-        seen.add(item)
-        producer = item.producer()
-        if producer is not None:
-            stack.extend(source for source in producer.inputs if source is not None)
-    return {item for item in seen if graphs.is_constant(item)}
+    return {item for item in graphs.computed_from(value) if graphs.is_constant(item)}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.passes.level_gates import GATED, gate_of
+from onnxq.shapes import elements
 from onnxq.targets.cpu_ops import after_activation
 from onnxq.targets.cpu_regions import Regions
 from onnxq.targets.placement import first_layers
@@ -97,11 +97,12 @@ def _alone(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], skipped: set[
     0.82 with codes; those of 24 channels, 56² and 7 × 7, 1.07 and 2.52. And first layers of few products, as those that
     cut latents into patches: eight blocks of a DiT with 384 channels have 37.0 dB so, and 35.4 with codes.
     """
-    first, most = first_layers(graph), SMALL_SHARE * sum(map(_weights, chosen))
+    most = SMALL_SHARE * sum(map(_weights, chosen))
+    first = first_layers(graph) & {item.node for item in chosen if _is_small(item, most)}
     small = [
         item for item in chosen
         if graphs.depthwise_channels(item.node) is not None
-        or (item.node in first and _is_small(item, most) and _reads_numbers(item.activation))
+        or (item.node in first and _reads_numbers(item.activation))
     ]  # fmt: skip
     if not small:
         return []
@@ -111,8 +112,7 @@ def _alone(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], skipped: set[
 
 def _weights(item: graphs.WeightedNode) -> int:
     """How many numbers a layer's weight has, if it is known."""
-    shape = None if item.weight is None else item.weight.shape
-    return math.prod(map(int, shape.numpy())) if shape is not None and shape.is_static() else 0
+    return 0 if item.weight is None else elements(item.weight) or 0
 
 
 def _is_small(item: graphs.WeightedNode, most: float) -> bool:
@@ -126,16 +126,7 @@ def _is_small(item: graphs.WeightedNode, most: float) -> bool:
 
 def _reads_numbers(value: ir.Value) -> bool:
     """Whether what a first layer reads is made of an input's numbers, and not looked up by whole ones, as words are."""
-    found, seen = [value], {value}
-    while found:
-        value = found.pop()
-        if value.is_graph_input() and graphs.is_float(value):
-            return True
-        node = value.producer()
-        behind = {item for item in (() if node is None else node.inputs) if item is not None and item not in seen}
-        found.extend(behind)
-        seen |= behind
-    return False
+    return any(item.is_graph_input() and graphs.is_float(item) for item in graphs.computed_from(value))
 
 
 def _after_gate(value: ir.Value) -> ir.Value:

@@ -27,10 +27,16 @@ COSMOS = {
     "mlp_ratio": 2, "text_embed_dim": 32, "adaln_lora_dim": 4, "max_size": (4, 32, 32), "patch_size": (1, 2, 2),
     "extra_pos_embed_type": None,
 }  # fmt: skip
+VIDEO = SIDES | {"prompt_embeds": (1, 7, 32), "guidance_scale": 1.0, "num_frames": 5}
+SOLVED_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+WAN = {
+    "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
+    "text_dim": 32, "freq_dim": 32, "ffn_dim": 32, "num_layers": 1, "rope_max_seq_len": 32,
+}  # fmt: skip
 COGVIDEO: dict[str, Any] = {
     "pipeline": "CogVideoXPipeline",
     "network": ("CogVideoXTransformer3DModel", DENOISERS["CogVideoX"][1] | {"sample_width": 16, "sample_height": 16}),
-    "call": SIDES | {"prompt_embeds": (1, 7, 32), "guidance_scale": 1.0, "num_frames": 5},
+    "call": VIDEO,
     "parts": ("text_encoder", "tokenizer"),
 }
 COGVIDEO_SCHEDULE = BETAS | {
@@ -131,14 +137,12 @@ PIPELINES: dict[str, dict[str, Any]] = {
             "num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32,
             "caption_channels": 32, "sample_size": 16, "patch_size": 1,
         }),
-        "call": {
-            "prompt_embeds": (1, 7, 32), "prompt_attention_mask": np.ones((1, 7), np.int64), "guidance_scale": 1.0,
+        "call": TEXT | {
+            "guidance_scale": 1.0,
             "height": 512, "width": 512, "use_resolution_binning": False,
         },
         "parts": ("text_encoder", "tokenizer"),
-        "schedule": ("DPMSolverMultistepScheduler", {
-            "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0,
-        }),
+        "schedule": ("DPMSolverMultistepScheduler", SOLVED_FLOW | {"flow_shift": 3.0}),
     },
     "CogVideoX": COGVIDEO | {"schedule": ("CogVideoXDDIMScheduler", COGVIDEO_SCHEDULE)},
     "Chroma": {
@@ -153,15 +157,10 @@ PIPELINES: dict[str, dict[str, Any]] = {
     },
     "Wan": {
         "pipeline": "WanPipeline",
-        "network": ("WanTransformer3DModel", {
-            "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4,
-            "out_channels": 4, "text_dim": 32, "freq_dim": 32, "ffn_dim": 32, "num_layers": 1, "rope_max_seq_len": 32,
-        }),
-        "call": SIDES | {"prompt_embeds": (1, 7, 32), "guidance_scale": 1.0, "num_frames": 5},
+        "network": ("WanTransformer3DModel", WAN),
+        "call": VIDEO,
         "parts": ("text_encoder", "tokenizer"),
-        "schedule": ("UniPCMultistepScheduler", {
-            "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0,
-        }),
+        "schedule": ("UniPCMultistepScheduler", SOLVED_FLOW | {"flow_shift": 3.0}),
     },
     "LTX Video": {
         "pipeline": "LTXPipeline",
@@ -169,8 +168,8 @@ PIPELINES: dict[str, dict[str, Any]] = {
             "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1,
             "cross_attention_dim": 32, "caption_channels": 32,
         }),
-        "call": SIDES | {
-            "prompt_embeds": (1, 7, 32), "prompt_attention_mask": np.ones((1, 7), np.int64), "guidance_scale": 1.0,
+        "call": SIDES | TEXT | {
+            "guidance_scale": 1.0,
             "num_frames": 9,
         },
         "parts": ("text_encoder", "tokenizer"),
@@ -442,16 +441,10 @@ PIPELINES: dict[str, dict[str, Any]] = {
     },
     "SkyReels V2": {
         "pipeline": "SkyReelsV2Pipeline",
-        "network": ("SkyReelsV2Transformer3DModel", {
-            "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4,
-            "out_channels": 4, "text_dim": 32, "freq_dim": 32, "ffn_dim": 32, "num_layers": 1,
-            "rope_max_seq_len": 32, "cross_attn_norm": True,
-        }),
-        "call": SIDES | {"prompt_embeds": (1, 7, 32), "guidance_scale": 1.0, "num_frames": 5},
+        "network": ("SkyReelsV2Transformer3DModel", WAN | {"cross_attn_norm": True}),
+        "call": VIDEO,
         "parts": ("text_encoder", "tokenizer"),
-        "schedule": ("UniPCMultistepScheduler", {
-            "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0,
-        }),
+        "schedule": ("UniPCMultistepScheduler", SOLVED_FLOW | {"flow_shift": 8.0}),
     },
     "Sana Video": {
         "pipeline": "SanaVideoPipeline",
@@ -462,9 +455,7 @@ PIPELINES: dict[str, dict[str, Any]] = {
         }),
         "call": SIDES | TEXT | {"guidance_scale": 1.0, "frames": 5, "use_resolution_binning": False},
         "parts": ("text_encoder", "tokenizer"),
-        "schedule": ("DPMSolverMultistepScheduler", {
-            "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0,
-        }),
+        "schedule": ("DPMSolverMultistepScheduler", SOLVED_FLOW | {"flow_shift": 8.0}),
     },
     "Motif Video": {
         "pipeline": "MotifVideoPipeline",
