@@ -224,9 +224,11 @@ def multiply(graph: ir.Graph, change: Change) -> None:
     change.node.replace_input_with(change.index, new_initializer(graph, f"{value.name}_smoothed", product, value.dtype))
 
 
-def new_initializer(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
+def new_initializer(
+    graph: ir.Graph, name: str, array: Array, dtype: ir.DataType, names: graphs.Names | None = None
+) -> ir.Value:
     """Register an initializer; a name that is taken, by whatever in the graph, is made longer."""
-    name = graphs.Names(graph).free(name)
+    name = (names or graphs.Names(graph)).free(name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype))
     value.const_value = ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
     graph.register_initializer(value)

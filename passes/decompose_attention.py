@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Sequence
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.folding import new_initializer
-
-Array = np.ndarray[Any, Any]
+from onnxq.rewriting import InPlaceOf
 
 
 class DecomposeAttention(InPlacePass):
@@ -43,7 +39,7 @@ class DecomposeAttention(InPlacePass):
         modified = False
         for node in list(model.graph):
             if graphs.is_op(node, "Attention") and node.name not in self.keep and (heads := _heads(node)) is not None:
-                _Decomposition(model.graph, node, *heads).write()
+                _write(model.graph, node, *heads)
                 modified = True
         return PassResult(model, modified)
 
@@ -69,87 +65,111 @@ def _heads(node: ir.Node) -> tuple[int, int, int] | None:
         size = query[2] // queries
     if not queries or not keys or not size or queries % keys:
         return None
+    values = shapes[2][-1] if shapes[2] is not None else None
+    if queries != keys and values != (size if len(query) == 4 else keys * size):
+        return None  # shared heads are repeated, at the size of the queries' own
     return queries, keys, size
 
 
-class _Decomposition:
-    """The nodes that one Attention becomes."""
+def _write(graph: ir.Graph, node: ir.Node, queries: int, keys: int, size: int) -> None:
+    """Replace one Attention."""
+    q, k, v = node.inputs[:3]
+    assert q is not None and k is not None and v is not None
+    made = InPlaceOf(graph, node)
+    written, apart = WrittenAttention(made, queries, keys, size), graphs.rank(q) == 4
+    if not apart:
+        q, k, v = (written.in_heads(value, count) for value, count in ((q, queries), (k, keys), (v, keys)))
+    masks = [mask for mask in node.inputs[3:4] if mask is not None]
+    if node.attributes.get_int("is_causal", 0):
+        masks.append(written.causal_mask(q, k))
+    mixed = written.attend(q, k, v, masks, scale=node.attributes.get_float("scale", 0.0))
+    made.take_over(mixed if apart else written.joined(mixed))
 
-    def __init__(self, graph: ir.Graph, node: ir.Node, queries: int, keys: int, size: int) -> None:
-        self.graph, self.node = graph, node
-        self.queries, self.keys, self.size = queries, keys, size
-        self.dtype = node.inputs[0].dtype if node.inputs[0] is not None and node.inputs[0].dtype else ir.DataType.FLOAT
-        self.tape = ir.tape.Tape()
 
-    def write(self) -> None:
-        """Replace the node."""
-        node, three = self.node, graphs.rank(self.node.inputs[0]) == 3  # type: ignore[arg-type]
-        q, k, v = (self._in_heads(value, count, three) for value, count in self._operands())
-        k, v = self._repeated(k), self._repeated(v)
-        scores = self._op("scores", "MatMul", [q, self._op("keys", "Transpose", [k], {"perm": [0, 1, 3, 2]})])
-        scale = node.attributes.get_float("scale", 0.0) or self.size**-0.5
-        scores = self._op("scaled", "Mul", [scores, self._constant("scale", np.asarray(scale))])
-        shares = self._op("shares", "Softmax", [self._masked(scores, q, k)], {"axis": -1})
-        mixed = self._op("mixed", "MatMul", [shares, v])
-        if three:
-            mixed = self._op("tokens", "Transpose", [mixed], {"perm": [0, 2, 1, 3]})
-            mixed = self._op("joined", "Reshape", [mixed, self._integers("joined_shape", [0, 0, -1])])
-        output = node.outputs[0]
-        mixed.type, mixed.shape = output.type, output.shape
-        self.graph.insert_before(node, self.tape.nodes)
-        ir.convenience.replace_all_uses_with(output, mixed, replace_graph_outputs=True)
-        self.graph.remove(node, safe=True)
-        mixed.name = output.name
+class WrittenAttention:
+    """Attention written out as ops.
 
-    def _operands(self) -> list[tuple[ir.Value, int]]:
-        q, k, v = self.node.inputs[:3]
-        assert q is not None and k is not None and v is not None
-        return [(q, self.queries), (k, self.keys), (v, self.keys)]
+    Args:
+        made: Where the ops go.
+        queries: Heads of the queries.
+        keys: Heads of keys and values, each shared by as many heads of the queries.
+        size: Numbers in one head of the queries.
+    """
 
-    def _in_heads(self, value: ir.Value, heads: int, three: bool) -> ir.Value:
-        if not three:
-            return value
-        cut = self._op(
-            f"{value.name}_cut", "Reshape", [value, self._integers(f"{value.name}_cut_shape", [0, 0, heads, -1])]
-        )
-        return self._op(f"{value.name}_heads", "Transpose", [cut], {"perm": [0, 2, 1, 3]})
+    def __init__(self, made: InPlaceOf, queries: int, keys: int, size: int) -> None:
+        self.made, self.queries, self.keys, self.size = made, queries, keys, size
 
-    def _repeated(self, value: ir.Value) -> ir.Value:
+    def attend(
+        self,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        masks: Sequence[ir.Value],
+        *,
+        scale: float = 0.0,
+        softcap: float = 0.0,
+    ) -> ir.Value:
+        """What each query gathers, of shape ``(samples, heads, queries, numbers)``, as ``q``, ``k`` and ``v`` are.
+
+        Args:
+            q: Queries.
+            k: Keys.
+            v: Values.
+            masks: Each says with booleans what may be seen, or is added to the scores.
+            scale: What scores are multiplied with; 0: one over the root of a head's size.
+            softcap: The largest score, which others come near to; 0: none.
+        """
+        k, v = self._repeated("k", k), self._repeated("v", v)
+        scores = self.made.op("scores", "MatMul", [q, self.made.op("keys", "Transpose", [k], {"perm": [0, 1, 3, 2]})])
+        scores = self.made.op("scaled", "Mul", [scores, self.made.number("scale", scale or self.size**-0.5)])
+        if softcap:
+            cap = self.made.number("cap", softcap)
+            scores = self.made.op("bent", "Tanh", [self.made.op("by_cap", "Div", [scores, cap])])
+            scores = self.made.op("capped", "Mul", [scores, cap])
+        for mask in masks:
+            seen = mask.dtype == ir.DataType.BOOL
+            inputs = [mask, scores, self.made.lowest()] if seen else [scores, mask]
+            scores = self.made.op("masked", "Where" if seen else "Add", inputs)
+        return self.made.op("mixed", "MatMul", [self.made.op("shares", "Softmax", [scores], {"axis": -1}), v])
+
+    def in_heads(self, value: ir.Value, heads: int) -> ir.Value:
+        """Cut heads out of the last of three axes."""
+        stem = str(value.name)
+        cut = self.made.op(f"{stem}_cut", "Reshape", [value, self.made.integers(f"{stem}_cuts", [0, 0, heads, -1])])
+        return self.made.op(f"{stem}_heads", "Transpose", [cut], {"perm": [0, 2, 1, 3]})
+
+    def joined(self, mixed: ir.Value) -> ir.Value:
+        """Put heads side by side again, on the last of three axes."""
+        tokens = self.made.op("tokens", "Transpose", [mixed], {"perm": [0, 2, 1, 3]})
+        return self.made.op("joined", "Reshape", [tokens, self.made.integers("joined_shape", [0, 0, -1])])
+
+    def causal_mask(self, q: ir.Value, k: ir.Value, *, from_the_end: bool = False) -> ir.Value:
+        """What each query may see, which is nothing behind it.
+
+        Args:
+            q: Queries in heads.
+            k: Keys in heads.
+            from_the_end: Whether the last query sees the last key, as behind a cache; otherwise the first the first.
+        """
+        sizes = [
+            self.made.op(f"{name}_size", "Shape", [value], {"start": 2, "end": 3})
+            for name, value in (("q", q), ("k", k))
+        ]
+        square = self.made.op("square", "Concat", sizes, {"axis": 0})
+        everything: list[ir.Value | None] = [self.made.op("all", "Expand", [self.made.number("one", 1), square])]
+        if from_the_end:
+            ahead = self.made.op("ahead", "Sub", sizes[::-1])
+            everything.append(self.made.op("offset", "Squeeze", [ahead]))
+        seen = self.made.op("seen", "Trilu", everything, {"upper": 0})
+        return self.made.as_type("is_seen", seen, ir.DataType.BOOL)
+
+    def _repeated(self, name: str, value: ir.Value) -> ir.Value:
         """Each shared head as often as queries read it."""
         times = self.queries // self.keys
         if times == 1:
             return value
-        apart = self._op(f"{value.name}_apart", "Unsqueeze", [value, self._integers("apart_axis", [2])])
-        wide = self._op(f"{value.name}_wide", "Expand", [apart, self._integers("times", [1, 1, times, 1, 1])])
-        shape = self._integers("repeated_shape", [0, self.queries, -1, self.size])
-        return self._op(f"{value.name}_repeated", "Reshape", [wide, shape])
-
-    def _masked(self, scores: ir.Value, q: ir.Value, k: ir.Value) -> ir.Value:
-        lowest = self._constant("lowest", np.asarray(np.finfo(self.dtype.numpy()).min))
-        mask = self.node.inputs[3] if len(self.node.inputs) > 3 else None
-        if mask is not None and mask.dtype == ir.DataType.BOOL:
-            scores = self._op("masked", "Where", [mask, scores, lowest])
-        elif mask is not None:
-            scores = self._op("masked", "Add", [scores, mask])
-        if self.node.attributes.get_int("is_causal", 0):
-            sizes = [
-                self._op(f"{name}_size", "Shape", [value], {"start": 2, "end": 3})
-                for name, value in (("q", q), ("k", k))
-            ]
-            square = self._op("square", "Concat", sizes, {"axis": 0})
-            seen = self._op("all", "Expand", [self._constant("true", np.asarray(1)), square])
-            seen = self._op("seen", "Trilu", [seen], {"upper": 0})
-            seen = self._op("is_seen", "Cast", [seen], {"to": ir.DataType.BOOL})
-            scores = self._op("causal", "Where", [seen, scores, lowest])
-        return scores
-
-    def _op(self, name: str, op: str, inputs: list[ir.Value], attributes: Mapping[str, Any] | None = None) -> ir.Value:
-        output = self.tape.op(op, inputs, attributes)
-        self.tape.nodes[-1].name = output.name = f"{self.node.name}_{name}"
-        return output
-
-    def _constant(self, name: str, array: Array) -> ir.Value:
-        return new_initializer(self.graph, f"{self.node.name}_{name}", array.astype(self.dtype.numpy()), self.dtype)
-
-    def _integers(self, name: str, numbers: list[int]) -> ir.Value:
-        return new_initializer(self.graph, f"{self.node.name}_{name}", np.asarray(numbers), ir.DataType.INT64)
+        apart = self.made.op(f"{name}_apart", "Unsqueeze", [value, self.made.integers("apart_axis", [2])])
+        counts = self.made.integers("times", [1, 1, times, 1, 1])
+        wide = self.made.op(f"{name}_wide", "Expand", [apart, counts])
+        shape = self.made.integers("repeated_shape", [0, self.queries, -1, self.size])
+        return self.made.op(f"{name}_repeated", "Reshape", [wide, shape])
