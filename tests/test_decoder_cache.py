@@ -10,6 +10,7 @@ from conftest import DATA
 
 import onnxq
 from onnxq.calibration.data import InputSpec, Preprocessing, open_source
+from onnxq.calibration.generated_text import GeneratedText
 from onnxq.calibration.text import role_of, text_feed
 from onnxq.comparison import compare
 from onnxq.errors import OnnxqError
@@ -126,3 +127,34 @@ def test_inputs_of_fixed_lengths_each_have_theirs() -> None:
     assert feed["decoder_position_ids"].tolist() == [list(range(8))] * 2
     longer = text_feed([InputSpec("input_ids", np.dtype(np.int64), (None, 8))], np.arange(6)[None])
     assert longer["input_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1]]
+
+
+def test_text_is_written_token_by_token_from_the_cache(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, specs = onnxq.load(decoder), specs_of(decoder)
+    lengths: list[int] = []
+    run = Session.run
+
+    def counted(session: Session, feed: dict[str, np.ndarray], *rest: object) -> list[np.ndarray]:
+        lengths.append(feed["input_ids"].shape[1])
+        return run(session, feed, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Session, "run", counted)
+    cached = GeneratedText(model, specs, count=4, seed=1, length=12)
+    assert lengths.count(1) >= 11
+    assert max(lengths) == 2  # once, to see that two tokens together say the same
+    monkeypatch.setattr(GeneratedText, "_paired_caches", lambda self: {})
+    whole = GeneratedText(model, specs, count=4, seed=1, length=12)
+    assert max(lengths) == 11
+    for one, other in zip(cached, whole, strict=True):
+        np.testing.assert_array_equal(one["input_ids"], other["input_ids"])
+
+
+def test_outputs_that_are_no_cache_are_not_given_back(decoder: Path) -> None:
+    model = onnxq.load(decoder)
+    outputs = model.graph.outputs
+    outputs[1:] = outputs[:0:-1]  # keys and values of other layers, in the caches' places
+    written = GeneratedText(model, specs_of(decoder), count=2, seed=1, length=6)
+    assert written._caches == {}
+    expected = GeneratedText(onnxq.load(decoder), specs_of(decoder), count=2, seed=1, length=6)
+    for one, other in zip(written, expected, strict=True):
+        np.testing.assert_array_equal(one["input_ids"], other["input_ids"])

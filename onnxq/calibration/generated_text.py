@@ -1,20 +1,20 @@
 """Text that a language model writes itself, for calibrating it where there is no data.
 
 Source: Z. Liu et al., LLM-QAT, 2023 (arXiv 2305.17888), section 3.1: a random first token, the most likely ones after
-it, then samples from what the model predicts. Sequences are written without a cache of keys and values, so that the
-time grows with the square of their length.
+it, then samples from what the model predicts. A model that reads a cache of keys and values and returns it reads each
+token once; without one the time grows with the square of the sequences' length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxq.calibration.data import InputSpec, Sample, fixed_batch
-from onnxq.calibration.text import check_roles, fixed_length, text_feed
+from onnxq.calibration.text import check_roles, fixed_length, role_of, text_feed
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 
@@ -23,6 +23,7 @@ Array = np.ndarray[Any, Any]
 GREEDY_TOKENS = 4  # after the first; the rest is sampled
 LENGTH = 64
 BATCH = 16
+TOLERANCE = 1e-3  # of the largest score: more apart, what was returned is not the cache
 
 
 class GeneratedText:
@@ -49,6 +50,7 @@ class GeneratedText:
         self.length = self.fixed or length
         self.count, self.seed = count, seed
         self._session = Session(model)
+        self._caches = self._paired_caches()
         parts = [self._write(start) for start in range(0, count, self.batch)]
         self._rows = np.concatenate(parts)[:count]
         del self._session
@@ -63,10 +65,15 @@ class GeneratedText:
     def _write(self, start: int) -> Array:
         generator = np.random.default_rng((self.seed, start))
         tokens = np.zeros((self.batch, self.length), np.int64)
+        past = self._empty(self.batch)
         vocabulary = self._logits(tokens[:, :1], 0).shape[-1]
         tokens[:, 0] = generator.integers(0, vocabulary, self.batch)
         for position in range(1, self.length):
-            logits = self._logits(tokens[:, :position], position - 1).astype(np.float64)
+            if self._caches:
+                found, past = self._step(tokens[:, :position], past)
+                logits = found.astype(np.float64)
+            else:
+                logits = self._logits(tokens[:, :position], position - 1).astype(np.float64)
             if position > GREEDY_TOKENS:  # the largest of logits with Gumbel noise is a sample of their softmax
                 logits = logits + generator.gumbel(size=logits.shape)
             tokens[:, position] = logits.argmax(axis=-1)
@@ -83,3 +90,39 @@ class GeneratedText:
                 hint="give --data; text is written only by decoders",
             )
         return np.asarray(found[:, position])
+
+    def _paired_caches(self) -> dict[str, str]:
+        """The output that holds what each cache is after a token; empty where no cache can be given back.
+
+        Taken to be in the same order, and tried: two tokens, read one by one and together, have to say the same.
+        """
+        caches = [spec for spec in self.specs if role_of(spec) == "cache"]
+        paired = {spec.name: name for spec, name in zip(caches, self._session.output_names[1:], strict=False)}
+        if not caches or len(paired) < len(caches) or self.fixed is not None:
+            return {}
+        self._caches = paired
+        tokens = np.repeat([[1, 0]], self.batch, axis=0)
+        together = self._logits(tokens, 1)
+        try:
+            _, past = self._step(tokens[:, :1], self._empty(self.batch))
+            apart, _ = self._step(tokens, past)
+        except OnnxqError:
+            return {}
+        near = apart.shape == together.shape and np.abs(apart - together).max() <= TOLERANCE * np.abs(together).max()
+        return paired if near else {}
+
+    def _step(self, tokens: Array, past: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        """Scores of the token after the last, which alone is read, and the caches after it."""
+        feed = text_feed(self.specs, tokens)
+        for spec in self.specs:
+            role = role_of(spec)
+            if role != "mask":  # which is as long as the cache and what is new together
+                feed[spec.name] = past[spec.name] if role == "cache" else feed[spec.name][:, -1:]
+        names = [self._session.output_names[0], *self._caches.values()]
+        logits, *caches = self._session.run(feed, names)
+        return np.asarray(logits[:, -1]), dict(zip(self._caches, caches, strict=True))
+
+    def _empty(self, batch: int) -> dict[str, Array]:
+        """Caches of no tokens."""
+        feed = text_feed(self.specs, np.zeros((batch, 1), np.int64))
+        return {spec.name: feed[spec.name] for spec in self.specs if role_of(spec) == "cache"}
