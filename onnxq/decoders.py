@@ -51,5 +51,7 @@ def _joint_projections(products: Sequence[ir.Node]) -> bool:
 def _layers_behind(value: ir.Value | None) -> Iterator[ir.Node]:
     """The nearest products and convolutions that a value comes from."""
     return graphs.nearest_behind(
-        value, lambda node: graphs.weighted(node) is not None or is_product(node), lambda _: True
+        value,
+        lambda node: graphs.weighted(node) is not None or is_product(node),
+        lambda node: not graphs.is_op(node, "Shape", "Size"),  # what counts tokens for positions and masks
     )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 ONNX_DOMAINS = ("", "ai.onnx")
+ONNXRUNTIME_DOMAIN = "com.microsoft"
+FUSED_ATTENTION = ("MultiHeadAttention", "GroupQueryAttention", "RotaryEmbedding")  # of onnxruntime, without weights
 
 # Ops whose arithmetic runs on integer or FP8 matrix units: input 0 is the activation, input 1 the weight.
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -16,7 +18,8 @@ WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Ops that compute on codes without Q/DQ around them.
 QUANTIZED_OPS = (
     "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm",
-    "DynamicQuantizeLSTM",
+    "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "MatMulBnb4", "QAttention",
+    "QEmbedLayerNormalization", "GatherBlockQuantized",
 )  # fmt: skip
 
 # Ops that hand on what they read, at least in inference.
@@ -176,7 +179,12 @@ def lstm_weights(node: ir.Node) -> list[WeightedNode]:
 
 def is_integer_lstm(node: ir.Node) -> bool:
     """Whether the node is onnxruntime's LSTM whose weights are codes."""
-    return node.domain == "com.microsoft" and node.op_type == "DynamicQuantizeLSTM"
+    return node.domain == ONNXRUNTIME_DOMAIN and node.op_type == "DynamicQuantizeLSTM"
+
+
+def is_fused_attention(node: ir.Node) -> bool:
+    """Whether ``node`` is attention, or its rotary positions, in one op of onnxruntime's own."""
+    return node.domain == ONNXRUNTIME_DOMAIN and node.op_type in FUSED_ATTENTION
 
 
 def layers_inside(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
@@ -196,7 +204,7 @@ def layers_without_codes(graph: ir.Graph) -> Iterator[tuple[str, str]]:
     for node in graph:
         if is_op(node, *RECURRENT):
             yield node.name or "", f"the weights of {node.op_type} have no form with Q/DQ"
-        if is_integer_lstm(node):
+        if is_integer_lstm(node) or is_fused_attention(node):
             continue
         has_matrix = any(
             is_constant(value) and is_float(value) and (rank(value) or 0) > 1 for value in node.inputs if value

@@ -22,6 +22,7 @@ from onnx_ir.passes import Sequential
 from onnxq import constant_folding, identities, shapes
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
+from onnxq.passes.expand_fusions import ExpandFusions, claim_simplified_norms
 from onnxq.runtime import IN_MEMORY_LIMIT_BYTES
 from onnxq.writing import atomic_folder
 
@@ -133,6 +134,7 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
         common_passes.TopologicalSortPass(),
         common_passes.NameFixPass(),
     )(model)
+    claim_simplified_norms(model)  # which the checker does not know
     shapes.infer(model)  # outputs may come without a type
     shapes.check_sizes(model, name)
     common_passes.CheckerPass()(model)  # so that every pass may take for granted what an op requires
@@ -147,6 +149,7 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
                 f"expected a model that converts to opset {LOWEST_OPSET}, found an op that stays at opset {reached}",
                 hint=f"export the model again with opset {LOWEST_OPSET}",
             )
+    ExpandFusions()(model)
     model.ir_version = max(model.ir_version or 0, 10)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     constant_folding.fold(model)

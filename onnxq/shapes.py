@@ -22,6 +22,7 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq import machine, shape_worker
 from onnxq.errors import OnnxqError
+from onnxq.passes.expand_attention import with_attention_apart
 
 LONGEST_VECTOR = 1 << 20  # elements: more than any shape has, and no burden to inference
 LARGE_INITIALIZER_BYTES = 1000  # holds no shape, so that inference needs only its type
@@ -35,6 +36,14 @@ SHARE_OF_MEMORY = 4  # calibration holds a value, a copy, and what it computes o
 
 def infer(model: ir.Model) -> None:
     """Give every value a type and a shape, as far as onnx's inference knows them; what breaks it is left as it is."""
+    expanded = with_attention_apart(model)
+    if expanded is not model:  # onnx knows nothing of onnxruntime's ops
+        infer(expanded)
+        known = graphs.values(model.graph)
+        for name, value in graphs.values(expanded.graph).items():
+            if (same := known.get(name)) is not None:
+                same.type, same.shape = value.type or same.type, value.shape or same.shape
+        return
     try:
         data = _without_weights(model).SerializeToString()
         inferred = onnx.shape_inference.infer_shapes(data, check_type=True, strict_mode=True)

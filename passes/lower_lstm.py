@@ -15,7 +15,7 @@ from onnxq.rewriting import become
 
 Array = np.ndarray[Any, Any]
 
-DOMAIN, VERSION = "com.microsoft", 1
+VERSION = 1  # of onnxruntime's domain
 OF_LSTM = 8  # inputs; behind them scale and zero point of each weight
 WEIGHTS = (1, 2)  # of the input and of the recurrence
 
@@ -40,7 +40,7 @@ class LowerLstm(InPlacePass):
         for node in found:
             _lower(model.graph, node)
         if found:
-            model.graph.opset_imports[DOMAIN] = VERSION
+            model.graph.opset_imports[graphs.ONNXRUNTIME_DOMAIN] = VERSION
             common_passes.RemoveUnusedNodesPass()(model)
         return PassResult(model, bool(found))
 
@@ -97,7 +97,7 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
         zeros = _constant(graph, f"{name}_zero_points", np.zeros(scales.shape, np.int8))
         parameters += [_constant(graph, f"{name}_scales", scales), zeros]
     node.attributes.pop("layout", None)  # 0, the only one that the kernel knows
-    become(node, "DynamicQuantizeLSTM", [*inputs, *parameters], DOMAIN)
+    become(node, "DynamicQuantizeLSTM", [*inputs, *parameters], graphs.ONNXRUNTIME_DOMAIN)
 
 
 def _raise(graph: ir.Graph, node: ir.Node) -> None:

@@ -23,6 +23,7 @@ from onnxq import graph as graphs
 from onnxq.autograd.ops import OPS, takes_outputs
 from onnxq.autograd.ops.operands import TORCH_TYPES, to_torch
 from onnxq.errors import LESS_MEMORY, OnnxqError, ran_out_of_memory
+from onnxq.passes.expand_attention import with_attention_apart
 
 PLANS_KEPT = 64
 HALVES = (torch.float16, torch.bfloat16)
@@ -81,8 +82,9 @@ class TorchGraph:
         self.input_names = [value.name or "" for value in model.graph.inputs if not value.is_initializer()]
         self.output_names = [value.name or "" for value in model.graph.outputs]
         self._constants: dict[str, Tensor] = {}
-        self._nodes = list(model.graph)
-        self._values = graphs.values(model.graph)
+        graph = with_attention_apart(model).graph
+        self._nodes = list(graph)
+        self._values = graphs.values(graph)
         self._plans: dict[Hashable, list[_Step]] = {}
 
     def run(
@@ -288,7 +290,7 @@ class TorchGraph:
             return self.parameters[name]
         if name in self._constants:
             return self._constants[name]
-        value = self.model.graph.initializers.get(name)
+        value = self.model.graph.initializers.get(name, self._values.get(name))
         if value is None or value.const_value is None:
             raise OnnxqError(f"expected a value named {name!r} in the graph, found none", hint="check its name")
         tensor = to_torch(value.const_value)

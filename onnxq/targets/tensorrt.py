@@ -13,6 +13,7 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import shapes
 from onnxq.attention import dividing_products, single_query_attention
 from onnxq.errors import OnnxqError
 from onnxq.passes.split_shortcuts import PARTIAL_SUM
@@ -62,10 +63,20 @@ class TensorRT:
         return Scheme(weight_spec, activation_spec)
 
     def prepare(self, model: ir.Model) -> None:
-        """Fold BatchNormalization and Pad, so that Conv → Relu are neighbours."""
+        """Take fused attention apart, and fold BatchNormalization and Pad, so that Conv → Relu are neighbours."""
+        from onnxq.passes.expand_attention import ExpandAttention
         from onnxq.passes.fold_affine import FoldAffine
         from onnxq.passes.fold_batchnorm import FoldBatchNorm
 
+        if ExpandAttention()(model).modified:
+            shapes.infer(model)
+        foreign = next((node for node in model.graph if node.domain.startswith(graphs.ONNXRUNTIME_DOMAIN)), None)
+        if foreign is not None:
+            raise OnnxqError(
+                f"expected ops of the ONNX domain for TensorRT, found {foreign.domain} {foreign.op_type} at node "
+                f"{foreign.name!r}",
+                hint="take the model as it was exported, before onnxruntime's optimizer, or --target cpu",
+            )
         FoldAffine()(model)
         FoldBatchNorm()(model)
         FoldAffine()(model)  # what stood behind a BatchNormalization

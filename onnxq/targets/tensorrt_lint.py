@@ -178,11 +178,10 @@ def scale_type(reading: Reading) -> Broken:
 def supported(reading: Reading) -> Broken:
     """E9: Q/DQ only, and no format but int8, int4, FP8 E4M3 and FP4: no QLinear ops, no dynamic scales, no int16."""
     for node in reading.nodes:
-        microsoft = node.domain == "com.microsoft" and ("Quantize" in node.op_type or node.op_type.startswith("Q"))
-        if node.op_type in graphs.QUANTIZED_OPS or node.op_type.startswith("QLinear") or node.op_type == "MatMulNBits":
+        if node.op_type in graphs.QUANTIZED_OPS or node.op_type.startswith("QLinear"):
             yield node, f"expected QuantizeLinear and DequantizeLinear around float ops, found {node.op_type}"
-        elif microsoft:
-            yield node, f"expected ops of the ONNX domain, found com.microsoft {node.op_type}"
+        elif node.domain.startswith(graphs.ONNXRUNTIME_DOMAIN):
+            yield node, f"expected ops of the ONNX domain, found {node.domain} {node.op_type}"
     for quantizer in reading.leaders:
         known = (*LEGAL_FORMATS, *UNSIGNED_FORMATS, ir.DataType.INT32)
         if quantizer.format is not None and quantizer.format not in known:
