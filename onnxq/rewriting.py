@@ -13,6 +13,18 @@ from onnxq import graph as graphs
 from onnxq.folding import new_initializer
 
 
+def operand(node: ir.Node, index: int) -> ir.Value | None:
+    """An input that may be left out."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def is_read(node: ir.Node, index: int) -> bool:
+    """Whether anything reads an output."""
+    if index >= len(node.outputs):
+        return False
+    return bool(node.outputs[index].uses()) or node.outputs[index].is_graph_output()
+
+
 class Before:
     """Ops to insert before a node, each with a result of the type and shape of the node's own.
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.rewriting import InPlaceOf
+from onnxq.rewriting import InPlaceOf, is_read, operand
 
 
 class DecomposeAttention(InPlacePass):
@@ -23,8 +23,8 @@ class DecomposeAttention(InPlacePass):
         y = MatMul(Softmax(MatMul(q, Transpose(k)) * scale + mask), v)
 
     What is masked gets the lowest finite number, so that a row in which nothing may be seen, as in padding, is the mean
-    of all values and not NaN. A node with a cache, a soft cap, unknown numbers of heads, or whose scores are an output
-    stays as it is.
+    of all values and not NaN. A node with ragged caches, windows, unknown numbers of heads, or whose scores are an
+    output stays as it is.
 
     Args:
         keep: Names of nodes to leave.
@@ -47,11 +47,10 @@ class DecomposeAttention(InPlacePass):
 def _heads(node: ir.Node) -> tuple[int, int, int] | None:
     """Heads of the queries and of the keys, and the size of one; ``None`` for a form that is left alone."""
     inputs, attributes = list(node.inputs), node.attributes
-    if any(value is not None for value in inputs[4:]) or len([out for out in node.outputs if out.uses()]) > 1:
+    windowed = any(attributes.get_int(f"{side}_window_size", -1) >= 0 for side in ("left", "right"))
+    if any(value is not None for value in inputs[6:]) or windowed or is_read(node, 3):
         return None
-    if any(out.uses() or out.is_graph_output() for out in node.outputs[1:]):
-        return None
-    if attributes.get_float("softcap", 0.0) or len(inputs) < 3 or any(value is None for value in inputs[:3]):
+    if len(inputs) < 3 or any(value is None for value in inputs[:3]):
         return None
     shapes = [value.shape for value in inputs[:3] if value is not None]
     if any(shape is None or len(shape) != len(shapes[0] or ()) for shape in shapes):
@@ -79,11 +78,15 @@ def _write(graph: ir.Graph, node: ir.Node, queries: int, keys: int, size: int) -
     written, apart = WrittenAttention(made, queries, keys, size), graphs.rank(q) == 4
     if not apart:
         q, k, v = (written.in_heads(value, count) for value, count in ((q, queries), (k, keys), (v, keys)))
+    past, past_v = (operand(node, index) for index in (4, 5))
+    k, v = written.with_past(k, v, past, past_v)
     masks = [mask for mask in node.inputs[3:4] if mask is not None]
     if node.attributes.get_int("is_causal", 0):
-        masks.append(written.causal_mask(q, k))
-    mixed = written.attend(q, k, v, masks, scale=node.attributes.get_float("scale", 0.0))
-    made.take_over(mixed if apart else written.joined(mixed))
+        masks.append(written.causal_mask(q, k, past))
+    scale, softcap = (node.attributes.get_float(name, 0.0) for name in ("scale", "softcap"))
+    mixed = written.attend(q, k, v, masks, scale=scale, softcap=softcap)
+    present = [k if is_read(node, 1) else None, v if is_read(node, 2) else None]
+    made.take_over(mixed if apart else written.joined(mixed), *present)
 
 
 class WrittenAttention:
@@ -143,13 +146,24 @@ class WrittenAttention:
         tokens = self.made.op("tokens", "Transpose", [mixed], {"perm": [0, 2, 1, 3]})
         return self.made.op("joined", "Reshape", [tokens, self.made.integers("joined_shape", [0, 0, -1])])
 
-    def causal_mask(self, q: ir.Value, k: ir.Value, *, from_the_end: bool = False) -> ir.Value:
+    def with_past(
+        self, k: ir.Value, v: ir.Value, past_k: ir.Value | None, past_v: ir.Value | None
+    ) -> tuple[ir.Value, ir.Value]:
+        """Keys and values behind those that a cache holds, if there is one."""
+        if past_k is None or past_v is None:
+            return k, v
+        return (
+            self.made.op("present_key", "Concat", [past_k, k], {"axis": 2}),
+            self.made.op("present_value", "Concat", [past_v, v], {"axis": 2}),
+        )
+
+    def causal_mask(self, q: ir.Value, k: ir.Value, past: ir.Value | None) -> ir.Value:
         """What each query may see, which is nothing behind it.
 
         Args:
             q: Queries in heads.
-            k: Keys in heads.
-            from_the_end: Whether the last query sees the last key, as behind a cache; otherwise the first the first.
+            k: Keys in heads, with those of the cache.
+            past: The keys of the cache, all of which are seen.
         """
         sizes = [
             self.made.op(f"{name}_size", "Shape", [value], {"start": 2, "end": 3})
@@ -157,8 +171,8 @@ class WrittenAttention:
         ]
         square = self.made.op("square", "Concat", sizes, {"axis": 0})
         everything: list[ir.Value | None] = [self.made.op("all", "Expand", [self.made.number("one", 1), square])]
-        if from_the_end:
-            ahead = self.made.op("ahead", "Sub", sizes[::-1])
+        if past is not None:
+            ahead = self.made.op("past_size", "Shape", [past], {"start": 2, "end": 3})
             everything.append(self.made.op("offset", "Squeeze", [ahead]))
         seen = self.made.op("seen", "Trilu", everything, {"upper": 0})
         return self.made.as_type("is_seen", seen, ir.DataType.BOOL)

@@ -8,8 +8,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnxq import graph as graphs
 from onnxq.folding import array_of
 from onnxq.passes.decompose_attention import WrittenAttention
-from onnxq.passes.expand_fusions import is_read, operand
-from onnxq.rewriting import InPlaceOf
+from onnxq.rewriting import InPlaceOf, is_read, operand
 
 
 class ExpandAttention(InPlacePass):
@@ -90,26 +89,15 @@ def _multi_head(made: InPlaceOf, node: ir.Node) -> bool:
     q = written.in_heads(q, heads)  # type: ignore[arg-type]
     if graphs.rank(k) != 4:
         k, v = written.in_heads(k, heads), written.in_heads(v, heads)
-    k, v = _with_past(made, k, v, past_k, past_v)
+    k, v = written.with_past(k, v, past_k, past_v)
     masks = [added] if added is not None else []
     if mask is not None:
         masks.append(_padding(made, mask, k, node.attributes.get_float("mask_filter_value", -10000.0)))
     if node.attributes.get_int("unidirectional", 0):
-        masks.append(written.causal_mask(q, k, from_the_end=True))
+        masks.append(written.causal_mask(q, k, past_k))
     mixed = written.attend(q, k, v, masks, scale=node.attributes.get_float("scale", 0.0))
     made.take_over(written.joined(mixed), k if is_read(node, 1) else None, v if is_read(node, 2) else None)
     return True
-
-
-def _with_past(
-    made: InPlaceOf, k: ir.Value, v: ir.Value, past_k: ir.Value | None, past_v: ir.Value | None
-) -> tuple[ir.Value, ir.Value]:
-    if past_k is None or past_v is None:
-        return k, v
-    return (
-        made.op("present_key", "Concat", [past_k, k], {"axis": 2}),
-        made.op("present_value", "Concat", [past_v, v], {"axis": 2}),
-    )
 
 
 def _keys(made: InPlaceOf, k: ir.Value) -> ir.Value:
@@ -170,7 +158,7 @@ def _group_query(made: InPlaceOf, node: ir.Node) -> bool:
         interleaved = bool(attributes.get_int("rotary_interleaved", 0))
         q = _turned(made, "q", q, cos, sin, angles, size, interleaved)
         k = _turned(made, "k", k, cos, sin, angles, size, interleaved)
-    k, v = _with_past(made, k, v, past_k, past_v)
+    k, v = written.with_past(k, v, past_k, past_v)
     numbers = _keys(made, k)
     column = made.op("places_column", "Unsqueeze", [own, made.integers("column", [1, 3])])
     seen = made.op("seen", "LessOrEqual", [numbers, column])

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.rewriting import InPlaceOf
+from onnxq.rewriting import InPlaceOf, is_read, operand
 
 MASK_RANKS = (1, 2, 3)
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
@@ -64,18 +64,6 @@ def claim_simplified_norms(model: ir.Model) -> None:
         if graphs.is_op(node, "SimplifiedLayerNormalization"):
             node.domain = graphs.ONNXRUNTIME_DOMAIN
             model.graph.opset_imports.setdefault(graphs.ONNXRUNTIME_DOMAIN, 1)
-
-
-def operand(node: ir.Node, index: int) -> ir.Value | None:
-    """An input that may be left out."""
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
-def is_read(node: ir.Node, index: int) -> bool:
-    """Whether anything reads an output."""
-    if index >= len(node.outputs):
-        return False
-    return bool(node.outputs[index].uses()) or node.outputs[index].is_graph_output()
 
 
 def _gelu(made: InPlaceOf, node: ir.Node) -> Results:

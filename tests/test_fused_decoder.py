@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from conftest import add_weights
 from fused_decoder import fused_decoder
 from typer.testing import CliRunner
 
 import onnxq
+from onnxq import targets
 from onnxq.calibration.data import input_specs
 from onnxq.calibration.text import text_feed
 from onnxq.cli import app
@@ -110,3 +112,30 @@ def test_codes_of_onnxruntimes_own_are_no_float_model(tmp_path: Path) -> None:
     ir.save(model, tmp_path / "coded.onnx")
     with pytest.raises(OnnxqError, match=r"quantized already .*MatMulNBits"):
         onnxq.quantize(tmp_path / "coded.onnx", output=tmp_path / "out.onnx", samples=2)
+
+
+CACHED = """<ir_version: 11, opset_import: ["" : 23]>
+cached (float[1,8,64] x, float[1,2,4,16] past_k, float[1,2,4,16] past_v) =>
+    (float[1,8,64] y, float[1,2,12,16] present_k, float[1,2,12,16] present_v)
+{
+    [query] q = MatMul (x, wq)
+    [key] k = MatMul (x, wk)
+    [value] v = MatMul (x, wv)
+    [attend] m, present_k, present_v =
+        Attention <q_num_heads=4, kv_num_heads=2, is_causal=1> (q, k, v, , past_k, past_v)
+    [out] y = MatMul (m, wo)
+}
+"""
+
+
+def test_attention_with_a_cache_is_written_out_for_tensorrt_which_does_not_read_it(tmp_path: Path) -> None:
+    shapes = {"wq": (64, 64), "wk": (64, 32), "wv": (64, 32), "wo": (64, 64)}
+    ir.save(add_weights(CACHED, shapes), tmp_path / "cached.onnx")
+    errors = targets.get("tensorrt").lint(onnxq.load(tmp_path / "cached.onnx"))
+    assert [(item.rule, item.node) for item in errors if item.severity == "error"] == [("E9", "attend")]
+    options = ("--target", "tensorrt", "--synthesis", "noise")
+    found = quantize(tmp_path / "cached.onnx", tmp_path / "out.onnx", *options)
+    assert found["quantized_nodes"] == found["weighted_nodes"] == 6
+    assert found["sqnr_db"] > 30  # type: ignore[operator]
+    pytest.importorskip("tensorrt_rtx", reason="the compiler is missing: pip install 'onnxq[tensorrt]'")
+    assert not onnxq.build(tmp_path / "out.onnx", tmp_path / "engine", sm=["89"]).promised_but_float

@@ -64,11 +64,14 @@ class TensorRT:
 
     def prepare(self, model: ir.Model) -> None:
         """Take fused attention apart, and fold BatchNormalization and Pad, so that Conv → Relu are neighbours."""
+        from onnxq.passes.decompose_attention import DecomposeAttention
         from onnxq.passes.expand_attention import ExpandAttention
         from onnxq.passes.fold_affine import FoldAffine
         from onnxq.passes.fold_batchnorm import FoldBatchNorm
+        from onnxq.targets.tensorrt_lint import reads_attention
 
-        if ExpandAttention()(model).modified:
+        read = [node.name or "" for node in model.graph if graphs.is_op(node, "Attention") and reads_attention(node)]
+        if ExpandAttention()(model).modified | DecomposeAttention(read)(model).modified:
             shapes.infer(model)
         foreign = next((node for node in model.graph if node.domain.startswith(graphs.ONNXRUNTIME_DOMAIN)), None)
         if foreign is not None:

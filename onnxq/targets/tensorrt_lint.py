@@ -175,6 +175,11 @@ def scale_type(reading: Reading) -> Broken:
             yield quantizer.node, f"expected a scale of type {spelled(other)} like {what}, found {spelled(kind)}"
 
 
+def reads_attention(node: ir.Node) -> bool:
+    """Whether TensorRT's parser reads a form of Attention: no cache, nor scores, as an output, and no soft cap."""
+    return sum(bool(value.name) for value in node.outputs) == 1 and not node.attributes.get_float("softcap", 0.0)
+
+
 def supported(reading: Reading) -> Broken:
     """E9: Q/DQ only, and no format but int8, int4, FP8 E4M3 and FP4: no QLinear ops, no dynamic scales, no int16."""
     for node in reading.nodes:
@@ -182,6 +187,8 @@ def supported(reading: Reading) -> Broken:
             yield node, f"expected QuantizeLinear and DequantizeLinear around float ops, found {node.op_type}"
         elif node.domain.startswith(graphs.ONNXRUNTIME_DOMAIN):
             yield node, f"expected ops of the ONNX domain, found {node.domain} {node.op_type}"
+        elif graphs.is_op(node, "Attention") and not reads_attention(node):
+            yield node, "expected an Attention of one output without a soft cap, found another; write out its products"
     for quantizer in reading.leaders:
         known = (*LEGAL_FORMATS, *UNSIGNED_FORMATS, ir.DataType.INT32)
         if quantizer.format is not None and quantizer.format not in known:
