@@ -70,16 +70,18 @@ class TensorRT:
         from onnxq.passes.fold_batchnorm import FoldBatchNorm
         from onnxq.targets.tensorrt_lint import reads_attention
 
-        read = [node.name or "" for node in model.graph if graphs.is_op(node, "Attention") and reads_attention(node)]
-        if ExpandAttention()(model).modified | DecomposeAttention(read)(model).modified:
+        attentions = [node for node in model.graph if graphs.is_op(node, "Attention")]
+        whole = [node.name or "" for node in attentions if reads_attention(node)]
+        if ExpandAttention()(model).modified | DecomposeAttention(whole)(model).modified:
             shapes.infer(model)
-        foreign = next((node for node in model.graph if node.domain.startswith(graphs.ONNXRUNTIME_DOMAIN)), None)
-        if foreign is not None:
-            raise OnnxqError(
-                f"expected ops of the ONNX domain for TensorRT, found {foreign.domain} {foreign.op_type} at node "
-                f"{foreign.name!r}",
-                hint="take the model as it was exported, before onnxruntime's optimizer, or --target cpu",
-            )
+        for node in model.graph:
+            foreign = node.domain.startswith(graphs.ONNXRUNTIME_DOMAIN)
+            if foreign or (graphs.is_op(node, "Attention") and not reads_attention(node)):
+                raise OnnxqError(
+                    f"expected ops that TensorRT has, found {node.domain if foreign else 'this form of'} {node.op_type} "
+                    f"at node {node.name!r}",
+                    hint="take the model as it was exported, before onnxruntime's optimizer, or --target cpu",
+                )
         FoldAffine()(model)
         FoldBatchNorm()(model)
         FoldAffine()(model)  # what stood behind a BatchNormalization
