@@ -75,10 +75,10 @@ class TensorRT:
         if ExpandAttention()(model).modified | DecomposeAttention(whole)(model).modified:
             shapes.infer(model)
         for node in model.graph:
-            foreign = node.domain.startswith(graphs.ONNXRUNTIME_DOMAIN)
+            foreign = node.domain if node.domain.startswith(graphs.ONNXRUNTIME_DOMAIN) else ""
             if foreign or (graphs.is_op(node, "Attention") and not reads_attention(node)):
                 raise OnnxqError(
-                    f"expected ops that TensorRT has, found {node.domain if foreign else 'this form of'} {node.op_type} "
+                    f"expected ops that TensorRT has, found {foreign or 'a form of'} {node.op_type} "
                     f"at node {node.name!r}",
                     hint="take the model as it was exported, before onnxruntime's optimizer, or --target cpu",
                 )
