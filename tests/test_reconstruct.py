@@ -61,6 +61,29 @@ def test_biases_take_back_the_mean_error(fashion: tuple[Path, Path], recipe: str
     assert mean_errors[1] < 0.2 * mean_errors[0]  # the rest comes from behind nonlinearities
 
 
+PROJECTION = """<ir_version: 10, opset_import: ["" : 21]>
+projection (float[N,6,32] x) => (float[N,6,16] y)
+{
+    product = MatMul (x, w)
+    y = Add (product, b)
+}"""
+
+
+@pytest.mark.parametrize("start", ["gptq", "nearest"])
+def test_biases_behind_a_product_take_the_mean_error_back_once(tmp_path: Path, start: str) -> None:
+    """GPTQ and the learning move them too; what is left is measured with that."""
+    ir.save(add_weights(PROJECTION, {"w": (32, 16), "b": (16,)}), tmp_path / "float.onnx")
+    inputs = np.random.default_rng(0).normal(1.0, 0.5, (64, 6, 32)).astype(np.float32)
+    source = [{"x": sample} for sample in inputs[:, None]]
+    knobs = {"iterations": 20, "start": start, "bias_rate": 1e-2, "correct_biases": True}
+    made = onnxq.quantize(
+        tmp_path / "float.onnx", source, recipe="qdrop", weights="int3", activations="int8", knobs=knobs
+    )
+    expected = Session(models.load(tmp_path / "float.onnx")).run({"x": inputs})[0]
+    mean_error = np.abs((Session(made.model, optimize=False).run({"x": inputs})[0] - expected).mean(axis=(0, 1))).max()
+    assert mean_error < 0.005 * np.abs(expected).mean()
+
+
 @pytest.mark.slow
 def test_biases_take_back_what_inputs_of_the_float_network_hide(shared_data: Path, tmp_path: Path) -> None:
     """Keywords by depthwise convolutions at W4A4, on sounds that nothing learned from: 12.4 dB and 15.8."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
+from onnxq.biases import bias_place
 from onnxq.learning.hessian import Layer
 from onnxq.learning.quantizers import Quantizer, as_float, read, store
 from onnxq.learning.walk import FLOAT, QUANTIZED, Walk
@@ -30,7 +31,7 @@ class _Biased:
     """A layer that has a bias of its own.
 
     Attributes:
-        output: What its product makes, before or after the bias.
+        output: What it makes with its bias, which may be a node behind the product: learning moves biases too.
         axis: Its axis of channels, from the end.
         bias: The bias's initializer.
     """
@@ -61,12 +62,12 @@ class BiasMeans:
         layers = sorted((readers[name][0] for name in biases), key=lambda layer: position[layer.item.node])
         self._layers = [
             _Biased(
-                layer.item.node.outputs[0].name or "",
+                place.node.outputs[0].name or "",
                 len(layer.shape) - 1 if layer.item.node.op_type == "Conv" else 1,
                 biases[layer.item.weight.name or ""],
             )
             for layer in layers
-            if layer.item.weight is not None
+            if layer.item.weight is not None and (place := bias_place(layer.item)) is not None
         ]
         self._float = as_float(quantizers)
         self._weights = as_float(item for item in quantizers if item.is_weight)
