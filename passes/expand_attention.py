@@ -100,11 +100,14 @@ def _multi_head(made: InPlaceOf, node: ir.Node) -> bool:
     return True
 
 
-def _keys(made: InPlaceOf, k: ir.Value) -> ir.Value:
-    """The numbers of the keys, from 0."""
-    count = made.op("keys_count", "Squeeze", [made.op("keys_size", "Shape", [k], {"start": 2, "end": 3})])
-    zero, one = made.integers("zero", 0), made.integers("one", 1)
-    return made.op("key_numbers", "Range", [zero, count, one])
+def _count(made: InPlaceOf, value: ir.Value) -> ir.Value:
+    """How many tokens a value in heads has."""
+    return made.op("count", "Squeeze", [made.op("size", "Shape", [value], {"start": 2, "end": 3})])
+
+
+def _numbers(made: InPlaceOf, value: ir.Value) -> ir.Value:
+    """The numbers of the tokens of a value in heads, from 0."""
+    return made.op("numbers", "Range", [made.integers("zero", 0), _count(made, value), made.integers("one", 1)])
 
 
 def _padding(made: InPlaceOf, mask: ir.Value, k: ir.Value, hidden: float) -> ir.Value:
@@ -112,7 +115,7 @@ def _padding(made: InPlaceOf, mask: ir.Value, k: ir.Value, hidden: float) -> ir.
     rank = graphs.rank(mask)
     if rank == 1:
         lengths = made.op("lengths", "Unsqueeze", [_whole(made, mask), made.integers("behind", [1])])
-        seen, axes = made.op("seen_keys", "Less", [_keys(made, k), lengths]), [1, 2]
+        seen, axes = made.op("seen_keys", "Less", [_numbers(made, k), lengths]), [1, 2]
     else:
         seen, axes = made.as_type("seen_keys", mask, ir.DataType.BOOL), [1, 2] if rank == 2 else [1]
     added = made.op("hidden", "Where", [seen, made.number("nothing", 0.0), made.number("hidden_by", hidden)])
@@ -147,19 +150,17 @@ def _group_query(made: InPlaceOf, node: ir.Node) -> bool:
     last = _whole(made, lengths)
     if graphs.rank(lengths) != 1:
         last = made.op("lasts", "Reshape", [last, made.integers("flat", [-1])])
-    count = made.op("new_count", "Squeeze", [made.op("new_size", "Shape", [q], {"start": 2, "end": 3})])
-    zero, one = made.integers("zero", 0), made.integers("one", 1)
-    new = made.op("new_numbers", "Range", [zero, count, one])
-    behind = made.integers("behind", [1])
-    before = made.op("before", "Sub", [made.op("all", "Add", [last, one]), count])  # tokens in the cache
-    own = made.op("places", "Add", [made.op("before_column", "Unsqueeze", [before, behind]), new])
+    everything = made.op("all", "Add", [last, made.integers("one", 1)])
+    before = made.op("before", "Sub", [everything, _count(made, q)])  # tokens in the cache
+    column = made.op("before_column", "Unsqueeze", [before, made.integers("behind", [1])])
+    own = made.op("places", "Add", [column, _numbers(made, q)])
     if rotary and cos is not None and sin is not None:
         angles = own if positions is None else positions
         interleaved = bool(attributes.get_int("rotary_interleaved", 0))
         q = _turned(made, "q", q, cos, sin, angles, size, interleaved)
         k = _turned(made, "k", k, cos, sin, angles, size, interleaved)
     k, v = written.with_past(k, v, past_k, past_v)
-    numbers = _keys(made, k)
+    numbers = _numbers(made, k)
     column = made.op("places_column", "Unsqueeze", [own, made.integers("column", [1, 3])])
     seen = made.op("seen", "LessOrEqual", [numbers, column])
     window = attributes.get_int("local_window_size", -1)
@@ -194,10 +195,7 @@ def _rotary(made: InPlaceOf, node: ir.Node) -> bool:
     written = WrittenAttention(made, heads, heads, size)
     value = written.in_heads(x, heads) if flat else x
     if graphs.rank(positions) != 2:  # one number: where the first token stands
-        count = made.op("count", "Squeeze", [made.op("size", "Shape", [value], {"start": 2, "end": 3})])
-        zero, one = made.integers("zero", 0), made.integers("one", 1)
-        places = made.op("numbers", "Range", [zero, count, one])
-        sums = made.op("places", "Add", [_whole(made, positions), places])
+        sums = made.op("places", "Add", [_whole(made, positions), _numbers(made, value)])
         positions = made.op("row", "Unsqueeze", [sums, made.integers("first", [0])])
     interleaved = bool(node.attributes.get_int("interleaved", 0))
     turned = _turned(made, "x", value, cos, sin, positions, size, interleaved)
