@@ -78,7 +78,7 @@ def test_a_form_that_is_not_known_stays(name: str, change: dict[str, int | str])
     claim_simplified_norms(model)
     for expand in (ExpandFusions(), ExpandAttention()):
         assert not expand(model).modified
-    assert [node.op_type for node in model.graph] == [fused.op_type]
+    assert [(node.op_type, node.domain) for node in model.graph] == [(fused.op_type, fused.domain)]
     assert not {value.name for value in model.graph.initializers.values()} - set(fused.inputs)
 
 

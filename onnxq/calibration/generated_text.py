@@ -65,7 +65,7 @@ class GeneratedText:
     def _write(self, start: int) -> Array:
         generator = np.random.default_rng((self.seed, start))
         tokens = np.zeros((self.batch, self.length), np.int64)
-        past = self._empty(self.batch)
+        past = self._empty()
         vocabulary = self._logits(tokens[:, :1], 0).shape[-1]
         tokens[:, 0] = generator.integers(0, vocabulary, self.batch)
         for position in range(1, self.length):
@@ -104,7 +104,7 @@ class GeneratedText:
         tokens = np.repeat([[1, 0]], self.batch, axis=0)
         together = self._logits(tokens, 1)
         try:
-            _, past = self._step(tokens[:, :1], self._empty(self.batch))
+            _, past = self._step(tokens[:, :1], self._empty())
             apart, _ = self._step(tokens, past)
         except OnnxqError:
             return {}
@@ -122,7 +122,7 @@ class GeneratedText:
         logits, *caches = self._session.run(feed, names)
         return np.asarray(logits[:, -1]), dict(zip(self._caches, caches, strict=True))
 
-    def _empty(self, batch: int) -> dict[str, Array]:
+    def _empty(self) -> dict[str, Array]:
         """Caches of no tokens."""
-        feed = text_feed(self.specs, np.zeros((batch, 1), np.int64))
+        feed = text_feed(self.specs, np.zeros((self.batch, 1), np.int64))
         return {spec.name: feed[spec.name] for spec in self.specs if role_of(spec) == "cache"}
