@@ -68,18 +68,16 @@ class TensorRT:
         from onnxq.passes.expand_attention import ExpandAttention
         from onnxq.passes.fold_affine import FoldAffine
         from onnxq.passes.fold_batchnorm import FoldBatchNorm
-        from onnxq.targets.tensorrt_lint import reads_attention
+        from onnxq.targets.tensorrt_lint import reads_attention, unreadable
 
         attentions = [node for node in model.graph if graphs.is_op(node, "Attention")]
         whole = [node.name or "" for node in attentions if reads_attention(node)]
         if ExpandAttention()(model).modified | DecomposeAttention(whole)(model).modified:
             shapes.infer(model)
-        for node in model.graph:
-            foreign = node.domain if node.domain.startswith(graphs.ONNXRUNTIME_DOMAIN) else ""
-            if foreign or (graphs.is_op(node, "Attention") and not reads_attention(node)):
+        for node in model.graph.all_nodes():
+            if found := unreadable(node):
                 raise OnnxqError(
-                    f"expected ops that TensorRT has, found {foreign or 'a form of'} {node.op_type} "
-                    f"at node {node.name!r}",
+                    f"{found}, at node {node.name!r}",
                     hint="take the model as it was exported, before onnxruntime's optimizer, or --target cpu",
                 )
         FoldAffine()(model)

@@ -180,15 +180,22 @@ def reads_attention(node: ir.Node) -> bool:
     return sum(bool(value.name) for value in node.outputs) == 1 and not node.attributes.get_float("softcap", 0.0)
 
 
+def unreadable(node: ir.Node) -> str:
+    """What TensorRT's parser expects in place of a node, and that this was found; an empty string if it reads it."""
+    if node.op_type in graphs.QUANTIZED_OPS or node.op_type.startswith("QLinear"):
+        return f"expected QuantizeLinear and DequantizeLinear around float ops, found {node.op_type}"
+    if node.domain.startswith(graphs.ONNXRUNTIME_DOMAIN):
+        return f"expected ops of the ONNX domain, found {node.domain} {node.op_type}"
+    if graphs.is_op(node, "Attention") and not reads_attention(node):
+        return "expected an Attention of one output without a soft cap, found another; write out its products"
+    return ""
+
+
 def supported(reading: Reading) -> Broken:
     """E9: Q/DQ only, and no format but int8, int4, FP8 E4M3 and FP4: no QLinear ops, no dynamic scales, no int16."""
     for node in reading.nodes:
-        if node.op_type in graphs.QUANTIZED_OPS or node.op_type.startswith("QLinear"):
-            yield node, f"expected QuantizeLinear and DequantizeLinear around float ops, found {node.op_type}"
-        elif node.domain.startswith(graphs.ONNXRUNTIME_DOMAIN):
-            yield node, f"expected ops of the ONNX domain, found {node.domain} {node.op_type}"
-        elif graphs.is_op(node, "Attention") and not reads_attention(node):
-            yield node, "expected an Attention of one output without a soft cap, found another; write out its products"
+        if found := unreadable(node):
+            yield node, found
     for quantizer in reading.leaders:
         known = (*LEGAL_FORMATS, *UNSIGNED_FORMATS, ir.DataType.INT32)
         if quantizer.format is not None and quantizer.format not in known:
