@@ -309,6 +309,24 @@ def test_where_the_schedule_comes_from(tmp_path: Path) -> None:
     assert found == {"_class_name": "DDIMScheduler"} and "other.json" in line
 
 
+@pytest.mark.parametrize(
+    ("name", "entries", "unread"),
+    [
+        ("PNDMScheduler", {"clip_sample": False, "skip_prk_steps": True, "eta": 0.0, "_diffusers_version": "1"},
+         ["clip_sample"]),
+        ("FlowMatching", {"even_sigmas": True, "prediction_type": "sample", "sigmas": "even"}, ["even_sigmas"]),
+    ],
+)  # fmt: skip
+def test_entries_of_a_schedule_that_nothing_reads_are_named(
+    tmp_path: Path, name: str, entries: dict[str, object], unread: list[str]
+) -> None:
+    (tmp_path / "schedule.json").write_text(json.dumps({"_class_name": name, **entries}))
+    settings = make_settings({"scheduler": str(tmp_path / "schedule.json"), "steps": 4})
+    model = ir.from_onnx_text(CLOCK) if name == "FlowMatching" else labelled()
+    line = open_sampler(model, None, settings)[1]
+    assert line.endswith(f"schedule.json, where {name} does not read {', '.join(unread)}")
+
+
 def test_conditions_that_are_no_labels_are_given(tmp_path: Path) -> None:
     text = CLOCK.replace("float[N] t)", "float[N] t, float[N,3,8] prompt)")
     model = ir.from_onnx_text(text)

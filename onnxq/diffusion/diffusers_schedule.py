@@ -190,7 +190,18 @@ def _tokens(denoiser: Denoiser) -> int:
     return int(np.prod(frames)) * (height // TOKEN_SIDE) * (width // TOKEN_SIDE)
 
 
+def entries_of(name: str) -> set[str]:
+    """What the file of one of diffusers' schedulers may say, with what is read here though the scheduler does not."""
+    return {*inspect.signature(_class(name)).parameters, *SchedulerEntries.model_fields}
+
+
 def _scheduler(name: str, config: Mapping[str, Any]) -> Any:
+    made = _class(name)
+    with _blaming(made):
+        return made.from_config({key: value for key, value in config.items() if key not in OwnEntries.model_fields})
+
+
+def _class(name: str) -> Any:
     try:
         module = importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}")
     except ModuleNotFoundError as error:
@@ -200,9 +211,7 @@ def _scheduler(name: str, config: Mapping[str, Any]) -> Any:
             f"expected diffusers and torch for {name}, found no {error.name}",
             hint="pip install 'onnxq[diffusion]' (any build of torch; the CPU one does)",
         ) from error
-    entries = {key: value for key, value in config.items() if key not in OwnEntries.model_fields}
-    with _blaming(getattr(module, name)):
-        return getattr(module, name).from_config(entries)
+    return getattr(module, name)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
 
+ENTRIES = {"prediction_type"}  # of its file, beside those of any
+
 
 @dataclass
 class FlowMatching:

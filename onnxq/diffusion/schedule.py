@@ -30,8 +30,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from onnxq.diffusion.denoiser import Denoiser
-from onnxq.diffusion.diffusers_schedule import open_diffusers
-from onnxq.diffusion.flow_matching import open_flow_matching
+from onnxq.diffusion.diffusers_schedule import entries_of, open_diffusers
+from onnxq.diffusion.flow_matching import ENTRIES, open_flow_matching
 from onnxq.diffusion.schedule_entries import OwnEntries
 from onnxq.errors import OnnxqError
 
@@ -82,3 +82,10 @@ def open_schedule(config: Mapping[str, Any], denoiser: Denoiser, steps: int | No
             hint="give --scheduler the configuration that the denoiser was trained with",
         )
     return schedule
+
+
+def unread_entries(config: Mapping[str, Any]) -> list[str]:
+    """Entries of a schedule that opened which nothing reads: of another scheduler, or misspelled."""
+    name = config["_class_name"]
+    known = OwnEntries.model_fields.keys() | (ENTRIES if name == "FlowMatching" else entries_of(name))
+    return [key for key in config if key not in known and not key.startswith("_")]

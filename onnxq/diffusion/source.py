@@ -18,7 +18,7 @@ from onnxq.diffusion.conditions import open_conditions
 from onnxq.diffusion.distilled_guidance import told_guidance
 from onnxq.diffusion.exported_config import CONFIG, published_shape
 from onnxq.diffusion.influence import image_influence
-from onnxq.diffusion.schedule import open_schedule
+from onnxq.diffusion.schedule import open_schedule, unread_entries
 from onnxq.diffusion.schedule_file import pipeline_folders, read_schedule
 from onnxq.diffusion.trajectory import Sampler, Trajectories
 from onnxq.errors import OnnxqError
@@ -63,6 +63,8 @@ def open_sampler(
     conditions = open_conditions(given, denoiser, around, settings.device, usual, samples, progress)
     entries, line = read_schedule(file, model, path, denoiser)
     schedule = open_schedule(entries, denoiser, settings.steps)
+    if unread := unread_entries(entries):
+        line = f"{line}, where {entries['_class_name']} does not read {', '.join(unread)}"
     weight = settings.guidance
     if told is not None and conditions[told.name] is told.row:
         line, weight = f"{line}; the network is told of guidance {told.weight:g}", 1.0
