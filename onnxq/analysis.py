@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from onnxq import custom_ops, targets
 from onnxq import graph as graphs
 from onnxq import model as models
-from onnxq import targets
 from onnxq.calibration import observers, sizes, weight_ranges
 from onnxq.calibration.recording import record
 from onnxq.calibration.weight_ranges import Search
@@ -127,6 +127,7 @@ def _analyze(
     progress: Progress,
     workers: Workers | None,
 ) -> Analysis:
+    custom_ops.use(settings.custom_ops)
     target = targets.get(settings.target)
     scheme = target.scheme(settings.weights, settings.activations)
     for text in narrow:

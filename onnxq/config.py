@@ -54,13 +54,14 @@ class Settings(BaseModel):
     statistics: str | None = None
     budget: Literal["quick", "default", "paper"] = "default"
     device: Literal["cpu", "cuda"] = "cpu"
+    custom_ops: tuple[str, ...] = ()
     workers: int = Field(default=1, ge=1, le=1024)
     ray: str | None = None
     knobs: dict[str, Any] = Field(default_factory=dict)
     preprocess: PreprocessingSettings = Field(default_factory=PreprocessingSettings)
 
 
-WITHOUT_EFFECT = {"workers", "ray"}  # on the result: they only say who does the work
+WITHOUT_EFFECT = {"workers", "ray", "custom_ops"}  # on the result: they only say who does the work, and by what
 
 
 def make_settings(entries: Mapping[str, Any]) -> Settings:

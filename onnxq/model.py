@@ -1,8 +1,8 @@
 """Load a model from a file, bring it to the one form the passes expect, and save it whole or not at all.
 
 The form: functions inlined, constants lifted to initializers and folded, initializers not listed as inputs,
-opset 21 or later, every value and node named, shapes inferred. BatchNormalization is left alone, because
-synthesis reads its statistics.
+opset 21 or later, every value and node named, shapes inferred; what depends on plugins is set aside until the model
+is saved. BatchNormalization is left alone, because synthesis reads its statistics.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import Sequential
 
-from onnxq import constant_folding, identities, shapes
+from onnxq import constant_folding, identities, plugins, shapes
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.passes.expand_fusions import ExpandFusions, claim_simplified_norms
@@ -50,7 +50,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 
 
 def read(path: str | os.PathLike[str]) -> ir.Model:
-    """Read an ONNX file as it is, with the checks of :func:`load` on the file itself."""
+    """Read an ONNX file as it is, with the checks of :func:`load` on the file itself; plugins get their own domain."""
     file = Path(path)
     if not file.is_file():
         found = "a folder" if file.is_dir() else "nothing"
@@ -82,6 +82,7 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.nbytes < SMALL_TENSOR_BYTES:
             _take_in(value)  # shapes and axes, which checker and shape inference must see
+    plugins.claim(model)
     return model
 
 
@@ -159,6 +160,7 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
     shapes.check_sizes(model, name)
     common_passes.NameFixPass()(model)
     _name_nodes(model)
+    plugins.set_aside(model)
 
 
 def _name_nodes(model: ir.Model) -> None:
@@ -177,7 +179,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool |
     """Write ``model`` to ``path`` whole or not at all; large weights go to ``path`` + ``.data`` beside it.
 
     Args:
-        model: The model.
+        model: The model; plugins that were set aside when it was loaded are put back.
         path: Where the ``.onnx`` file goes.
         external_data: Whether weights go to a file of their own; ``None``: only where protobuf needs it.
 
@@ -188,6 +190,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool |
         OnnxqError: the folder does not exist or cannot be written, or the disk is full.
     """
     file = Path(path)
+    plugins.put_back(model)
     if external_data is None:
         external_data = initializer_bytes(model) > EXTERNAL_DATA_LIMIT_BYTES
     data_name = f"{file.name}.data"

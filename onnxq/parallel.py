@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx
 
-from onnxq import machine
+from onnxq import custom_ops, machine
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Serialized, Session, serialize
 
@@ -47,6 +47,7 @@ class SharedModel:
         device: ``cpu`` or ``cuda``.
         optimize: As for the session.
         folder: Where the model lies, for workers on this machine.
+        custom_ops: Libraries that its ops are from, under the same paths on every machine.
         reference: Ray's reference to it, for workers on any.
     """
 
@@ -55,11 +56,13 @@ class SharedModel:
     device: str
     optimize: bool = True
     folder: str = ""
+    custom_ops: list[str] = field(default_factory=custom_ops.list_libraries)
     reference: list[Any] = field(default_factory=list)  # inside a list Ray leaves it a reference
 
     def session(self) -> Session:
         """This process's session of the model."""
         if self.key not in _SESSIONS:
+            custom_ops.use(self.custom_ops)
             _SESSIONS.clear()  # one model at a time: it is the largest thing that a worker holds
             _SESSIONS[self.key] = Session(
                 self._model(), optimize=self.optimize, threads=self.threads, device=self.device

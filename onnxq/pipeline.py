@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 import onnxq
+from onnxq import custom_ops, kinds, plugins, recipes, targets
 from onnxq import graph as graphs
-from onnxq import kinds, recipes, targets
 from onnxq import model as models
 from onnxq.calibration import observers, side_car, sizes, weight_ranges
 from onnxq.calibration.data import Source
@@ -89,8 +89,8 @@ def quantize(
         output: Where to write the result; ``None`` writes nothing.
         settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
             ``activations``, ``first_last``, ``base``, ``rotate``, ``low_rank``, ``samples``, ``shapes``, ``exclude``,
-            ``seed``, ``device``, ``workers``, ``ray``, ``synthesis``, ``statistics``, ``budget``, ``knobs``,
-            ``preprocess``;
+            ``seed``, ``device``, ``custom_ops``, ``workers``, ``ray``, ``synthesis``, ``statistics``, ``budget``,
+            ``knobs``, ``preprocess``;
             for a denoiser without data ``scheduler``, ``steps``, ``guidance``, ``conditions``.
         progress: Where to say what is being done; by default nowhere.
         **options: The fields of :class:`Settings`.
@@ -105,6 +105,7 @@ def quantize(
     settings = settings or make_settings(options)
     progress = progress or Progress()
     path = Path(model)
+    custom_ops.use(settings.custom_ops)
     if output is not None:
         check_writable(Path(output))
     target = targets.get(settings.target)
@@ -160,6 +161,7 @@ def quantize(
         config=json.dumps(settings.model_dump(exclude_defaults=True, exclude=WITHOUT_EFFECT), sort_keys=True),
         knobs=json.dumps(numbers["knobs"], sort_keys=True),
     )
+    plugins.put_back(loaded)
     loaded.producer_name, loaded.producer_version = "onnxq", onnxq.__version__
     if output is not None:
         with progress.stage("save", "Saving"):
@@ -201,6 +203,14 @@ def _numbers(job: Job, path: Path, checked: Check, recipe: Any, kind: kinds.Kind
     left_float = {} if job.placement is None else job.placement.left_float
     beyond = list(graphs.layers_without_codes(job.model.graph))
     weighted += len(beyond)
+    aside = plugins.aside(job.model)
+    behind = [] if aside is None else list(graphs.weighted_nodes(aside.graph))
+    weighted += len(behind)
+    if aside is not None and behind:
+        warnings.append(
+            f"{len(behind)} of {weighted} layers stay float: they stand behind {aside.spelled()}, which onnxruntime "
+            "does not know"
+        )
     unasked = [(name, left_float.get(name, reason)) for name, reason in beyond if left_float.get(name) != EXCLUDED]
     if unasked:
         warnings.append(f"{len(unasked)} of {weighted} layers stay float; {unasked[0][0]}: {unasked[0][1]}")
@@ -232,6 +242,7 @@ def _numbers(job: Job, path: Path, checked: Check, recipe: Any, kind: kinds.Kind
         "samples": job.recording.samples if job.recording else 0,
         "samples_from": getattr(job.source, "description", ""),
         "layers": checked.layers,
+        **({"plugins": aside.plugins} if aside is not None else {}),
         "warnings": warnings,
         "next_steps": _next_steps(job, checked),
     }

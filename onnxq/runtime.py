@@ -19,7 +19,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from onnxq import cuda, machine
+from onnxq import cuda, custom_ops, machine
 from onnxq.errors import LESS_MEMORY, OnnxqError, ran_out_of_memory
 from onnxq.parts import Parts
 
@@ -38,6 +38,7 @@ IN_MEMORY_LIMIT_BYTES = 1 << 29
 SPINNING = "session.intra_op.allow_spinning"
 # What onnxruntime says where its layout for convolutions lost a value that is an output too, as taps are.
 LOST_OUTPUT = "Failed to find node output"
+UNKNOWN_OP = "is not a registered function/op"
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # What onnxruntime calls integer kernels: they read codes and never see a float activation.
@@ -135,9 +136,11 @@ class Session:
         except OnnxqError:
             raise
         except Exception as error:
+            hint = "check the model in onnxruntime alone; its op or opset may be unsupported here"
+            if UNKNOWN_OP in str(error):
+                hint = "name the library of custom ops that has it: --custom-ops FILE"
             raise OnnxqError(
-                f"expected a model that onnxruntime runs, found one that it refuses ({_one_line(error)})",
-                hint="check the model in onnxruntime alone; its op or opset may be unsupported here",
+                f"expected a model that onnxruntime runs, found one that it refuses ({_one_line(error)})", hint=hint
             ) from error
         self.input_names = [value.name for value in self._session.get_inputs()]
         self.output_names = [value.name for value in self._session.get_outputs()]
@@ -156,8 +159,12 @@ class Session:
 
             large = is_large(model)
             if not taps and (not large or options.optimized_model_filepath):
-                return _inference_session(os.fspath(model), options, device)
-            model = read(model)
+                session, refused = _session_of_file(os.fspath(model), options, device)
+                if refused is None:
+                    return session
+                model = refused
+            else:
+                model = read(model)
             if large:
                 shapes.infer(model)
         serialized = serialize(model, taps) if isinstance(model, ir.Model) else model
@@ -240,6 +247,9 @@ class Session:
 
 
 def _inference_session(source: bytes | str, options: onnxruntime.SessionOptions, device: str) -> Any:
+    for library in custom_ops.list_libraries():
+        options.register_custom_ops_library(library)
+
     def opened() -> Any:
         return onnxruntime.InferenceSession(source, options, providers=PROVIDERS[device], enable_fallback=0)
 
@@ -255,6 +265,20 @@ def _inference_session(source: bytes | str, options: onnxruntime.SessionOptions,
     if device == "cuda":
         cuda.require_on_gpu(session)
     return session
+
+
+def _session_of_file(path: str, options: onnxruntime.SessionOptions, device: str) -> tuple[Any, ir.Model | None]:
+    """A session, or the model in the file where onnxruntime refuses it for plugins, without which it may run."""
+    from onnxq import plugins
+    from onnxq.model import read
+
+    try:
+        return _inference_session(path, options, device), None
+    except Exception:
+        model = read(path)
+        if not plugins.holds_plugins(model):
+            raise
+        return None, model
 
 
 def _named_values(arrays: Mapping[str, Array], names: Iterable[str]) -> tuple[list[str], list[Any]]:
@@ -275,7 +299,9 @@ def serialize(model: ir.Model, taps: Sequence[str] = (), *, by_path: bool = True
             itself and nothing is copied; ``False`` where another process or machine reads the result.
     """
     from onnxq.graph import values as named_values
+    from onnxq.plugins import without_plugins
 
+    model = without_plugins(model)
     graph = model.graph
     own = {value.name for value in graph.outputs}
     wanted = [name for name in taps if name not in own]

@@ -22,7 +22,7 @@ class LowerOpset(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         """Lower the opset if every node allows it."""
         graph = model.graph
-        if graph.opset_imports.get("") != OPSET + 1 or not all(_reads_the_same(node) for node in graph.all_nodes()):
+        if graph.opset_imports.get("") != OPSET + 1 or not all(reads_the_same(node) for node in graph.all_nodes()):
             return PassResult(model, False)
         if any(value.dtype in NEEDS_21 for value in graph.initializers.values()):
             return PassResult(model, False)
@@ -30,7 +30,8 @@ class LowerOpset(InPlacePass):
         return PassResult(model, True)
 
 
-def _reads_the_same(node: ir.Node) -> bool:
+def reads_the_same(node: ir.Node) -> bool:
+    """Whether a node means the same at both opsets."""
     if graphs.is_op(node, "GroupNormalization"):
         return False
     if graphs.is_quantize(node) or graphs.is_dequantize(node):

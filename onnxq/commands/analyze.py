@@ -8,6 +8,7 @@ import typer
 
 from onnxq.commands.common import (
     Conditions,
+    CustomOps,
     DataPath,
     Guidance,
     JsonPath,
@@ -50,6 +51,7 @@ def analyze(
     guidance: Guidance = None,
     conditions: Conditions = None,
     device: Annotated[str | None, typer.Option(show_default="cpu", help="cpu or cuda.")] = None,
+    custom_ops: CustomOps = None,
     workers: WorkerCount = None,
     ray: RayAddress = None,
     report: ReportPath = None,
@@ -79,6 +81,7 @@ def analyze(
             "guidance": guidance,
             "conditions": None if conditions is None else str(conditions),
             "device": device,
+            "custom_ops": tuple(map(str, custom_ops)) if custom_ops else None,
             "workers": workers,
             "ray": ray,
         }

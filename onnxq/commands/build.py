@@ -43,6 +43,16 @@ def build(
             help="Sizes of an input with free dimensions, such as x:1x3x224x224,8x3x224x224,16x3x224x224; repeatable.",
         ),
     ] = None,
+    plugins: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--plugin",
+            metavar="FILE",
+            help="A shared library of plugins that the graph needs beside full TensorRT's own; repeatable. "
+            "TensorRT-RTX takes none.",
+            show_default=False,
+        ),
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds before the compiler is stopped.")] = 1800.0,
     report: ReportPath = None,
     json_path: JsonPath = None,
@@ -66,7 +76,12 @@ def build(
     for text in shapes or ():
         profiles |= engines.parse_shapes(text)
     shown = progress(quiet)
-    options: dict[str, Any] = {"runtime": runtime, "sm": sm or None, "shapes": profiles or None}
+    options: dict[str, Any] = {
+        "runtime": runtime,
+        "sm": sm or None,
+        "shapes": profiles or None,
+        "plugins": plugins or (),
+    }
     if is_index(model):
         folder = output or model.with_name(model.name.replace(".groups.json", ".engines"))
         _build_groups(model, folder, shown, json_path, report, quiet, options | {"timeout_seconds": timeout})
@@ -75,7 +90,7 @@ def build(
     check_destinations([model], destination, json_path, report)
     with shown.stage("build", "Compiling"):
         built = engines.build(model, destination, **options, timeout_seconds=timeout)
-    lines = command_lines(models.read(model), model, destination, profiles or None)
+    lines = command_lines(models.read(model), model, destination, profiles or None, plugins or ())
     write_json(json_path, built.to_json() | {"command_lines": lines})
     if report is not None:
         write_report(report, {"model": str(model), "other_tools": list(lines.items()), "tables": [engine_table(built)]})

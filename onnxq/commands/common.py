@@ -83,6 +83,15 @@ Conditions = Annotated[
     ),
 ]
 
+CustomOps = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="A library of custom ops that onnxruntime is told of; repeatable. Without one, what depends on such ops "
+        "(plugins of TensorRT, say) stays as it is and is not run.",
+        show_default=False,
+    ),
+]
 WorkerCount = Annotated[
     int | None,
     typer.Option("--workers", help="Processes that share the work; the result is the same.", show_default="1"),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from onnxq.commands.common import (
+    CustomOps,
     JsonPath,
     Quiet,
     ReportPath,
@@ -40,6 +41,7 @@ def compare(
     latency: Annotated[bool, typer.Option(help="Time both models, batch 1, interleaved.")] = True,
     threads: Annotated[int, typer.Option(help="Threads of onnxruntime while timing.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    custom_ops: CustomOps = None,
     tokenizer: Tokenizer = None,
     sequence_length: SequenceLength = None,
     config: Annotated[
@@ -61,8 +63,10 @@ def compare(
     """
     from onnxq import comparison
     from onnxq.calibration.data import Preprocessing
+    from onnxq.custom_ops import use
     from onnxq.report.sections import groups_table
 
+    use(custom_ops or ())
     settings = data_settings(config, shapes, tokenizer, sequence_length)
     check_destinations([float_model, quantized_model, data, tokenizer, config], json_path, report)
     shown = progress(quiet)

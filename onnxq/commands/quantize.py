@@ -9,6 +9,7 @@ import typer
 
 from onnxq.commands.common import (
     Conditions,
+    CustomOps,
     DataPath,
     Guidance,
     JsonPath,
@@ -153,6 +154,7 @@ def quantize(
     device: Annotated[
         str | None, typer.Option(show_default="cpu", help="Where calibration and learning run: cpu or cuda.")
     ] = None,
+    custom_ops: CustomOps = None,
     workers: WorkerCount = None,
     ray: RayAddress = None,
     scheduler: Scheduler = None,
@@ -196,6 +198,7 @@ def quantize(
         "statistics": None if statistics is None else str(statistics),
         "budget": budget,
         "device": device,
+        "custom_ops": tuple(map(str, custom_ops)) if custom_ops else None,
         "workers": workers,
         "ray": ray,
         "scheduler": None if scheduler is None else str(scheduler),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from onnxq.commands.common import (
+    CustomOps,
     JsonPath,
     ModelPath,
     Quiet,
@@ -34,6 +35,7 @@ def statistics(
     ] = None,
     tokenizer: Tokenizer = None,
     sequence_length: SequenceLength = None,
+    custom_ops: CustomOps = None,
     json_path: JsonPath = None,
     quiet: Quiet = None,
 ) -> None:
@@ -49,9 +51,11 @@ def statistics(
     from onnxq import model as models
     from onnxq.calibration import side_car, sizes
     from onnxq.calibration.data import Preprocessing, input_specs, open_source
+    from onnxq.custom_ops import use
     from onnxq.writing import write_arrays
 
     check_destinations([model, data, tokenizer, config], output, json_path)
+    use(custom_ops or ())
     settings = data_settings(config, shapes, tokenizer, sequence_length)
     loaded = models.load(model)
     sizes.choose(loaded, settings.shapes)

@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxq import model as models
+from onnxq import plugins
 from onnxq.writing import atomic_folder
 
 INDEX_ENDING = ".groups.json"
@@ -74,6 +75,7 @@ def save(model: ir.Model, subgraphs: Sequence[Subgraph], path: str | os.PathLike
         for number, subgraph in enumerate(subgraphs):
             name = f"{file.stem}.group{number}.onnx"
             part = subgraph.model.clone()
+            plugins.put_back(part)
             part.metadata_props.update({f"onnxq.{key}": text for key, text in models.get_metadata(model).items()})
             own: list[ir.Value] = []
             for key, value in part.graph.initializers.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,7 +13,9 @@ from onnxq.engines.shapes import Profile, resolve
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
-def command_lines(model: ir.Model, path: Path, engine: Path, shapes: Shapes | None = None) -> dict[str, str]:
+def command_lines(
+    model: ir.Model, path: Path, engine: Path, shapes: Shapes | None = None, plugins: Sequence[Path] = ()
+) -> dict[str, str]:
     """How trtexec builds the engine, Polygraphy compares it with onnxruntime, and onnxruntime runs the model in it.
 
     Graphs with Q/DQ are strongly typed: precisions are those of the graph, and flags such as ``--int8`` do not apply.
@@ -23,6 +25,7 @@ def command_lines(model: ir.Model, path: Path, engine: Path, shapes: Shapes | No
         path: Its file.
         engine: Where the engine goes.
         shapes: As for :func:`onnxq.engines.build`.
+        plugins: The same.
 
     Returns:
         A command by the name of the tool: ``trtexec``, ``polygraphy``, ``onnxruntime``.
@@ -36,6 +39,8 @@ def command_lines(model: ir.Model, path: Path, engine: Path, shapes: Shapes | No
     profiles = resolve(inputs, shapes, symbols)
     trtexec = ["trtexec", f"--onnx={path}", "--stronglyTyped", f"--saveEngine={engine}"]
     polygraphy = ["polygraphy", "run", str(path), "--trt", "--onnxrt", "--strongly-typed"]
+    trtexec += [f"--dynamicPlugins={file}" for file in plugins]
+    polygraphy += ["--plugins", *map(str, plugins)] if plugins else []
     for kind, pick in (("min", "minimum"), ("opt", "usual"), ("max", "maximum")):
         if profiles:
             trtexec.append(f"--{kind}Shapes=" + ",".join(_spelled(profiles, pick, ":", "x")))

@@ -95,6 +95,7 @@ def build(
     runtime: str = "auto",
     sm: Sequence[str] | None = None,
     shapes: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    plugins: Sequence[str | os.PathLike[str]] = (),
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
     progress: Callable[[str], None] | None = None,
 ) -> EngineBuild:
@@ -109,6 +110,7 @@ def build(
             where there is none (or none that TensorRT-RTX knows).
         shapes: ``{input: (smallest, usual, largest)}`` for dynamic inputs. Where only the first dimension is open
             and nothing is given, it is a batch of 1 to 32, optimised for 8.
+        plugins: Shared libraries of plugins that the graph needs beside those of full TensorRT.
         timeout_seconds: The compiler is ended after this time.
         progress: Told in one line what happens now.
 
@@ -125,6 +127,7 @@ def build(
         "shapes": None
         if shapes is None
         else {name: [list(shape) for shape in given] for name, given in shapes.items()},
+        "plugins": [str(Path(file).resolve()) for file in plugins],
     }
     with atomic_folder(target) as folder:
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from onnxq.engines import plugin_libraries
 from onnxq.engines.runtimes import LINT_HINT, Runtime, select
 from onnxq.engines.shapes import resolve
 from onnxq.errors import OnnxqError
@@ -43,6 +44,7 @@ def compile_model(request: dict[str, Any], engine_path: Path) -> dict[str, Any]:
     trt = runtime.module
     logger = _recorder(trt)
     builder = _builder(runtime, logger)
+    plugin_libraries.load(runtime, logger, [Path(file) for file in request["plugins"]])
     network = builder.create_network(runtime.network_flags)
     _parse(runtime, network, logger, request)
 
@@ -121,10 +123,10 @@ def _parse(runtime: Runtime, network: Any, logger: Any, request: dict[str, Any])
             found += f" (and {len(errors) - 1} more)"
     else:
         found = " ".join(logger.errors[-1].split()) if logger.errors else "no reason given"
-    raise OnnxqError(
-        f"expected a graph that {runtime.name} reads, found {found}",
-        hint=LINT_HINT.format(model=request["shown_model"]),
-    )
+    hint = LINT_HINT.format(model=request["shown_model"])
+    if plugin_libraries.MISSING in found:
+        hint = plugin_libraries.hint(runtime)
+    raise OnnxqError(f"expected a graph that {runtime.name} reads, found {found}", hint=hint)
 
 
 def _spell(error: Any) -> str:
