@@ -138,7 +138,8 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
     claim_simplified_norms(model)  # which the checker does not know
     shapes.infer(model)  # outputs may come without a type
     shapes.check_sizes(model, name)
-    common_passes.CheckerPass()(model)  # so that every pass may take for granted what an op requires
+    # So that every pass may take for granted what an op requires; what a plugin makes may come without a shape.
+    common_passes.CheckerPass()(plugins.without_plugins(model))
     _name_nodes(model)
     if opset < LOWEST_OPSET:
         from onnxscript import version_converter
