@@ -112,7 +112,7 @@ def _made_up(
             reason = "pip install 'onnxq[learn]' lets onnxq make inputs from the model itself"
         else:
             method = synthesize.default_method(model) if asked == "auto" else asked
-            if asked == "auto" and not has_statistics and not _is_picture(specs[0]):
+            if asked == "auto" and not has_statistics and not specs[0].is_picture:
                 reason = "its input is no picture, whose patches could be told apart"
             elif asked != "auto" or synthesize.can_synthesise(model, specs, method):
                 made = synthesize.synthesise(
@@ -134,7 +134,7 @@ def _made_up(
     if shapes and not settings.shapes:
         sizes.choose(model, shapes)
         specs = input_specs(model)
-    latents = len(specs) == 1 and len(specs[0].shape) == 4 and not _is_picture(specs[0])
+    latents = len(specs) == 1 and len(specs[0].shape) == 4 and not specs[0].is_picture
     scaling = read_scaling(path) if latents else None
     noise = Noise(specs, count=settings.samples or 32, seed=settings.seed, scaling=scaling)
     words, advice = "random inputs", ""
@@ -142,11 +142,6 @@ def _made_up(
         words = "random latents, scaled as the autoencoder's config.json says"
         advice = "; give --data with those of the denoiser, which `onnxq sample DENOISER -o latents.npz` writes"
     return noise, [f"calibrated on {words}, because no --data was given ({reason}): ranges are guesses{advice}"]
-
-
-def _is_picture(spec: InputSpec) -> bool:
-    """Whether an input has the axes of grey or coloured pictures; the latents of a decoder, say, do not."""
-    return len(spec.shape) == 4 and bool({spec.shape[1], spec.shape[3]} & {1, 3})
 
 
 def default_count(specs: Sequence[InputSpec]) -> int:

@@ -66,6 +66,16 @@ class InputSpec:
         """The dimensions of one sample."""
         return self.shape if self.is_whole else self.shape[1:]
 
+    @property
+    def is_picture(self) -> bool:
+        """Whether it has the axes of grey or coloured pictures; the latents of a decoder, say, do not."""
+        return len(self.shape) == 4 and bool({self.shape[1], self.shape[3]} & {1, 3})
+
+    @property
+    def holds_bytes(self) -> bool:
+        """Whether it is a picture of bytes, which the model normalises itself."""
+        return self.is_picture and self.dtype == np.uint8
+
     def example(self, side: int) -> str:
         """What ``--shapes`` could say of it: one row, and ``side`` where a later dimension is free.
 

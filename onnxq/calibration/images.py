@@ -12,19 +12,23 @@ from onnxq.errors import OnnxqError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 USUAL_SIDE = 224  # of images whose size neither the model nor the user says
+IMAGE_TYPES = (np.float32, np.float16, np.uint8)
 MOST_PIXELS = 1 << 26  # of an image that is to be cropped: a strip would become gigabytes first
 
 
 class Images:
-    """A folder of image files; with one subfolder per class, their sorted order gives the labels."""
+    """A folder of image files; with one subfolder per class, their sorted order gives the labels.
+
+    A model that reads bytes normalises them itself: it gets pixels from 0 to 255 as they are.
+    """
 
     def __init__(
         self, folder: Path, files: Sequence[Path], specs: Sequence[InputSpec], preprocessing: Preprocessing
     ) -> None:
-        images = [spec for spec in specs if len(spec.row_shape) == 3 and spec.dtype == np.float32]
+        images = [spec for spec in specs if len(spec.row_shape) == 3 and spec.dtype in IMAGE_TYPES]
         if len(specs) != 1 or not images:
             raise OnnxqError(
-                f"expected a model with one float image input for the image folder {folder}, "
+                f"expected a model with one image input, of floats or bytes, for the image folder {folder}, "
                 f"found inputs {', '.join(spec.name for spec in specs)}",
                 hint="write an .npz keyed by the model's input names instead",
             )
@@ -87,10 +91,11 @@ class Images:
             picture = picture.crop((left, top, left + self.width, top + self.height))
         else:
             picture = picture.resize((self.width, self.height))
-        pixels = np.asarray(picture, np.float32).reshape(self.height, self.width, self.channel_count)
+        pixels = np.asarray(picture).reshape(self.height, self.width, self.channel_count)
         if self.preprocessing.channels == "bgr":
             pixels = pixels[..., ::-1]
-        mean = np.asarray(self.preprocessing.mean[: self.channel_count], np.float32)
-        std = np.asarray(self.preprocessing.std[: self.channel_count], np.float32)
-        pixels = (pixels / np.float32(self.preprocessing.scale) - mean) / std
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1) if self.planar else pixels, np.float32)
+        if self.spec.dtype != np.uint8:
+            mean = np.asarray(self.preprocessing.mean[: self.channel_count], np.float32)
+            std = np.asarray(self.preprocessing.std[: self.channel_count], np.float32)
+            pixels = (pixels / np.float32(self.preprocessing.scale) - mean) / std
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1) if self.planar else pixels, self.spec.dtype)

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from onnxq.diffusion.latents import Scaling
 
 
+MIDDLE_BYTE, BYTE_DEVIATION = 128, 64  # of noise for pictures of bytes
+
+
 class Noise:
-    """Standard normal samples in the shape of the model's float inputs.
+    """Standard normal samples in the shape of the model's float inputs, or around grey where pictures are bytes.
 
     Args:
         specs: The model's inputs.
@@ -25,14 +28,15 @@ class Noise:
         scaling: Of latents, for the decoder of a pipeline.
 
     Raises:
-        OnnxqError: an input is not float, or has a free dimension other than the batch; nothing can be guessed then.
+        OnnxqError: an input is neither float nor a picture, or has a free dimension other than the batch; nothing can
+            be guessed then.
     """
 
     is_made_up = True
 
     def __init__(self, specs: Sequence[InputSpec], *, count: int, seed: int, scaling: Scaling | None = None) -> None:
         for spec in specs:
-            if spec.dtype.kind != "f":
+            if spec.dtype.kind != "f" and not spec.holds_bytes:
                 constant = f", or make it a constant: onnxq specialize MODEL --input {spec.name}=VALUE"
                 raise OnnxqError(
                     f"expected calibration data for the {spec.dtype} input {spec.name!r}, found no --data",
@@ -60,5 +64,12 @@ class Noise:
 
     def _drawn(self, generator: np.random.Generator, spec: InputSpec) -> Array:
         drawn = generator.standard_normal([size or 1 for size in spec.row_shape])
+        if spec.holds_bytes:
+            return as_bytes(MIDDLE_BYTE + BYTE_DEVIATION * drawn)
         scaled = drawn if self.scaling is None else self.scaling.applied(drawn[None])[0]
         return scaled.astype(spec.dtype)
+
+
+def as_bytes(numbers: Array) -> Array:
+    """The nearest bytes."""
+    return np.clip(np.rint(numbers), 0, 255).astype(np.uint8)

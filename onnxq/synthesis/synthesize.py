@@ -12,9 +12,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from onnxq import graph as graphs
 from onnxq.autograd.denormals import no_denormals
 from onnxq.autograd.interpreter import Replacement
 from onnxq.calibration.data import InputSpec, Sample, input_specs
+from onnxq.calibration.noise import as_bytes
 from onnxq.errors import OnnxqError
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
 from onnxq.progress import Progress
@@ -100,8 +102,11 @@ class Synthesised:
 
 
 def can_synthesise(model: ir.Model, specs: Sequence[InputSpec], method: str) -> bool:
-    """Whether the model has what a method needs: statistics or attention, and one float input of known size."""
-    if len(specs) != 1 or specs[0].is_whole or specs[0].dtype.kind != "f":
+    """Whether the model has what a method needs: statistics or attention, and one float input of known size.
+
+    Pictures of bytes are made as floats, and rounded.
+    """
+    if len(specs) != 1 or specs[0].is_whole or not (specs[0].dtype.kind == "f" or specs[0].holds_bytes):
         return False
     if None in specs[0].shape[1:] or len(specs[0].shape) < 3:
         return False
@@ -163,7 +168,7 @@ def synthesise(
             f"expected one float input [batch, channels, …] of known size to make, found {found}", hint="give --data"
         )
     _check_runs(model, specs, device)
-    maker = _Maker(taken_apart(model), recipe, seed, device)
+    maker = _Maker(taken_apart(_reading_floats(model) if specs[0].holds_bytes else model), recipe, seed, device)
     total = steps or max(1, round(recipe.steps * SHARE_OF_STEPS[budget]))
     untouched = int(recipe.noise * count)
     sizes = _batches(count - untouched, maker.batch)
@@ -179,10 +184,10 @@ def synthesise(
             made.append(finished["inputs"])
             losses.append(finished["losses"].tolist())
     learned, noise = np.concatenate(made), maker.noise(count)
-    inputs = np.concatenate([learned, noise[:untouched]]).astype(specs[0].dtype)
+    inputs = np.concatenate([learned, noise[:untouched]])
     return Synthesised(
         specs[0].name,
-        inputs,
+        as_bytes(inputs) if specs[0].holds_bytes else inputs.astype(specs[0].dtype),
         method,
         maker.distance(learned),
         maker.distance(noise),
@@ -191,6 +196,15 @@ def synthesise(
         losses,
         recipe.observer,
     )
+
+
+def _reading_floats(model: ir.Model) -> ir.Model:
+    """A copy whose picture is floats: what it makes of bytes has no gradient to them."""
+    copy = model.clone()
+    for value in graphs.values(copy.graph).values():
+        if value.dtype == ir.DataType.UINT8 and not value.is_initializer():
+            value.type = ir.TensorType(ir.DataType.FLOAT)  # a new one: copies share theirs
+    return copy
 
 
 def _check_runs(model: ir.Model, specs: Sequence[InputSpec], device: str) -> None:
