@@ -139,6 +139,7 @@ class Diffusion(BlockKnobs):
             job.measurements["foretold_image_error"] = spared.error
         if influence is not None and widens:
             spared = spare_for_images(job, observe, search, influence, self.wide_gain_db, wide.scheme)
+            job.measurements["foretold_image_error"] = spared.error
             self._report_wide(job, spared.layers)
         blocks = cut(job.model.graph)
         by_step = time_scales.record(job) if self.groups > 1 else {}

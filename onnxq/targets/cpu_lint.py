@@ -15,6 +15,7 @@ from onnxq import graph as graphs
 from onnxq.passes.keep_biases_apart import fused_bias
 from onnxq.passes.keep_layers_float import is_rounded
 from onnxq.passes.pad_channels import LANES
+from onnxq.plugins import is_plugin
 from onnxq.targets.cpu_ops import ABSORBED, ARITHMETIC, DATA_MOVEMENT
 from onnxq.targets.findings import Finding
 from onnxq.targets.reading import Product, Quantizer, Reading, name_of, output_axis, scale_axis, scale_shape, spelled
@@ -239,6 +240,13 @@ def depthwise_fast(reading: Reading) -> Broken:
             )
 
 
+def op_known(reading: Reading) -> Broken:
+    """C14: onnxruntime knows the op; or it is told of a library of custom ops, wherever the model runs."""
+    for node in reading.nodes:
+        if is_plugin(node) and node.op_identifier() not in reading.model.functions:
+            yield node, f"expected an op that onnxruntime knows, found {node.domain} {node.op_type}"
+
+
 ERRORS: dict[str, Rule] = {
     "C2": scale_usable,
     "C3": format_accepted,
@@ -255,6 +263,7 @@ WARNINGS: dict[str, Rule] = {
     "C11": bias_apart,
     "C12": float_kept,
     "C13": depthwise_fast,
+    "C14": op_known,
 }
 
 
