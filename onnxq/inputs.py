@@ -14,6 +14,7 @@ from onnxq import kinds
 from onnxq.calibration import sizes
 from onnxq.calibration.data import InputSpec, Preprocessing, Source, input_specs, open_source
 from onnxq.calibration.noise import Noise
+from onnxq.calibration.picture_size import apart
 from onnxq.calibration.side_car import attached
 from onnxq.config import Settings
 from onnxq.diffusion.exported_config import CONFIG, published_shape
@@ -94,6 +95,7 @@ def _made_up(
     checkpoint: Path | None,
 ) -> tuple[Source, list[str]]:
     """Inputs made from the model: by the method that was asked for, the recipe's own, or what suits the model."""
+    needed = apart(specs)[0]
     asked = settings.synthesis if settings.synthesis != "auto" else getattr(recipe, "synthesis", "auto")
     has_statistics = any(node.op_type == "BatchNormalization" for node in model.graph) or bool(attached(model))
     reason = (
@@ -112,13 +114,13 @@ def _made_up(
             reason = "pip install 'onnxq[learn]' lets onnxq make inputs from the model itself"
         else:
             method = synthesize.default_method(model) if asked == "auto" else asked
-            if asked == "auto" and not has_statistics and not specs[0].is_picture:
+            if asked == "auto" and not has_statistics and not needed[0].is_picture:
                 reason = "its input is no picture, whose patches could be told apart"
             elif asked != "auto" or synthesize.can_synthesise(model, specs, method):
                 made = synthesize.synthesise(
                     model,
                     method,
-                    count=settings.samples or getattr(recipe, "images", 0) or default_count(specs),
+                    count=settings.samples or getattr(recipe, "images", 0) or default_count(needed),
                     budget=settings.budget,
                     seed=settings.seed,
                     device=settings.device,

@@ -10,6 +10,8 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.attention import attention_products
 from onnxq.calibration.batch_axis import whole_inputs
+from onnxq.calibration.data import input_specs
+from onnxq.calibration.picture_size import apart
 from onnxq.diffusion.timestep_input import becomes_waves, is_called_timestep
 
 Size = int | ir.SymbolicDim | None
@@ -31,7 +33,8 @@ def kind_of(model: ir.Model) -> Kind:
     language model takes integer tokens, looks them up and returns a float for each. A transformer has an Attention, or
     multiplies a Softmax with something.
     """
-    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+    follow = {spec.name for spec in apart(input_specs(model))[1]}  # sizes of a picture are no tokens
+    inputs = [value for value in model.graph.inputs if not value.is_initializer() and value.name not in follow]
     outputs = list(model.graph.outputs)
     if len(inputs) >= 2 and outputs and _takes_a_timestep(inputs, outputs):
         return Kind.DENOISER

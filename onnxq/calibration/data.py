@@ -72,6 +72,11 @@ class InputSpec:
         return len(self.shape) == 4 and bool({self.shape[1], self.shape[3]} & {1, 3})
 
     @property
+    def sides(self) -> tuple[int | None, ...]:
+        """Height and width of a picture."""
+        return self.shape[2:] if self.shape[1] in (1, 3) else self.shape[1:3]
+
+    @property
     def holds_bytes(self) -> bool:
         """Whether it is a picture of bytes, which the model normalises itself."""
         return self.is_picture and self.dtype == np.uint8

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from onnxq.calibration import picture_size
 from onnxq.calibration.data import Array, InputSpec, Preprocessing, Sample
 from onnxq.errors import OnnxqError
 
@@ -25,8 +26,9 @@ class Images:
     def __init__(
         self, folder: Path, files: Sequence[Path], specs: Sequence[InputSpec], preprocessing: Preprocessing
     ) -> None:
-        images = [spec for spec in specs if len(spec.row_shape) == 3 and spec.dtype in IMAGE_TYPES]
-        if len(specs) != 1 or not images:
+        needed, following = picture_size.apart(specs)
+        images = [spec for spec in needed if len(spec.row_shape) == 3 and spec.dtype in IMAGE_TYPES]
+        if len(needed) != 1 or not images:
             raise OnnxqError(
                 f"expected a model with one image input, of floats or bytes, for the image folder {folder}, "
                 f"found inputs {', '.join(spec.name for spec in specs)}",
@@ -44,6 +46,7 @@ class Images:
                 hint="write an .npz keyed by the model's input names instead",
             )
         self.height, self.width = height or USUAL_SIDE, width or USUAL_SIDE
+        self.told = picture_size.told(following, self.height, self.width)
         self.notes = []
         if not height or not width:
             self.notes.append(
@@ -60,7 +63,7 @@ class Images:
 
     def __iter__(self) -> Iterator[Sample]:
         for file in self.files:
-            sample = {self.spec.name: self._read(file)}
+            sample = {self.spec.name: self._read(file), **self.told}
             if self.labels:
                 sample["labels"] = np.asarray(self.labels[file.parent.name])
             yield sample

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onnxq.calibration import picture_size
 from onnxq.calibration.data import Array, InputSpec, Sample
 from onnxq.calibration.images import USUAL_SIDE
 from onnxq.errors import OnnxqError
@@ -35,7 +36,8 @@ class Noise:
     is_made_up = True
 
     def __init__(self, specs: Sequence[InputSpec], *, count: int, seed: int, scaling: Scaling | None = None) -> None:
-        for spec in specs:
+        needed, following = picture_size.apart(specs)
+        for spec in needed:
             if spec.dtype.kind != "f" and not spec.holds_bytes:
                 constant = f", or make it a constant: onnxq specialize MODEL --input {spec.name}=VALUE"
                 raise OnnxqError(
@@ -49,7 +51,9 @@ class Noise:
                 "--shapes",
                 hint=f"give {' '.join(spec.example(USUAL_SIDE) for spec in free)} with your sizes, or --data",
             )
-        self.specs = list(specs)
+        self.specs = needed
+        sides = next((spec.sides for spec in needed if spec.is_picture), (1, 1))
+        self.told = picture_size.told(following, *(size or 1 for size in sides))
         self.count = count
         self.seed = seed
         self.scaling = scaling
@@ -60,7 +64,7 @@ class Noise:
     def __iter__(self) -> Iterator[Sample]:
         generator = np.random.default_rng(self.seed)
         for _ in range(self.count):
-            yield {spec.name: self._drawn(generator, spec) for spec in self.specs}
+            yield {spec.name: self._drawn(generator, spec) for spec in self.specs} | self.told
 
     def _drawn(self, generator: np.random.Generator, spec: InputSpec) -> Array:
         drawn = generator.standard_normal([size or 1 for size in spec.row_shape])

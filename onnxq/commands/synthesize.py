@@ -70,6 +70,7 @@ def synthesize(
     from onnxq import model as models
     from onnxq.calibration import side_car, sizes
     from onnxq.calibration.data import RANGE_RULE_KEY, input_specs
+    from onnxq.calibration.picture_size import apart
     from onnxq.config import make_settings
     from onnxq.inputs import default_count
     from onnxq.pipeline import checkpoint_folder
@@ -88,7 +89,7 @@ def synthesize(
     made = _load()(
         loaded,
         method,
-        count=samples or default_count(input_specs(loaded)),
+        count=samples or default_count(apart(input_specs(loaded))[0]),
         budget=settings.budget,
         steps=steps,
         seed=seed,
@@ -96,7 +97,7 @@ def synthesize(
         checkpoint=checkpoint_folder(output),
         progress=progress(quiet),
     )
-    write_arrays(output, {made.name: made.inputs, RANGE_RULE_KEY: np.array(made.observer)})
+    write_arrays(output, {**made.arrays(), RANGE_RULE_KEY: np.array(made.observer)})
     shutil.rmtree(checkpoint_folder(output), ignore_errors=True)
     low, high = np.percentile(made.inputs, [1, 99]).tolist()
     if grid is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from onnxq import graph as graphs
 from onnxq.autograd.interpreter import TorchGraph
 from onnxq.calibration.data import InputSpec, input_specs
+from onnxq.calibration.picture_size import apart
 from onnxq.errors import OnnxqError
 from onnxq.learning.outputs import compared
 from onnxq.synthesis.scale import input_scale, pixel_bounds
@@ -28,7 +29,7 @@ class Network:
     have them otherwise.
 
     Args:
-        model: The float model, with one float input of known size.
+        model: The float model, with one float input of known size beside those that follow from a picture.
         seed: Of the noise that units are found with.
         device: Where it runs.
         picture: Whether units are found with noise of a picture's spectrum, and pixels have bounds.
@@ -42,7 +43,7 @@ class Network:
     """
 
     def __init__(self, model: ir.Model, seed: int, device: str, *, picture: bool = False) -> None:
-        spec = input_specs(model)[0]
+        spec = apart(input_specs(model))[0][0]
         self.graph, self.input = TorchGraph(model, device), spec.name
         self.name, self.axes = channels_first(model, spec.name)
         sizes = tuple(size or 1 for size in spec.shape[1:])

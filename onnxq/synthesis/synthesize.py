@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from onnxq import graph as graphs
 from onnxq.autograd.denormals import no_denormals
 from onnxq.autograd.interpreter import Replacement
+from onnxq.calibration import picture_size
 from onnxq.calibration.data import InputSpec, Sample, input_specs
 from onnxq.calibration.noise import as_bytes
 from onnxq.errors import OnnxqError
@@ -66,6 +67,7 @@ class Synthesised:
         noise_entropy: The same of random inputs.
         losses: The loss after each step, by batch.
         observer: The range rule that suits them.
+        told: One row of each input that follows from a picture.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Synthesised:
     noise_entropy: float | None
     losses: list[list[float]]
     observer: str = "widened"
+    told: Mapping[str, Array] = field(default_factory=dict)
     is_made_up: ClassVar[bool] = True
 
     @property
@@ -94,18 +97,23 @@ class Synthesised:
             )
         return f"made from the model itself ({self.method}); {'; '.join(said)}"
 
+    def arrays(self) -> dict[str, Array]:
+        """All inputs of the model, one row for each sample."""
+        return {self.name: self.inputs} | {name: np.repeat(row[None], len(self), 0) for name, row in self.told.items()}
+
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __iter__(self) -> Iterator[Sample]:
-        return ({self.name: row} for row in self.inputs)
+        return ({self.name: row, **self.told} for row in self.inputs)
 
 
 def can_synthesise(model: ir.Model, specs: Sequence[InputSpec], method: str) -> bool:
     """Whether the model has what a method needs: statistics or attention, and one float input of known size.
 
-    Pictures of bytes are made as floats, and rounded.
+    Pictures of bytes are made as floats, and rounded. What a detector is told of its picture follows from that.
     """
+    specs = picture_size.apart(specs)[0]
     if len(specs) != 1 or specs[0].is_whole or not (specs[0].dtype.kind == "f" or specs[0].holds_bytes):
         return False
     if None in specs[0].shape[1:] or len(specs[0].shape) < 3:
@@ -159,7 +167,8 @@ def synthesise(
     Raises:
         OnnxqError: the model lacks what the method needs, does not run, or its input is none that can be made.
     """
-    recipe, specs, progress = get(method), input_specs(model), progress or Progress()
+    recipe, progress = get(method), progress or Progress()
+    specs, following = picture_size.apart(input_specs(model))
     if missing := _missing(model, recipe):
         raise OnnxqError(f"expected {missing[0]}, found none in the model", hint=missing[1])
     if not can_synthesise(model, specs, method):
@@ -167,7 +176,8 @@ def synthesise(
         raise OnnxqError(
             f"expected one float input [batch, channels, …] of known size to make, found {found}", hint="give --data"
         )
-    _check_runs(model, specs, device)
+    told = picture_size.told(following, *(size or 1 for size in specs[0].sides)) if following else {}
+    _check_runs(model, specs, told, device)
     maker = _Maker(taken_apart(_reading_floats(model) if specs[0].holds_bytes else model), recipe, seed, device)
     total = steps or max(1, round(recipe.steps * SHARE_OF_STEPS[budget]))
     untouched = int(recipe.noise * count)
@@ -195,6 +205,7 @@ def synthesise(
         maker.entropy(noise),
         losses,
         recipe.observer,
+        told,
     )
 
 
@@ -207,9 +218,10 @@ def _reading_floats(model: ir.Model) -> ir.Model:
     return copy
 
 
-def _check_runs(model: ir.Model, specs: Sequence[InputSpec], device: str) -> None:
+def _check_runs(model: ir.Model, specs: Sequence[InputSpec], told: Mapping[str, Array], device: str) -> None:
     """Refuse a model that does not run before minutes go into inputs for it."""
     feed = {spec.name: np.zeros([size or 1 for size in spec.shape], spec.dtype) for spec in specs}
+    feed |= {name: np.repeat(row[None], specs[0].shape[0] or 1, axis=0) for name, row in told.items()}
     Session(model, optimize=False, device=device).run(feed)
 
 
