@@ -95,7 +95,6 @@ def _made_up(
     checkpoint: Path | None,
 ) -> tuple[Source, list[str]]:
     """Inputs made from the model: by the method that was asked for, the recipe's own, or what suits the model."""
-    needed = apart(specs)[0]
     asked = settings.synthesis if settings.synthesis != "auto" else getattr(recipe, "synthesis", "auto")
     has_statistics = any(node.op_type == "BatchNormalization" for node in model.graph) or bool(attached(model))
     reason = (
@@ -114,13 +113,13 @@ def _made_up(
             reason = "pip install 'onnxq[learn]' lets onnxq make inputs from the model itself"
         else:
             method = synthesize.default_method(model) if asked == "auto" else asked
-            if asked == "auto" and not has_statistics and not needed[0].is_picture:
+            if asked == "auto" and not has_statistics and not apart(specs)[0][0].is_picture:
                 reason = "its input is no picture, whose patches could be told apart"
             elif asked != "auto" or synthesize.can_synthesise(model, specs, method):
                 made = synthesize.synthesise(
                     model,
                     method,
-                    count=settings.samples or getattr(recipe, "images", 0) or default_count(needed),
+                    count=settings.samples or getattr(recipe, "images", 0) or default_count(specs),
                     budget=settings.budget,
                     seed=settings.seed,
                     device=settings.device,
@@ -148,4 +147,5 @@ def _made_up(
 
 def default_count(specs: Sequence[InputSpec]) -> int:
     """How many inputs are made: fewer large ones."""
-    return 64 if np.prod([size or 1 for size in specs[0].shape[1:]]) <= SMALL_ELEMENTS else 32
+    made = apart(specs)[0][0]
+    return 64 if np.prod([size or 1 for size in made.shape[1:]]) <= SMALL_ELEMENTS else 32

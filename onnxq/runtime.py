@@ -38,7 +38,7 @@ IN_MEMORY_LIMIT_BYTES = 1 << 29
 SPINNING = "session.intra_op.allow_spinning"
 # What onnxruntime says where its layout for convolutions lost a value that is an output too, as taps are.
 LOST_OUTPUT = "Failed to find node output"
-UNKNOWN_OP = "is not a registered function/op"
+UNKNOWN_OP = ("is not a registered function/op", "No Op registered for")
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # What onnxruntime calls integer kernels: they read codes and never see a float activation.
@@ -111,10 +111,9 @@ class Session:
         spin: bool = False,
         profile_prefix: str | None = None,
     ) -> None:
-        options = onnxruntime.SessionOptions()
+        options = _new_options()
         if profile_prefix is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile_prefix
-        options.log_severity_level = 4  # errors come back as exceptions
         in_parts = isinstance(model, Serialized) and model.is_large
         self._at_once = 1 if in_parts or device != "cpu" else at_once
         # A run's own thread works too, so that this many threads for all runs together fill the cores.
@@ -137,7 +136,7 @@ class Session:
             raise
         except Exception as error:
             hint = "check the model in onnxruntime alone; its op or opset may be unsupported here"
-            if UNKNOWN_OP in str(error):
+            if _is_unknown_op(error):
                 hint = "name the library of custom ops that has it: --custom-ops FILE"
             raise OnnxqError(
                 f"expected a model that onnxruntime runs, found one that it refuses ({_one_line(error)})", hint=hint
@@ -159,12 +158,12 @@ class Session:
 
             large = is_large(model)
             if not taps and (not large or options.optimized_model_filepath):
-                session, refused = _session_of_file(os.fspath(model), options, device)
-                if refused is None:
-                    return session
-                model = refused
-            else:
-                model = read(model)
+                try:
+                    return _inference_session(os.fspath(model), options, device)
+                except Exception as error:
+                    if not _is_unknown_op(error):
+                        raise
+            model = read(model)  # which may run without its plugins
             if large:
                 shapes.infer(model)
         serialized = serialize(model, taps) if isinstance(model, ir.Model) else model
@@ -184,8 +183,7 @@ class Session:
             level = levels.ORT_ENABLE_EXTENDED
 
         def open_part(data: bytes, initializers: Sequence[str]) -> Any:
-            lean = onnxruntime.SessionOptions()
-            lean.log_severity_level = 4
+            lean = _new_options()
             lean.intra_op_num_threads = options.intra_op_num_threads
             lean.enable_cpu_mem_arena = lean.enable_mem_pattern = False
             lean.graph_optimization_level = level
@@ -246,10 +244,19 @@ class Session:
         return found
 
 
-def _inference_session(source: bytes | str, options: onnxruntime.SessionOptions, device: str) -> Any:
+def _new_options() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors come back as exceptions
     for library in custom_ops.list_libraries():
         options.register_custom_ops_library(library)
+    return options
 
+
+def _is_unknown_op(error: BaseException) -> bool:
+    return any(words in str(error) for words in UNKNOWN_OP)
+
+
+def _inference_session(source: bytes | str, options: onnxruntime.SessionOptions, device: str) -> Any:
     def opened() -> Any:
         return onnxruntime.InferenceSession(source, options, providers=PROVIDERS[device], enable_fallback=0)
 
@@ -265,20 +272,6 @@ def _inference_session(source: bytes | str, options: onnxruntime.SessionOptions,
     if device == "cuda":
         cuda.require_on_gpu(session)
     return session
-
-
-def _session_of_file(path: str, options: onnxruntime.SessionOptions, device: str) -> tuple[Any, ir.Model | None]:
-    """A session, or the model in the file where onnxruntime refuses it for plugins, without which it may run."""
-    from onnxq import plugins
-    from onnxq.model import read
-
-    try:
-        return _inference_session(path, options, device), None
-    except Exception:
-        model = read(path)
-        if not plugins.holds_plugins(model):
-            raise
-        return None, model
 
 
 def _named_values(arrays: Mapping[str, Array], names: Iterable[str]) -> tuple[list[str], list[Any]]:

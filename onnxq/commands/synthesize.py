@@ -70,7 +70,6 @@ def synthesize(
     from onnxq import model as models
     from onnxq.calibration import side_car, sizes
     from onnxq.calibration.data import RANGE_RULE_KEY, input_specs
-    from onnxq.calibration.picture_size import apart
     from onnxq.config import make_settings
     from onnxq.inputs import default_count
     from onnxq.pipeline import checkpoint_folder
@@ -89,7 +88,7 @@ def synthesize(
     made = _load()(
         loaded,
         method,
-        count=samples or default_count(apart(input_specs(loaded))[0]),
+        count=samples or default_count(input_specs(loaded)),
         budget=settings.budget,
         steps=steps,
         seed=seed,
