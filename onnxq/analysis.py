@@ -24,8 +24,9 @@ from onnxq.job import Job
 from onnxq.parallel import Workers, open_workers
 from onnxq.progress import Progress
 from onnxq.report.metrics import json_safe
-from onnxq.runtime import Session, serialize
+from onnxq.runtime import Session
 from onnxq.sensitivity import ErrorPower, Probe, judged_samples
+from onnxq.serialized import serialize
 from onnxq.switchboard import Layer, activations_of, layers_of
 
 Array = np.ndarray[Any, Any]

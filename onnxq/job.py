@@ -33,8 +33,9 @@ from onnxq.passes.level_gates import GATED
 from onnxq.passes.rotate_heads import RotateHeads
 from onnxq.passes.rotate_streams import RotateStreams
 from onnxq.progress import Progress
-from onnxq.runtime import IN_MEMORY_LIMIT_BYTES, Session, elements_of, serialize
+from onnxq.runtime import Session, elements_of
 from onnxq.scheme import Scheme
+from onnxq.serialized import IN_MEMORY_LIMIT_BYTES, serialize
 from onnxq.targets import Placement, Target, scheme_of_ends
 from onnxq.targets.placement import first_and_last
 

@@ -23,7 +23,7 @@ from onnxq import constant_folding, identities, plugins, shapes
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.passes.expand_fusions import ExpandFusions, claim_simplified_norms
-from onnxq.runtime import IN_MEMORY_LIMIT_BYTES
+from onnxq.serialized import IN_MEMORY_LIMIT_BYTES
 from onnxq.writing import atomic_folder
 
 OLDEST_OPSET = 7

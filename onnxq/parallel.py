@@ -26,7 +26,8 @@ import onnx
 
 from onnxq import custom_ops, machine
 from onnxq.errors import OnnxqError
-from onnxq.runtime import Serialized, Session, serialize
+from onnxq.runtime import Session
+from onnxq.serialized import Serialized, serialize
 
 Array = np.ndarray[Any, Any]
 Item = TypeVar("Item")

@@ -23,7 +23,8 @@ from onnxq.errors import OnnxqError
 from onnxq.report.layers import common_layers, measure
 from onnxq.report.metrics import OutputsSqnr
 from onnxq.report.quality import Quality
-from onnxq.runtime import IN_MEMORY_LIMIT_BYTES, Array, Session, latency_ms
+from onnxq.runtime import Array, Session, latency_ms
+from onnxq.serialized import IN_MEMORY_LIMIT_BYTES
 
 Model = ir.Model | str | os.PathLike[str]
 Progress = Callable[[str, int], None]  # stage, samples done by this step

@@ -16,8 +16,9 @@ from onnxq.calibration.weight_ranges import Search
 from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.lower_weights import LowerWeights
-from onnxq.runtime import Session, serialize
+from onnxq.runtime import Session
 from onnxq.scheme import Scheme, Spec
+from onnxq.serialized import serialize
 from onnxq.targets import Site
 
 Array = np.ndarray[Any, Any]

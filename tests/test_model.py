@@ -15,7 +15,7 @@ import pytest
 from conftest import add_weights
 
 import onnxq
-from onnxq import kinds, runtime
+from onnxq import kinds, serialized
 from onnxq import model as models
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
@@ -80,10 +80,10 @@ def test_large_models_go_through_external_data(network: Path, tmp_path: Path, mo
     assert (tmp_path / "big.onnx.data").is_file()
     assert models.file_bytes(saved) > models.initializer_bytes(loaded)
     again = models.load(saved)
-    monkeypatch.setattr(runtime, "IN_MEMORY_LIMIT_BYTES", 1000)
-    monkeypatch.setattr(runtime, "LARGE_TENSOR_BYTES", 1000)
-    serialized = runtime.serialize(again)
-    assert serialized.large and serialized.model.ByteSize() < models.initializer_bytes(loaded)
+    monkeypatch.setattr(serialized, "IN_MEMORY_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(serialized, "LARGE_TENSOR_BYTES", 1000)
+    made = serialized.serialize(again)
+    assert made.large and made.model.ByteSize() < models.initializer_bytes(loaded)
     in_parts = Session(again)
     assert in_parts.in_parts
     np.testing.assert_allclose(in_parts.run(x)[0], expected, rtol=1e-5)

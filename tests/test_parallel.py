@@ -18,7 +18,7 @@ from onnxq.analysis import analyze
 from onnxq.config import make_settings
 from onnxq.errors import OnnxqError
 from onnxq.parallel import open_workers
-from onnxq.runtime import Serialized, serialize
+from onnxq.serialized import Serialized, serialize
 
 
 @pytest.fixture

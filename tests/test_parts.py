@@ -15,7 +15,8 @@ from conftest import DATA, MODELS
 from onnxq import model as models
 from onnxq import shapes
 from onnxq.parts import Parts
-from onnxq.runtime import Session, serialize
+from onnxq.runtime import Session
+from onnxq.serialized import serialize
 
 LOOP = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -120,7 +121,7 @@ def test_a_weight_that_is_another_s_transpose_runs_in_parts_too(monkeypatch: pyt
     array = np.random.default_rng(0).standard_normal((1024, 512)).astype(np.float32).T
     weight.const_value = ir.Tensor(array, name="w")
     model.graph.register_initializer(weight)
-    monkeypatch.setattr("onnxq.runtime.IN_MEMORY_LIMIT_BYTES", 1 << 20)
+    monkeypatch.setattr("onnxq.serialized.IN_MEMORY_LIMIT_BYTES", 1 << 20)
     session = Session(model)
     assert session.in_parts
     x = np.random.default_rng(1).standard_normal((2, 512)).astype(np.float32)

@@ -12,7 +12,8 @@ import pytest
 from conftest import add_weights
 
 from onnxq.errors import OnnxqError
-from onnxq.runtime import LOST_OUTPUT, Session, serialize
+from onnxq.runtime import LOST_OUTPUT, Session
+from onnxq.serialized import serialize
 
 TEXT = """<ir_version: 10, opset_import: ["": 21]>
 g (float[n, 8] x) => (float[n, 8] y) { h = Exp(x)  y = Relu(h) }

@@ -17,7 +17,8 @@ from onnxq import graph as graphs
 from onnxq.calibration.archives import read_arrays
 from onnxq.calibration.data import Source, batches, input_specs, inputs_of, row_count
 from onnxq.errors import OnnxqError
-from onnxq.runtime import Session, serialize
+from onnxq.runtime import Session
+from onnxq.serialized import serialize
 
 Array = np.ndarray[Any, Any]
 

@@ -21,8 +21,9 @@ from onnxq import targets
 from onnxq.calibration.data import input_specs, open_source
 from onnxq.calibration.recording import record
 from onnxq.parallel import Workers, open_workers
-from onnxq.runtime import Session, serialize
+from onnxq.runtime import Session
 from onnxq.scheme import Scheme
+from onnxq.serialized import serialize
 
 
 @contextlib.contextmanager

@@ -1,0 +1,107 @@
+"""A model in the form that sessions are made of: its large initializers apart, and inner values as further outputs."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxq.graph import values as named_values
+from onnxq.plugins import without_plugins
+
+Array = np.ndarray[Any, Any]
+
+LARGE_TENSOR_BYTES = 1 << 20  # kept out of the serialised model, which protobuf limits to 2 GiB
+IN_MEMORY_LIMIT_BYTES = 1 << 29
+
+
+@dataclass(frozen=True)
+class Serialized:
+    """A model that a session can be made of (see :func:`serialize`).
+
+    Attributes:
+        model: The model.
+        large: The initializers that are not in it, by name.
+        appended: How many of its outputs, at the end, are taps.
+        folder: Where initializers lie that are in neither: ``model`` names their files, relative to it.
+        weight_bytes: Of all initializers, as float32: literal runs unpack codes, all of them before the first layer.
+    """
+
+    model: onnx.ModelProto
+    large: dict[str, Array]
+    appended: int
+    folder: str = ""
+    weight_bytes: int = 0
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it runs in parts, because a session would hold copies of all its weights."""
+        return self.weight_bytes > IN_MEMORY_LIMIT_BYTES
+
+
+def serialize(model: ir.Model, taps: Sequence[str] = (), *, by_path: bool = True) -> Serialized:
+    """The model with ``taps`` as further outputs, and the large initializers left out of it.
+
+    Models below 512 MiB keep everything inside but what lies outside their file. Larger ones leave out all large
+    initializers, which the caller hands to onnxruntime as (memory-mapped) arrays.
+
+    Args:
+        model: The model.
+        taps: Names of inner values that become its last outputs.
+        by_path: Whether what lies in files beside the model is named by its path, so that onnxruntime maps it by
+            itself and nothing is copied; ``False`` where another process or machine reads the result.
+    """
+    model = without_plugins(model)
+    graph = model.graph
+    own = {value.name for value in graph.outputs}
+    wanted = [name for name in taps if name not in own]
+    if wanted:
+        known = named_values(graph)
+        graph.outputs.extend(known[name] for name in wanted)
+    large: dict[str, Array] = {}
+    kept: dict[str, ir.TensorProtocol] = {}
+    try:
+        tensors = {name: value.const_value for name, value in graph.initializers.items()}
+        present = [tensor for tensor in tensors.values() if tensor is not None]
+        weight_bytes = sum(max(tensor.nbytes, 4 * tensor.size) for tensor in present)
+        too_large = weight_bytes > IN_MEMORY_LIMIT_BYTES
+        folder = _folder_of_most(tensors.values()) if by_path else ""
+        for name, tensor in tensors.items():
+            # Elsewhere a path to external data means nothing, so that such tensors come along in any case.
+            is_external = isinstance(tensor, ir.ExternalTensor)
+            if tensor is None or not (is_external or (too_large and tensor.nbytes >= LARGE_TENSOR_BYTES)):
+                continue
+            if not is_external and tensor.dtype.bitwidth < 8:  # as an array it would be unpacked
+                continue
+            if folder and isinstance(tensor, ir.ExternalTensor) and str(tensor.base_dir) == folder:
+                continue
+            kept[name] = tensor
+            if tensor.nbytes < LARGE_TENSOR_BYTES:
+                inner: ir.TensorProtocol = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+            else:
+                large[name] = np.ascontiguousarray(tensor.numpy())  # a folded Transpose is a view: refused as it is
+                shape = ir.Shape(large[name].shape)
+                inner = ir.ExternalTensor(
+                    "in-memory", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=""
+                )
+            graph.initializers[name].const_value = inner
+        proto = ir.to_proto(model)
+    finally:
+        for name, tensor in kept.items():
+            graph.initializers[name].const_value = tensor
+        if wanted:
+            for _ in wanted:
+                graph.outputs.pop()  # one by one: deleting a slice would leave the values marked as outputs
+    return Serialized(proto, large, len(wanted), folder and str(Path(folder).resolve()), weight_bytes)
+
+
+def _folder_of_most(tensors: Iterable[ir.TensorProtocol | None]) -> str:
+    """The folder that most of the tensors that lie in files lie in; empty where none does."""
+    folders = collections.Counter(str(tensor.base_dir) for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+    return max(folders, key=lambda folder: folders[folder]) if folders else ""
