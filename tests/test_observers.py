@@ -81,6 +81,15 @@ def test_range_holds_two_ends() -> None:
     assert Range(-1.0, 2.0).high == 2.0
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_robust_covers_scores_of_which_each_sample_has_one(symmetric: bool) -> None:
+    """Speech or not: most samples lie far to one side, and the mean over them is no extreme."""
+    generator = np.random.default_rng(0)
+    scores = np.where(generator.random(1000) < 0.3, -6.0, 9.0) + generator.standard_normal(1000)
+    seen = OBSERVERS["robust"](statistics(scores.reshape(1000, 1)), INT8 if symmetric else UINT8, symmetric)
+    assert seen.low < -6 and seen.high > 10
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_robust_keeps_a_channel_that_every_sample_reaches_and_cuts_what_a_rare_one_does(symmetric: bool) -> None:
     generator = np.random.default_rng(0)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.scheme import Scheme, Spec
+from onnxq.targets import logarithms
 
 EXCLUDED = "excluded"  # why a layer stays float that the user named
 
@@ -80,9 +81,12 @@ def choose(
     """The weighted nodes to quantize, and why the others stay in float (``why_float`` gives a reason or nothing)."""
     chosen: list[graphs.WeightedNode] = []
     left_float = {name: EXCLUDED if name in skipped else reason for name, reason in graphs.layers_without_codes(graph)}
+    filters = logarithms.before_logarithms(graph)
     for item in graphs.weighted_nodes(graph):
         name = item.node.name or ""
-        reason = EXCLUDED if name in skipped else why_float(item)
+        reason = logarithms.REASON if item.node in filters else why_float(item)
+        if name in skipped:
+            reason = EXCLUDED
         if reason:
             left_float[name] = reason
         else:
