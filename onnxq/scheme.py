@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from onnxq import block_scales
 from onnxq.errors import OnnxqError
 from onnxq.formats import NumberFormat, parse_format
 
@@ -47,11 +48,16 @@ class Scheme:
 
 
 def parse_weights(text: str, *, symmetric: bool = True) -> Spec:
-    """Weights are per channel unless the name says otherwise: ``int8``, ``int4:128`` (blocks), ``int8:tensor``."""
+    """Weights are per channel unless the name says otherwise: ``int8``, ``int4:128`` (blocks), ``int8:tensor``.
+
+    ``fp4`` means blocks of 16, which are part of the format that hardware has (NVFP4).
+    """
     name, _, ending = text.strip().lower().partition(":")
     if ending == "tensor":
-        return replace(parse_weights(name, symmetric=symmetric), granularity="tensor")
+        return replace(parse_weights(name, symmetric=symmetric), granularity="tensor", block_size=None)
     number_format, block_size = parse_format(text)
+    if number_format.name == "fp4":
+        block_size = block_size or block_scales.BLOCK
     if number_format.name.startswith("u") and symmetric:
         symmetric = False
     spec = Spec(number_format, "channel", symmetric)

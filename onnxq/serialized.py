@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -75,20 +76,22 @@ def serialize(model: ir.Model, taps: Sequence[str] = (), *, by_path: bool = True
         for name, tensor in tensors.items():
             # Elsewhere a path to external data means nothing, so that such tensors come along in any case.
             is_external = isinstance(tensor, ir.ExternalTensor)
-            if tensor is None or not (is_external or (too_large and tensor.nbytes >= LARGE_TENSOR_BYTES)):
+            is_float4 = tensor is not None and tensor.dtype == ir.DataType.FLOAT4E2M1
+            if tensor is None or not (is_external or is_float4 or (too_large and tensor.nbytes >= LARGE_TENSOR_BYTES)):
                 continue
-            if not is_external and tensor.dtype.bitwidth < 8:  # as an array it would be unpacked
+            shown: ir.TensorProtocol = _as_float8(tensor) if is_float4 else tensor
+            if not is_external and shown.dtype.bitwidth < 8:  # as an array it would be unpacked
                 continue
-            if folder and isinstance(tensor, ir.ExternalTensor) and str(tensor.base_dir) == folder:
+            if folder and isinstance(shown, ir.ExternalTensor) and str(shown.base_dir) == folder:
                 continue
             kept[name] = tensor
-            if tensor.nbytes < LARGE_TENSOR_BYTES:
-                inner: ir.TensorProtocol = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+            if shown.nbytes < LARGE_TENSOR_BYTES:
+                inner: ir.TensorProtocol = ir.Tensor(shown.numpy(), dtype=shown.dtype, name=name)
             else:
-                large[name] = np.ascontiguousarray(tensor.numpy())  # a folded Transpose is a view: refused as it is
+                large[name] = np.ascontiguousarray(shown.numpy())  # a folded Transpose is a view: refused as it is
                 shape = ir.Shape(large[name].shape)
                 inner = ir.ExternalTensor(
-                    "in-memory", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=""
+                    "in-memory", 0, shown.nbytes, shown.dtype, shape=shape, name=name, base_dir=""
                 )
             graph.initializers[name].const_value = inner
         proto = ir.to_proto(model)
@@ -99,6 +102,11 @@ def serialize(model: ir.Model, taps: Sequence[str] = (), *, by_path: bool = True
             for _ in wanted:
                 graph.outputs.pop()  # one by one: deleting a slice would leave the values marked as outputs
     return Serialized(proto, large, len(wanted), folder and str(Path(folder).resolve()), weight_bytes)
+
+
+def _as_float8(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """FP4 codes as FP8 ones, which hold all 16 numbers: onnxruntime has no FP4, and this means the same."""
+    return ir.tensor(tensor.numpy().astype(ml_dtypes.float8_e4m3fn), name=tensor.name)
 
 
 def _folder_of_most(tensors: Iterable[ir.TensorProtocol | None]) -> str:

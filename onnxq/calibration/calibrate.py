@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxq import block_scales
 from onnxq import graph as graphs
 from onnxq.arithmetic import scale_and_zero_point, storable_scale
 from onnxq.calibration.let_through import Interval, let_through
@@ -127,6 +128,8 @@ def rows_of(weight: Array, shape: tuple[int, ...], node: ir.Node) -> Array:
 
 def write_scales(node: ir.Node, scale: Array, zero_point: Array) -> None:
     """Put new values into the initializers that a QuantizeLinear reads."""
+    if node.attributes.get_int("block_size", 0) and node.metadata_props.get(FORMAT) == "fp4":
+        scale = block_scales.rounded(scale)
     for value, array in zip(node.inputs[1:3], (scale, zero_point), strict=True):
         assert value is not None and value.dtype is not None and value.const_value is not None
         stored = np.asarray(storable_scale(array, value.dtype)).astype(value.dtype.numpy())

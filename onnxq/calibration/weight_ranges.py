@@ -1,7 +1,8 @@
 """Where to clip weights: a search over clips, each row for itself, for the least error that rounding leaves.
 
 At 8 bits the extremes are as good; the fewer the codes, the more it pays to give up a few large weights for a finer
-step. The codes' lowest, -2^(b-1), is used too: a symmetric clip at (2^(b-1) - 1) / 2^(b-1) of a row whose largest
+step; FP4 has gaps at the top (3, 4, 6), and a block whose largest weight becomes 4 has finer codes for the
+rest. The codes' lowest, -2^(b-1), is used too: a symmetric clip at (2^(b-1) - 1) / 2^(b-1) of a row whose largest
 weight is negative costs nothing, which with 2 and 3 bits is most of the gain.
 
 Source: the error with power 2.4 and the grid are those of X. Wei et al., QDrop, ICLR 2022 (their ``MSEObserver``).
@@ -27,7 +28,9 @@ Search = Callable[[Array, NumberFormat, bool], tuple[Array, Array]]
 TILE_VALUES = 1 << 18  # worked on at once: a few MiB of scratch, however large the weight
 SMALLEST_CLIP = 0.2
 COARSE_STEPS = 25
+FLOAT_STEPS = 16  # above the extremes, where an extreme takes a lower code of FP4
 FEW_CLIPS = (1.0, 0.94, 0.875, 0.8, 0.7)  # at 0.875 a negative extreme takes the lowest of 16 codes
+FEW_CLIPS_FLOAT = (1.0, 1.5, 1.25, 0.94, 0.875)  # at 1.5 an extreme takes FP4's 4
 FINE_STEPS = 4  # on either side of the best coarse one
 
 
@@ -79,28 +82,38 @@ def best_of_few(rows: Array, number_format: NumberFormat, symmetric: bool) -> tu
     """
     low, high = (np.asarray(end, np.float64) for end in extremes(rows, number_format, symmetric))
     low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
-    if number_format.is_passthrough or number_format.is_float or not rows.size:
+    if number_format.is_passthrough or (number_format.is_float and number_format.bits >= 8) or not rows.size:
         return low, high
     step = max(1, TILE_VALUES // rows.shape[1])
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         values = np.ascontiguousarray(rows[part], np.float32)
         best, least = np.ones(len(values)), np.full(len(values), np.inf)
-        for factor in FEW_CLIPS:
+        for factor in FEW_CLIPS_FLOAT if number_format.is_float else FEW_CLIPS:
             scale, zero_point = scale_and_zero_point(
                 low[part] * factor, high[part] * factor, number_format, symmetric=symmetric
             )
-            offset = zero_point.astype(np.float32)[:, None]
-            steps = values / scale[:, None]
-            codes = np.rint(steps)
-            np.clip(codes, number_format.low - offset, number_format.high - offset, out=codes)
-            codes -= steps
-            error = np.einsum("ij,ij->i", codes, codes) * np.square(scale, dtype=np.float64)
+            error = _squared_errors(values, scale, zero_point, number_format)
             better = error < least
             best, least = np.where(better, factor, best), np.where(better, error, least)
         low[part] *= best
         high[part] *= best
     return low, high
+
+
+def _squared_errors(values: Array, scale: Array, zero_point: Array, number_format: NumberFormat) -> Array:
+    """What rounding costs each row; integers without :func:`fake_quantize`, in a third of its time."""
+    if number_format.is_float:
+        difference = values - fake_quantize(values, scale, zero_point, number_format, axis=0)
+        exact: Array = np.einsum("ij,ij->i", difference, difference, dtype=np.float64)
+        return exact
+    offset = zero_point.astype(np.float32)[:, None]
+    steps = values / scale[:, None]
+    codes = np.rint(steps)
+    np.clip(codes, number_format.low - offset, number_format.high - offset, out=codes)
+    codes -= steps
+    result: Array = np.einsum("ij,ij->i", codes, codes) * np.square(scale, dtype=np.float64)
+    return result
 
 
 class _Search:
@@ -118,6 +131,8 @@ class _Search:
         """Both ends together, then, if they may differ, one after the other."""
         step = (1 - SMALLEST_CLIP) / (COARSE_STEPS - 1)
         coarse = 1 - step * np.arange(1, COARSE_STEPS)
+        if self.number_format.is_float and self.number_format.bits < 8:
+            coarse = np.append(coarse, 1 + step * np.arange(1, FLOAT_STEPS))  # up to half as much again
         fine = step * np.delete(np.arange(-FINE_STEPS, FINE_STEPS + 1), FINE_STEPS) / (FINE_STEPS + 1)
         self._try((factor, factor) for factor in coarse)
         self._try(_around(self.low_factor, self.high_factor, fine, low=True, high=True))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onnxq import block_scales
 from onnxq.arithmetic import scale_and_zero_point
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
@@ -208,8 +209,6 @@ class Network:
         hessians = self._hessians(block, weights, before)
         learned: dict[str, Tensor] = {}
         for item in weights:
-            if item.is_float_format:
-                continue  # rounded to the nearest when it is lowered
             layers = self.readers.get(item.output, ())
             if not layers:
                 learned[item.source] = Grid(self.graph, item).nearest()
@@ -226,7 +225,7 @@ class Network:
         original = weight = layer.matrix(grid.weight)
         if drift is not None:
             weight = towards_float(weight, products, drift, self.options.asymmetry)
-        columns = Columns(weight, layer.matrix(scale), layer.matrix(zero_point), item.low, item.high)
+        columns = Columns(weight, layer.matrix(scale), layer.matrix(zero_point), item.low, item.high, item.float_type)
         rescale = None
         if item.block_size is not None and not self.options.static_groups and not self.options.act_order:
             rescale = self._rescale(item)
@@ -274,6 +273,8 @@ class Network:
         def rescale(rows: Tensor) -> tuple[Tensor, Tensor]:
             low, high = self.search(rows.cpu().numpy(), number_format, symmetric)
             scale, zero_point = scale_and_zero_point(low, high, number_format, symmetric=symmetric)
+            if number_format.name == "fp4":
+                scale = block_scales.rounded(scale)
             return (
                 torch.from_numpy(scale).to(rows.device),
                 torch.from_numpy(np.asarray(zero_point).astype(np.float32)).to(rows.device),
@@ -287,7 +288,7 @@ class Network:
         Readers that no block has come to yet are looked at in the float network.
         """
         reachable = {*inside(self.graph, block), *block.inputs}
-        layers = {item.output: self.readers.get(item.output, ()) for item in weights if not item.is_float_format}
+        layers = {item.output: self.readers.get(item.output, ()) for item in weights}
         here: dict[tuple[object, ...], Layer] = {}
         later: dict[tuple[object, ...], Layer] = {}
         for found in layers.values():

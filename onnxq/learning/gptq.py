@@ -14,8 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
+
+from onnxq.learning.quantizers import nearest_codes
 
 COLUMNS = 128  # updates of later columns are put off until so many are rounded (section 3.3, step 2)
 CANDIDATES = 1 << 22  # numbers of a weight at several steps that are rounded at once
@@ -34,6 +37,7 @@ class Columns:
         zero_point: Of each number.
         low: The smallest code.
         high: The largest code.
+        float_type: What codes are where they are floating-point numbers, ``None`` for integers.
     """
 
     weight: Tensor
@@ -41,10 +45,16 @@ class Columns:
     zero_point: Tensor
     low: float
     high: float
+    float_type: ir.DataType | None = None
 
     def nearest(self) -> Tensor:
         """Every number at the nearest of its grid."""
-        return _rounded(self.weight, self.scale, self.zero_point, self.low, self.high)
+        return self.rounded(self.weight, self.scale, self.zero_point)
+
+    def rounded(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Numbers of these formats at the nearest of other grids."""
+        codes = (nearest_codes(weight / scale, self.float_type) + zero_point).clamp(self.low, self.high)
+        return (codes - zero_point) * scale
 
 
 def round_columns(
@@ -109,7 +119,7 @@ def _eliminated(
                 scale[:, :, part] = new_scale.reshape(groups, rows, 1)
                 zero_point[:, :, part] = new_zero_point.reshape(groups, rows, 1)
             now = weight[:, :, column]
-            then = _rounded(now, scale[:, :, column], zero_point[:, :, column], columns.low, columns.high)
+            then = columns.rounded(now, scale[:, :, column], zero_point[:, :, column])
             rounded[:, :, column] = then
             error = (now - then) / factor[:, column, column, None]
             weight[:, :, column:stop] -= error[:, :, None] * factor[:, None, column, column:stop]
@@ -200,11 +210,6 @@ def weighted_error(difference: Tensor, hessian: Tensor) -> Tensor:
     difference = difference.to(hessian.dtype)
     error: Tensor = ((difference @ hessian) * difference).sum(dim=2)
     return error
-
-
-def _rounded(weight: Tensor, scale: Tensor, zero_point: Tensor, low: float, high: float) -> Tensor:
-    codes = ((weight / scale).round() + zero_point).clamp(low, high)
-    return (codes - zero_point) * scale
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from onnxq import graph as graphs
 from onnxq.arithmetic import storable_scale
 from onnxq.autograd.interpreter import Replacement, TorchGraph
+from onnxq.autograd.ops.operands import narrowed
 from onnxq.formats import parse_format
 from onnxq.passes.insert_qdq import CLIP, FORMAT, SYMMETRIC
 
@@ -34,7 +35,7 @@ class Quantizer:
         block_size: Elements of ``axis`` that share a scale, ``None`` without blocks.
         clip: The initializers of the Clip's bounds, if there is one.
         is_weight: Whether the source is constant.
-        is_float_format: Whether codes are floating-point numbers.
+        float_type: What codes are where they are floating-point numbers (FP8, FP4), ``None`` for integers.
         symmetric: Whether the zero point stays in the middle of the codes.
     """
 
@@ -48,7 +49,7 @@ class Quantizer:
     block_size: int | None
     clip: tuple[str, str] | None
     is_weight: bool
-    is_float_format: bool = False
+    float_type: ir.DataType | None = None
     symmetric: bool = True
 
 
@@ -80,7 +81,7 @@ def find(graph: ir.Graph) -> list[Quantizer]:
                 block_size=node.attributes.get_int("block_size", 0) or None,
                 clip=clip,
                 is_weight=graphs.is_constant(source),
-                is_float_format=number_format.is_float,
+                float_type=number_format.storage if number_format.is_float else None,
                 symmetric=node.metadata_props.get(SYMMETRIC, "1") == "1",
             )
         )
@@ -106,6 +107,11 @@ def round_through(value: Tensor) -> Tensor:
     return value + (value.round() - value).detach()
 
 
+def nearest_codes(steps: Tensor, float_type: ir.DataType | None) -> Tensor:
+    """Multiples of the step as codes, half to even: integers, or numbers of FP8 or FP4."""
+    return steps.round() if float_type is None else narrowed(steps, float_type).to(steps.dtype)
+
+
 def scale_gradient(value: Tensor, factor: float) -> Tensor:
     """The value as it is, with its gradient times a factor."""
     return value.detach() + factor * (value - value.detach())
@@ -116,7 +122,7 @@ class Grid:
 
     Args:
         graph: Where the initializers are.
-        quantizer: A weight's quantizer, of an integer format.
+        quantizer: A weight's quantizer.
     """
 
     def __init__(self, graph: TorchGraph, quantizer: Quantizer) -> None:
@@ -139,7 +145,8 @@ class Grid:
     def nearest(self, weight: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """The weight rounded to the nearest numbers of the grid, with straight-through gradients."""
         step = self.spread(self.scale if scale is None else scale)
-        codes = round_through((self.weight if weight is None else weight) / step) + self.zero_point
+        steps = (self.weight if weight is None else weight) / step
+        codes = steps + (nearest_codes(steps, self.quantizer.float_type) - steps).detach() + self.zero_point
         return (codes.clamp(self.low, self.high) - self.zero_point) * step
 
 

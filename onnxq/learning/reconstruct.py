@@ -177,7 +177,7 @@ class _Block:
         seed = zlib.crc32(block.name.encode()) ^ job.settings.seed
         self.generator = torch.Generator(graph.device).manual_seed(seed)
         self.choice = np.random.default_rng(seed)
-        integers = [item for item in weights if not item.is_float_format and options.learn_weights]
+        integers = [item for item in weights if item.float_type is None and options.learn_weights]
         self.roundings = [
             LearnedRounding(Grid(graph, item), options.weight_step_rate > 0, rounded.get(item.source))
             for item in integers
@@ -195,7 +195,7 @@ class _Block:
         else:
             by_scale: dict[str, LearnedStep] = {}
             for item in activations:
-                if item.is_float_format:
+                if item.float_type is not None:
                     continue
                 step = LearnedStep(graph, item, options.drop, self.generator)
                 if item.scale in by_scale:

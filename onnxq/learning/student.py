@@ -97,7 +97,7 @@ class Student:
         self._replaced: dict[str, Replacement] = {}
         by_scale: dict[str, LearnedStep] = {}
         for item in self.quantizers:
-            if item.is_float_format:
+            if item.float_type is not None:
                 continue  # the graph's own nodes round it, with a straight-through gradient
             learns = learn_steps and item.scale not in frozen
             if item.is_weight:

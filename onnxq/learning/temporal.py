@@ -117,7 +117,7 @@ def reconstruct_temporal(
     quantizers = found_quantizers.find(job.model.graph)
     own = quantizers_of(graph, region, quantizers)
     settled = [item.source for item in own if item.is_weight] + [item.scale for item in own]
-    roundings = [LearnedRounding(Grid(graph, item)) for item in own if item.is_weight and not item.is_float_format]
+    roundings = [LearnedRounding(Grid(graph, item)) for item in own if item.is_weight and item.float_type is None]
     if not roundings or not options.iterations:
         return settled
     exact = as_float(quantizers)
@@ -158,7 +158,9 @@ def finite_set_scales(job: Job, region: TemporalRegion, inputs: TemporalInputs) 
     """
     graph = TorchGraph(job.model, job.settings.device)
     quantizers = found_quantizers.find(job.model.graph)
-    own = [item for item in quantizers_of(graph, region, quantizers) if not (item.is_weight or item.is_float_format)]
+    own = [
+        item for item in quantizers_of(graph, region, quantizers) if not (item.is_weight or item.float_type is not None)
+    ]
     names, exact = sorted({item.source for item in own}), as_float(quantizers)
     tables = {item.scale: np.zeros(len(inputs.timesteps)) for item in own if item.axis is None}
     for step in range(len(inputs.timesteps)) if names else ():

@@ -54,6 +54,14 @@ RECIPES: dict[str, Entry] = {
     "int4-weights": Entry(
         "static", "Static", "int4 weights in blocks, float activations", "int4:128", "float", {"weight_ranges": "few"}
     ),
+    "fp4-weights": Entry(
+        "static",
+        "Static",
+        "FP4 weights in blocks (NVFP4, SM 100), float activations",
+        "fp4",
+        "float",
+        {"weight_ranges": "few"},
+    ),
     "adaround": Entry("adaround", "AdaRound", "rounding learned layer by layer"),
     "brecq": Entry("brecq", "Brecq", "rounding and activation steps learned block by block"),
     "qdrop": Entry("qdrop", "QDrop", "the same, with quantization dropped at random while it learns"),

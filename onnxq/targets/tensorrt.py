@@ -12,8 +12,8 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
+from onnxq import block_scales, shapes
 from onnxq import graph as graphs
-from onnxq import shapes
 from onnxq.attention import dividing_products, single_query_attention
 from onnxq.errors import OnnxqError
 from onnxq.passes.split_shortcuts import PARTIAL_SUM
@@ -46,8 +46,13 @@ class TensorRT:
         if weights is None:
             weights = "fp8" if activations == "fp8" else "int8"
         weight_spec = parse_weights(weights)
+        if weight_spec.format.name == "fp4" and weight_spec.block_size != block_scales.BLOCK:
+            raise OnnxqError(
+                f"expected FP4 weights in blocks of {block_scales.BLOCK}, as TensorRT's kernels read, found {weights}",
+                hint=f"use --weights fp4, which means fp4:{block_scales.BLOCK}",
+            )
         if activations is None:
-            weight_only = weight_spec.granularity == "block" or weight_spec.format.name in ("float", "fp4")
+            weight_only = weight_spec.granularity == "block" or weight_spec.format.name == "float"
             activations = "float" if weight_only else ("fp8" if weight_spec.format.name == "fp8" else "int8")
         activation_spec = parse_activations(activations)
         _check_legal("weights", weight_spec, LEGAL_WEIGHTS)
@@ -111,9 +116,11 @@ class TensorRT:
         """Weights become codes, zero points a shift, and the opset one that onnxruntime optimises without a fault."""
         from onnxq.passes.lower_opset import LowerOpset
         from onnxq.passes.lower_weights import LowerWeights
+        from onnxq.passes.narrow_block_scales import NarrowBlockScales
         from onnxq.passes.shift_to_symmetric import ShiftToSymmetric
 
         LowerWeights()(model)
+        NarrowBlockScales()(model)
         ShiftToSymmetric()(model)
         LowerOpset()(model)
 

@@ -1,4 +1,4 @@
-"""4-bit weights in blocks of 32 on a real decoder: perplexity of every peer's methods beside ours.
+"""4-bit weights on a real decoder, int4 in blocks of 32 and FP4: perplexity of every peer's methods beside ours.
 
     python tests/benchmarks/int4_weights.py --data ../shared/data --peers /path/to/environments
 
@@ -22,6 +22,7 @@ import onnxq
 from onnxq.calibration.tokenizers import open_tokenizer
 
 HERE = Path(__file__).resolve().parent
+FP4: dict[str, Any] = {"weights": "fp4", "target": "tensorrt"}
 OURS: dict[str, dict[str, Any]] = {
     "int4-weights": {"recipe": "int4-weights"},
     "int4-weights, least error": {"recipe": "int4-weights", "knobs": {"weight_ranges": "mse"}},
@@ -31,6 +32,10 @@ OURS: dict[str, dict[str, Any]] = {
     "int4-weights, rank 8": {"recipe": "int4-weights", "low_rank": 8},
     "gptq, rank 8": {"recipe": "gptq", "low_rank": 8},
     "gptq, rotated": {"recipe": "gptq", "rotate": True},
+    "fp4, extremes": {"recipe": "fp4-weights", "knobs": {"weight_ranges": "minmax"}, **FP4},
+    "fp4-weights": {"recipe": "fp4-weights", **FP4},
+    "awq, fp4": {"recipe": "awq", **FP4},
+    "gptq, fp4": {"recipe": "gptq", **FP4},
 }
 THEIRS = {
     "onnxruntime": ["symmetric", "asymmetric", "hqq", "k_quant"],
@@ -67,9 +72,8 @@ def main() -> None:
         calibration, test = tokens(options.data / "language", options.length, folder)
         output = folder / "quantized.onnx"
         for label, chosen in OURS.items():
-            onnxq.quantize(
-                model, calibration, output=output, weights="int4:32", target="cpu", samples=options.samples, **chosen
-            )
+            chosen = {"weights": "int4:32", "target": "cpu", **chosen}
+            onnxq.quantize(model, calibration, output=output, samples=options.samples, **chosen)
             rows.append(measure(f"onnxq: {label}", model, output, test))
         for peer, methods in THEIRS.items() if options.peers else ():
             for method in methods:
