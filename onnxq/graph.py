@@ -316,12 +316,13 @@ def is_tabulated(value: ir.Value | None) -> bool:
 
 
 def holds_float8(graph: ir.Graph) -> bool:
-    """Whether any Q/DQ is FP8: onnxruntime's optimiser refuses or changes such graphs, so they run literally."""
-    float8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
+    """Whether any Q/DQ is FP8, or FP4, which runs as FP8: onnxruntime's optimiser refuses or changes such graphs."""
+    narrow = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT4E2M1)
     return any(
-        len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].dtype in float8
+        value is not None and value.dtype in narrow
         for node in graph
         if is_quantize(node) or is_dequantize(node)
+        for value in (node.inputs[0], *node.inputs[2:])
     )
 
 

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
-from onnxq import custom_ops, shapes
+from onnxq import custom_ops, dynamic_fp4, shapes
 from onnxq import graph as graphs
 from onnxq.passes.lower_opset import reads_the_same
 
@@ -63,7 +63,7 @@ def is_plugin(node: ir.Node) -> bool:
     """Whether onnxruntime knows nothing of a node's domain, nor may a library of custom ops that it was told of."""
     if node.domain == PLUGIN_DOMAIN:
         return True
-    return node.domain not in KNOWN_DOMAINS and not custom_ops.list_libraries()
+    return not (node.domain in KNOWN_DOMAINS or dynamic_fp4.makes_fp4(node) or custom_ops.list_libraries())
 
 
 def aside(model: ir.Model) -> Aside | None:

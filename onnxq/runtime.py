@@ -36,7 +36,7 @@ SPINNING = "session.intra_op.allow_spinning"
 # What onnxruntime says where its layout for convolutions lost a value that is an output too, as taps are.
 LOST_OUTPUT = "Failed to find node output"
 UNKNOWN_OP = ("is not a registered function/op", "No Op registered for")
-UNKNOWN_FORMAT = "Could not find an implementation for DequantizeLinear"  # FP4
+UNKNOWN_FORMAT = ("an implementation for DequantizeLinear", "find kernel for DequantizeLinear")  # FP4
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # What onnxruntime calls integer kernels: they read codes and never see a float activation.
@@ -135,7 +135,7 @@ class Session:
                 try:
                     return _inference_session(os.fspath(model), options, device)
                 except Exception as error:
-                    if not _is_unknown_op(error) and UNKNOWN_FORMAT not in str(error):
+                    if not any(words in str(error) for words in (*UNKNOWN_OP, *UNKNOWN_FORMAT)):
                         raise
             model = read(model)  # which may run without its plugins, and with FP8 for FP4
             if large:

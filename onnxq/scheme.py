@@ -35,8 +35,12 @@ class Spec:
         return not self.format.is_passthrough
 
     def __str__(self) -> str:
-        text = f"{self.format.name}{f':{self.block_size}' if self.block_size else ''}"
-        return text if not self.enabled else f"{text} per {self.granularity}"
+        in_blocks = (
+            self.format.name == "fp4"
+        )  # whose activations have a range for each tensor and scales for each block
+        block_size = block_scales.BLOCK if in_blocks else self.block_size
+        text = f"{self.format.name}{f':{block_size}' if block_size else ''}"
+        return text if not self.enabled else f"{text} per {'block' if in_blocks else self.granularity}"
 
 
 @dataclass(frozen=True)

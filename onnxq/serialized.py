@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxq import dynamic_fp4
 from onnxq.graph import values as named_values
 from onnxq.plugins import without_plugins
 
@@ -95,6 +96,7 @@ def serialize(model: ir.Model, taps: Sequence[str] = (), *, by_path: bool = True
                 )
             graph.initializers[name].const_value = inner
         proto = ir.to_proto(model)
+        dynamic_fp4.write_out(proto)
     finally:
         for name, tensor in kept.items():
             graph.initializers[name].const_value = tensor

@@ -60,7 +60,7 @@ class ChangePrecision(InPlacePass):
             if value.dtype == self.source and not value.is_initializer():
                 self._cast_readers(graph, value, graphs.consumers(value), self.target, before=nodes[0])
         for value in inner:
-            value.dtype = self.target
+            value.type = ir.TensorType(self.target)  # a new one: values share theirs, the input with what reads it
         for value in constants:
             self._convert(graph, value)
         for node in nodes:
@@ -71,7 +71,7 @@ class ChangePrecision(InPlacePass):
             if node.name in self.keep:
                 for value in node.outputs:
                     if value.dtype == self.target:
-                        value.dtype = self.source
+                        value.type = ir.TensorType(self.source)
                         others = [use for use in graphs.consumers(value) if use[0].name not in self.keep]
                         self._cast_readers(graph, value, others, self.target, after=node)
         for index, value in enumerate(list(graph.outputs)):
@@ -130,7 +130,7 @@ class ChangePrecision(InPlacePass):
         if any(index == 1 and (graphs.is_quantize(node) or graphs.is_dequantize(node)) for node, index in uses):
             array = np.maximum(array, ml_dtypes.finfo(self.target.numpy()).tiny)  # below, scales lose digits (rule E2)
         value.const_value = self._nearest(array, value.name)
-        value.dtype = self.target
+        value.type = ir.TensorType(self.target)
 
     def _change_attributes(self, node: ir.Node) -> None:
         if node.name in self.keep:

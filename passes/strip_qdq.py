@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
+from onnxq import dynamic_fp4
 from onnxq import graph as graphs
 from onnxq.arithmetic import dequantize
 from onnxq.errors import OnnxqError
@@ -94,6 +95,9 @@ class StripQDQ(InPlacePass):
             elif graphs.is_dequantize(node) and node.graph is not None and graphs.is_constant(node.inputs[0]):
                 self._strip_codes(graph, node)
                 modified = True
+            elif dynamic_fp4.makes_fp4(node):
+                self._strip_blocks(graph, node)
+                modified = True
         if modified:
             common_passes.RemoveUnusedNodesPass()(model)
         return PassResult(model, modified)
@@ -120,6 +124,16 @@ class StripQDQ(InPlacePass):
         _let_read(graph, node.outputs[0], source, float(scale.reshape(-1)[0]), float(zero_point.reshape(-1)[0]))
         if covered is not None:  # not before: what was behind the model's output has its name now
             self.ranges[source.name or ""] = covered
+
+    def _strip_blocks(self, graph: ir.Graph, node: ir.Node) -> None:
+        """An activation in FP4 blocks, whose scales are made with its codes."""
+        source, factor = node.inputs[0], node.inputs[1]
+        if source is None or not graphs.is_constant(factor):
+            return
+        for reader, _ in graphs.consumers(node.outputs[0]):
+            _bypass(graph, reader, source)
+        limit = float(array_of(factor)) * dynamic_fp4.LARGEST_SCALE * dynamic_fp4.LARGEST_CODE
+        self.ranges[source.name or ""] = (-limit, limit)
 
     def _strip_codes(self, graph: ir.Graph, node: ir.Node) -> None:
         codes = node.inputs[0]

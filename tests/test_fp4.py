@@ -1,4 +1,4 @@
-"""FP4 weights in blocks of 16, whose scales are FP8 (NVFP4): written, run, read back and compiled."""
+"""FP4 in blocks of 16, whose scales are FP8 (NVFP4): written, run, learned with, read back and compiled."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from conftest import add_weights
 
 import onnxq
 from onnxq import block_scales, retarget
 from onnxq.arithmetic import fake_quantize, scale_and_zero_point
+from onnxq.autograd.ops.quantization import quantize_blocks
 from onnxq.calibration import weight_ranges
 from onnxq.engines import build
 from onnxq.errors import OnnxqError
 from onnxq.formats import FORMATS
+from onnxq.runtime import Session
 
 FP4 = FORMATS["fp4"]
 PRODUCTS = """
@@ -129,6 +132,74 @@ def test_strip_gives_the_floats_back(products: tuple[Path, Path], tmp_path: Path
     onnxruntime.InferenceSession(tmp_path / "float.onnx")
 
 
+def blocks_by_hand(values: np.ndarray, factor: float) -> np.ndarray:
+    """What TRT_FP4DynamicQuantize and both DequantizeLinear behind it make of an activation."""
+    blocks = values.reshape(*values.shape[:-1], -1, 16).astype(np.float32)
+    unit = np.float32(factor)
+    scale = np.minimum(np.abs(blocks).max(axis=-1, keepdims=True) / (unit * np.float32(6)), np.float32(448))
+    steps = scale.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * unit
+    codes = np.clip(np.divide(blocks, steps, where=steps > 0, out=np.zeros_like(blocks)), -6, 6)
+    return (codes.astype(ml_dtypes.float4_e2m1fn).astype(np.float32) * steps).reshape(values.shape)
+
+
+def test_activations_mean_what_tensorrt_makes_of_them() -> None:
+    values = np.random.default_rng(0).standard_normal((3, 5, 64)).astype(np.float32) * 5
+    values[0, 0, :16], values[1, 1, 3] = 0, 200  # an empty block, and one beyond the range
+    text = """
+        <ir_version: 11, opset_import: ["" : 23, "trt" : 1]>
+        activation (float[3,5,64] x) => (float[3,5,64] y) <float factor = {0.01}>
+        {
+            codes, scales = trt.TRT_FP4DynamicQuantize <axis=-1, block_size=16, scale_type=17> (x, factor)
+            steps = DequantizeLinear (scales, factor)
+            y = DequantizeLinear <axis=-1, block_size=16> (codes, steps)
+        }
+    """
+    expected = blocks_by_hand(values, 0.01)
+    assert np.array_equal(Session(ir.from_onnx_text(text), optimize=False).run({"x": values})[0], expected)
+    scale = torch.tensor(0.01 * 448)
+    learned = quantize_blocks(torch.from_numpy(values).requires_grad_(), scale) * scale
+    assert torch.allclose(learned, torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+    learned.sum().backward()
+    assert learned.grad_fn is not None
+
+
+def test_both_operands_are_fp4(products: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = products
+    result = onnxq.quantize(model, data, recipe="fp4", output=tmp_path / "fp4.onnx")
+    assert result.numbers["quantized_nodes"] == 3 and result.numbers["sqnr_db"] > 10
+    proto = onnx.load(tmp_path / "fp4.onnx")
+    assert sum(node.op_type == "TRT_FP4DynamicQuantize" for node in proto.graph.node) == 3
+    assert not any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
+    compared = onnxq.compare(model, tmp_path / "fp4.onnx", data)
+    assert compared.sqnr_db == pytest.approx(result.numbers["sqnr_db"], abs=3)
+    learned = onnxq.quantize(model, data, recipe="gptq", weights="fp4", activations="fp4")
+    assert learned.numbers["sqnr_db"] > result.numbers["sqnr_db"]
+    onnxq.save(retarget.strip(tmp_path / "fp4.onnx"), tmp_path / "float.onnx")
+    onnxruntime.InferenceSession(tmp_path / "float.onnx")
+    assert (
+        onnxq.compare(model, tmp_path / "float.onnx", data).sqnr_db > compared.sqnr_db + 2
+    )  # weights alone are rounded
+
+
+def test_a_transposed_activation_stays_float(tmp_path: Path) -> None:
+    text = """
+        <ir_version: 10, opset_import: ["" : 21]>
+        products (float[64,N] x) => (float[N,32] y)
+        { [first] a = Gemm <transA=1, transB=1> (x, w)   r = Relu (a)   [second] y = MatMul (r, v) }
+    """
+    ir.save(add_weights(text, {"w": (32, 64), "v": (32, 32)}), tmp_path / "products.onnx")
+    arrays = [{"x": np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)}]
+    result = onnxq.quantize(tmp_path / "products.onnx", arrays, recipe="fp4")
+    assert set(result.numbers["left_float"]) == {"first"} and result.numbers["quantized_nodes"] == 1
+
+
+@pytest.mark.parametrize("recipe", ["fp4", "fp4-weights"])
+def test_between_its_codes_it_may_be_float16(products: tuple[Path, Path], tmp_path: Path, recipe: str) -> None:
+    model, data = products
+    onnxq.quantize(model, data, recipe=recipe, base="float16", output=tmp_path / "half.onnx")
+    assert onnxq.compare(model, tmp_path / "half.onnx", data).sqnr_db > 10
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -136,6 +207,8 @@ def test_strip_gives_the_floats_back(products: tuple[Path, Path], tmp_path: Path
         ({"weights": "fp4:tensor"}, "FP4 weights in blocks of 16"),
         ({"weights": "fp4", "target": "cpu"}, "that onnxruntime's CPU provider runs, found fp4"),
         ({"weights": "fp4", "activations": "int8"}, "weights and activations of one kind"),
+        ({"weights": "fp8", "activations": "fp4"}, "weights and activations of one kind"),
+        ({"activations": "fp4", "target": "cpu"}, "that onnxruntime's CPU provider runs, found fp4"),
     ],
 )
 def test_what_no_kernel_reads(products: tuple[Path, Path], options: dict[str, str], expected: str) -> None:
@@ -144,11 +217,13 @@ def test_what_no_kernel_reads(products: tuple[Path, Path], options: dict[str, st
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
-def test_it_compiles_for_blackwell(products: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["fp4", "fp4-weights"])
+def test_it_compiles_for_blackwell(products: tuple[Path, Path], tmp_path: Path, recipe: str) -> None:
     model, data = products
-    onnxq.quantize(model, data, recipe="fp4-weights", output=tmp_path / "fp4.onnx")
+    onnxq.quantize(model, data, recipe=recipe, output=tmp_path / "fp4.onnx")
     engine = build(
         tmp_path / "fp4.onnx", tmp_path / "fp4.engine", runtime="tensorrt-rtx", sm=("120",),
         shapes={"x": ((1, 64), (8, 64), (16, 64))},
     )  # fmt: skip
-    assert engine.weight_only_nodes == ("first", "second", "narrow") and not engine.promised_but_float
+    nodes = engine.low_precision_nodes if recipe == "fp4" else engine.weight_only_nodes
+    assert nodes == ("first", "second", "narrow") and not engine.promised_but_float

@@ -181,3 +181,18 @@ def test_no_stored_scale_rounds_to_nothing() -> None:
     small = np.asarray([1e-9, 1.0], np.float32)
     assert storable_scale(small, FLOAT16).astype(np.float16).min() == np.finfo(np.float16).tiny
     assert storable_scale(small, FLOAT) is small
+
+
+@pytest.mark.parametrize("recipe", ["int8", "fp8"])
+def test_the_input_of_a_quantized_layer_stays_float32(tmp_path: Path, recipe: str) -> None:
+    """The pair in front of the first layer has the input's own type, which is not to change with it."""
+    text = (
+        f"{HEAD} network (float[N,16] x) => (float[N,16] y) {{ h = MatMul (x, w)   r = Relu (h)   y = MatMul (r, v) }}"
+    )
+    ir.save(add_weights(text, {"w": (16, 16), "v": (16, 16)}), tmp_path / "network.onnx")
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32))
+    output = tmp_path / "half.onnx"
+    onnxq.quantize(tmp_path / "network.onnx", tmp_path / "data.npz", recipe=recipe, base="float16", output=output)
+    written = ir.load(output)
+    assert written.graph.inputs[0].dtype == written.graph.outputs[0].dtype == FLOAT
+    assert onnxq.compare(tmp_path / "network.onnx", output, tmp_path / "data.npz").sqnr_db > 18

@@ -18,10 +18,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from onnxq import cuda
+from onnxq import cuda, dynamic_fp4
 from onnxq import graph as graphs
 from onnxq.autograd.ops import OPS, takes_outputs
 from onnxq.autograd.ops.operands import TORCH_TYPES, to_torch
+from onnxq.autograd.ops.quantization import quantize_blocks
 from onnxq.errors import LESS_MEMORY, OnnxqError, ran_out_of_memory
 from onnxq.passes.expand_attention import with_attention_apart
 
@@ -259,6 +260,8 @@ class TorchGraph:
                 yield _Step(replaced[outputs[0]].function, {}, inputs, outputs, tuple(sorted(finished)), label)
                 continue
             function = OPS.get(node.op_type) if node.domain in graphs.ONNX_DOMAINS else None
+            if dynamic_fp4.stands_for(node):
+                function = quantize_blocks
             if function is None:
                 raise OnnxqError(
                     f"expected ops that have a gradient here, found {node.domain or 'ONNX'} op {node.op_type} at node "

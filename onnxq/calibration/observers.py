@@ -26,7 +26,7 @@ CANDIDATES = 120
 POWER_CANDIDATES = 100
 TYPICAL_MARGIN = 1.5
 TYPICAL_FLOOR = 0.8
-FEW_VALUES = 64  # in a sample; the extremes of fewer are what they happen to be
+FEW_VALUES = 32  # in a sample; the extremes of fewer are what they happen to be
 
 
 class Statistics:

@@ -54,13 +54,16 @@ RECIPES: dict[str, Entry] = {
     "int4-weights": Entry(
         "static", "Static", "int4 weights in blocks, float activations", "int4:128", "float", {"weight_ranges": "few"}
     ),
-    "fp4-weights": Entry(
+    "fp4": Entry(
         "static",
         "Static",
-        "FP4 weights in blocks (NVFP4, SM 100), float activations",
+        "FP4 weights and activations in blocks (NVFP4, SM 100)",
         "fp4",
-        "float",
-        {"weight_ranges": "few"},
+        "fp4",
+        {"observer": "minmax", "weight_ranges": "few"},
+    ),
+    "fp4-weights": Entry(
+        "static", "Static", "FP4 weights in blocks, float activations", "fp4", "float", {"weight_ranges": "few"}
     ),
     "adaround": Entry("adaround", "AdaRound", "rounding learned layer by layer"),
     "brecq": Entry("brecq", "Brecq", "rounding and activation steps learned block by block"),

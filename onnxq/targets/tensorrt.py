@@ -26,7 +26,7 @@ SINGLE_QUERY = "the compiler keeps attention of a single query in float, with it
 NARROW_CHANNELS = 16  # below it the INT8 kernels pad channels and gain nothing
 
 LEGAL_WEIGHTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "fp4", "float")
-LEGAL_ACTIVATIONS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "float")
+LEGAL_ACTIVATIONS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "fp4", "float")
 
 
 class TensorRT:
@@ -44,7 +44,7 @@ class TensorRT:
             OnnxqError: the builder refuses the format, or reads it as another one.
         """
         if weights is None:
-            weights = "fp8" if activations == "fp8" else "int8"
+            weights = activations if activations in ("fp8", "fp4") else "int8"
         weight_spec = parse_weights(weights)
         if weight_spec.format.name == "fp4" and weight_spec.block_size != block_scales.BLOCK:
             raise OnnxqError(
@@ -58,7 +58,8 @@ class TensorRT:
         _check_legal("weights", weight_spec, LEGAL_WEIGHTS)
         _check_legal("activations", activation_spec, LEGAL_ACTIVATIONS)
         if activation_spec.enabled and weight_spec.enabled:
-            if activation_spec.format.is_float != weight_spec.format.is_float:
+            kinds = [spec.format.name if spec.format.is_float else "int" for spec in (weight_spec, activation_spec)]
+            if kinds[0] != kinds[1]:
                 raise OnnxqError(
                     f"expected weights and activations of one kind for TensorRT, found {weight_spec.format.name} "
                     f"weights and {activation_spec.format.name} activations (rule E7)",
@@ -114,13 +115,13 @@ class TensorRT:
 
     def lower(self, model: ir.Model) -> None:
         """Weights become codes, zero points a shift, and the opset one that onnxruntime optimises without a fault."""
+        from onnxq.passes.lower_fp4 import LowerFp4
         from onnxq.passes.lower_opset import LowerOpset
         from onnxq.passes.lower_weights import LowerWeights
-        from onnxq.passes.narrow_block_scales import NarrowBlockScales
         from onnxq.passes.shift_to_symmetric import ShiftToSymmetric
 
         LowerWeights()(model)
-        NarrowBlockScales()(model)
+        LowerFp4()(model)
         ShiftToSymmetric()(model)
         LowerOpset()(model)
 
@@ -165,6 +166,8 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
             return "block scales are for matrix products"
         if sizes[item.reduction_axis] % (scheme.weights.block_size or 1):
             return f"{sizes[item.reduction_axis]} rows do not divide into blocks of {scheme.weights.block_size}"
+        if scheme.activations.enabled and node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+            return "its activation is transposed, whose blocks would run along rows"
     return ""
 
 
@@ -176,6 +179,8 @@ def _why_product_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     """
     if not scheme.activations.enabled:
         return "both operands are activations, which stay in float"
+    if scheme.activations.format.name == "fp4":
+        return "FP4 is for products with weights"
     for value in item.node.inputs[:2]:
         dimensions = None if value is None else graphs.rank(value)
         if value is None or not graphs.is_float(value) or dimensions is None or dimensions < 2:

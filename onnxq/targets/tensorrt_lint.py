@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
+from onnxq import dynamic_fp4
 from onnxq import graph as graphs
 from onnxq.targets.findings import Finding
 from onnxq.targets.reading import Operand, Reading, name_of, output_axis, scale_axis, scale_shape, spelled
@@ -48,8 +49,10 @@ def lint(model: ir.Model, sm: int | None = None) -> list[Finding]:
 
 
 def scale_known(reading: Reading) -> Broken:
-    """E1: scales and zero points are initializers or fold to constants; the compiler crashes on others."""
+    """E1: scales and zero points fold to constants; the compiler crashes on others, but of TRT_FP4DynamicQuantize."""
     for quantizer in reading.quantizers.values():
+        if dynamic_fp4.reads_fp4(quantizer.node):
+            continue
         for what, value in zip(("scale", "zero point"), quantizer.node.inputs[1:], strict=False):
             if value is not None and not reading.is_known(value):
                 producer = value.producer()
@@ -121,8 +124,8 @@ def bias_float(reading: Reading) -> Broken:
 def activation_scale_scalar(reading: Reading) -> Broken:
     """E5: an activation has one scale of rank 0; with shape [1] or one per channel the layer stays float, silently."""
     for quantizer in reading.leaders:
-        if reading.is_known(quantizer.node.inputs[0]):
-            continue  # a weight
+        if reading.is_known(quantizer.node.inputs[0]) or dynamic_fp4.reads_fp4(quantizer.node):
+            continue  # a weight, or blocks
         shape = scale_shape(quantizer)
         if shape:
             what = "a tensor of one element" if shape == (1,) else "one scale per channel or block"

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from onnxq.autograd.ops.layers import Conv
 from onnxq.autograd.ops.operands import narrowed, torch_type
+from onnxq.block_scales import BLOCK
+from onnxq.dynamic_fp4 import LARGEST_CODE, LARGEST_SCALE
 
 DIRECT: dict[str, Callable[..., Any]] = {}
 
@@ -105,6 +107,21 @@ def QuantizeLinear(
     narrow = container if container in _FLOATS else 0
     codes: Tensor = _ToCodes.apply(view, scales, zeros, low, high, narrow, bool(saturate))  # type: ignore[no-untyped-call]
     return codes if codes.shape == x.shape else codes.reshape(x.shape)
+
+
+def quantize_blocks(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, **attributes: Any) -> Tensor:
+    """An activation in FP4, each block of 16 with an FP8 scale of its own (see :mod:`onnxq.dynamic_fp4`).
+
+    The result is in units of the tensor's scale, by which the DequantizeLinear behind it multiplies; gradients pass
+    through to ``x``.
+    """
+    blocks = x.detach().to(torch.float32).reshape(*x.shape[:-1], -1, BLOCK)
+    unit = scale.detach().to(torch.float32) / LARGEST_SCALE
+    wanted = blocks.abs().amax(dim=-1, keepdim=True) / (unit * LARGEST_CODE)
+    steps = narrowed(wanted, ir.DataType.FLOAT8E4M3FN).to(torch.float32) * unit
+    steps = torch.where(steps == 0, torch.ones_like(steps), steps)
+    nearest = (narrowed(blocks / steps, ir.DataType.FLOAT4E2M1) * steps).reshape(x.shape)
+    return (x + (nearest.to(x.dtype) - x).detach()) / scale.to(x.dtype)
 
 
 def DequantizeLinear(
