@@ -166,7 +166,7 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
             return "block scales are for matrix products"
         if sizes[item.reduction_axis] % (scheme.weights.block_size or 1):
             return f"{sizes[item.reduction_axis]} rows do not divide into blocks of {scheme.weights.block_size}"
-        if scheme.activations.enabled and node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+        if scheme.activations.enabled and node.op_type == "Gemm" and node.attributes.get_int("transA", 0) == 1:
             return "its activation is transposed, whose blocks would run along rows"
     return ""
 
