@@ -15,7 +15,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 BLOCK = 16  # what the kernels have
-_LARGEST = 448.0
+LARGEST = 448.0  # of the FP8 numbers
 _SMALLEST = 2.0**-9
 
 
@@ -31,7 +31,7 @@ def two_levels(scale: Array) -> tuple[Array, float]:
         The numbers, shaped like ``scale``, and the factor.
     """
     largest = float(np.max(scale, initial=0.0))
-    factor = 2.0 ** math.ceil(math.log2(largest / _LARGEST)) if largest > 0 else 1.0
+    factor = 2.0 ** math.ceil(math.log2(largest / LARGEST)) if largest > 0 else 1.0
     numbers = np.maximum(np.asarray(scale, np.float64) / factor, _SMALLEST)
     return numbers.astype(np.float32).astype(ml_dtypes.float8_e4m3fn), factor
 

@@ -57,7 +57,7 @@ def check(job: Job) -> Check:
     """
     if job.recording is None:
         raise RuntimeError("record() comes before check()")
-    float8 = graphs.holds_float8(job.model.graph)
+    float8 = graphs.holds_narrow_floats(job.model.graph)
     literal = job.target.name != "cpu" or float8
     with job.progress.stage("check", "Checking"):
         # Optimised, a large model is in memory whole: worth it only where that is how it is deployed.

@@ -17,9 +17,10 @@ import onnx.parser
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq.block_scales import BLOCK
 
 DOMAIN, OP = "trt", "TRT_FP4DynamicQuantize"
-LARGEST_CODE, LARGEST_SCALE = 6.0, 448.0
+LARGEST_CODE = 6.0
 
 # The nearest number of FP4, half to even, is a multiple of 0.5 below 2, of 1 below 4 and of 2 above.
 _MEANING = f"""
@@ -30,7 +31,7 @@ _MEANING = f"""
     unit = Cast <to=1> (factor)
     shape = Shape (x)
     before = Shape <end=-1> (x)
-    parts = Constant <value_ints=[-1, 16]> ()
+    parts = Constant <value_ints=[-1, {BLOCK}]> ()
     one_each = Constant <value_ints=[-1]> ()
     in_blocks = Concat <axis=0> (before, parts)
     of_blocks = Concat <axis=0> (before, one_each)
@@ -88,7 +89,7 @@ def reads_fp4(node: ir.Node) -> bool:
     return codes is not None and makes_fp4(codes)
 
 
-def write_out(proto: onnx.ModelProto) -> None:
+def for_onnxruntime(proto: onnx.ModelProto) -> None:
     """Put FP8 in place of FP4 in a serialized model, and give it the meaning of the op if it has one.
 
     Args:

@@ -39,6 +39,11 @@ class NumberFormat:
         return self.name.startswith("fp")
 
     @property
+    def has_block_scales(self) -> bool:
+        """Whether codes come in blocks whose scales are FP8 (see :mod:`onnxq.block_scales`)."""
+        return self.name == "fp4"
+
+    @property
     def is_passthrough(self) -> bool:
         """Whether the format means: leave this tensor alone."""
         return self.name == "float"

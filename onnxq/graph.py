@@ -315,7 +315,7 @@ def is_tabulated(value: ir.Value | None) -> bool:
     return index is not None and is_op(index, "Cast") and is_constant(index.inputs[0])
 
 
-def holds_float8(graph: ir.Graph) -> bool:
+def holds_narrow_floats(graph: ir.Graph) -> bool:
     """Whether any Q/DQ is FP8, or FP4, which runs as FP8: onnxruntime's optimiser refuses or changes such graphs."""
     narrow = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT4E2M1)
     return any(

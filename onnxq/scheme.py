@@ -35,9 +35,7 @@ class Spec:
         return not self.format.is_passthrough
 
     def __str__(self) -> str:
-        in_blocks = (
-            self.format.name == "fp4"
-        )  # whose activations have a range for each tensor and scales for each block
+        in_blocks = self.format.has_block_scales  # also of activations, beside one range for the tensor
         block_size = block_scales.BLOCK if in_blocks else self.block_size
         text = f"{self.format.name}{f':{block_size}' if block_size else ''}"
         return text if not self.enabled else f"{text} per {'block' if in_blocks else self.granularity}"
@@ -60,7 +58,7 @@ def parse_weights(text: str, *, symmetric: bool = True) -> Spec:
     if ending == "tensor":
         return replace(parse_weights(name, symmetric=symmetric), granularity="tensor", block_size=None)
     number_format, block_size = parse_format(text)
-    if number_format.name == "fp4":
+    if number_format.has_block_scales:
         block_size = block_size or block_scales.BLOCK
     if number_format.name.startswith("u") and symmetric:
         symmetric = False

@@ -96,7 +96,7 @@ def serialize(model: ir.Model, taps: Sequence[str] = (), *, by_path: bool = True
                 )
             graph.initializers[name].const_value = inner
         proto = ir.to_proto(model)
-        dynamic_fp4.write_out(proto)
+        dynamic_fp4.for_onnxruntime(proto)
     finally:
         for name, tensor in kept.items():
             graph.initializers[name].const_value = tensor

@@ -134,7 +134,7 @@ class Bench:
         writes = sees_what_follows(self.original, self.specs, float_session) is not True
         found, seen = [], Quality(names)
         for part in parts:
-            literal = self.large or graphs.holds_float8(part.graph.graph)
+            literal = self.large or graphs.holds_narrow_floats(part.graph.graph)
             with _blaming("quantized"):
                 session = Session(part.graph if self.large else part.model, device=self.device, optimize=not literal)
             quality, count = Quality(names, writes=writes), 0

@@ -72,7 +72,7 @@ class Switchboard:
         calibrate.set_weight_scales(copy, search)
         self._switches = _add_switches(copy.graph, sites)
         LowerWeights()(copy)
-        self._optimize, self._device = not graphs.holds_float8(copy.graph), device
+        self._optimize, self._device = not graphs.holds_narrow_floats(copy.graph), device
         self._model = copy
         self._session: Session | None = None
         self._shared: SharedBoard | None = None

@@ -66,7 +66,7 @@ class _Lowering:
     def activation(self, node: ir.Node) -> None:
         """The range of the tensor is what the largest scale of a block reaches with the largest code."""
         source, scale = node.inputs[:2]
-        factor = float(array_of(scale)) / dynamic_fp4.LARGEST_SCALE
+        factor = float(array_of(scale)) / block_scales.LARGEST
         unit = self._factor(scale, factor)
         old = node.outputs[0]
         codes = ir.Value(name=self.names.free(f"{old.name}_blocks"), type=ir.TensorType(FP4), shape=old.shape)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
-from onnxq import dynamic_fp4
+from onnxq import block_scales, dynamic_fp4
 from onnxq import graph as graphs
 from onnxq.arithmetic import dequantize
 from onnxq.errors import OnnxqError
@@ -132,7 +132,7 @@ class StripQDQ(InPlacePass):
             return
         for reader, _ in graphs.consumers(node.outputs[0]):
             _bypass(graph, reader, source)
-        limit = float(array_of(factor)) * dynamic_fp4.LARGEST_SCALE * dynamic_fp4.LARGEST_CODE
+        limit = float(array_of(factor)) * block_scales.LARGEST * dynamic_fp4.LARGEST_CODE
         self.ranges[source.name or ""] = (-limit, limit)
 
     def _strip_codes(self, graph: ir.Graph, node: ir.Node) -> None:

@@ -128,7 +128,7 @@ def rows_of(weight: Array, shape: tuple[int, ...], node: ir.Node) -> Array:
 
 def write_scales(node: ir.Node, scale: Array, zero_point: Array) -> None:
     """Put new values into the initializers that a QuantizeLinear reads."""
-    if node.attributes.get_int("block_size", 0) and node.metadata_props.get(FORMAT) == "fp4":
+    if node.attributes.get_int("block_size", 0) and parse_format(node.metadata_props[FORMAT])[0].has_block_scales:
         scale = block_scales.rounded(scale)
     for value, array in zip(node.inputs[1:3], (scale, zero_point), strict=True):
         assert value is not None and value.dtype is not None and value.const_value is not None

@@ -1,9 +1,9 @@
 """Where to clip weights: a search over clips, each row for itself, for the least error that rounding leaves.
 
 At 8 bits the extremes are as good; the fewer the codes, the more it pays to give up a few large weights for a finer
-step; FP4 has gaps at the top (3, 4, 6), and a block whose largest weight becomes 4 has finer codes for the
-rest. The codes' lowest, -2^(b-1), is used too: a symmetric clip at (2^(b-1) - 1) / 2^(b-1) of a row whose largest
-weight is negative costs nothing, which with 2 and 3 bits is most of the gain.
+step. The codes' lowest, -2^(b-1), is used too: a symmetric clip at (2^(b-1) - 1) / 2^(b-1) of a row whose largest
+weight is negative costs nothing, which with 2 and 3 bits is most of the gain. FP4 has gaps at the top (3, 4, 6): a
+block whose largest weight becomes 4, by a clip beyond it, has finer codes for the rest.
 
 Source: the error with power 2.4 and the grid are those of X. Wei et al., QDrop, ICLR 2022 (their ``MSEObserver``).
 Departures: a coarse grid and a fine one around its best instead of one fine grid (a third of the time), down to 0.2
@@ -82,7 +82,8 @@ def best_of_few(rows: Array, number_format: NumberFormat, symmetric: bool) -> tu
     """
     low, high = (np.asarray(end, np.float64) for end in extremes(rows, number_format, symmetric))
     low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
-    if number_format.is_passthrough or (number_format.is_float and number_format.bits >= 8) or not rows.size:
+    searched = number_format.has_block_scales or not number_format.is_float
+    if number_format.is_passthrough or not searched or not rows.size:
         return low, high
     step = max(1, TILE_VALUES // rows.shape[1])
     for start in range(0, len(rows), step):
@@ -131,7 +132,7 @@ class _Search:
         """Both ends together, then, if they may differ, one after the other."""
         step = (1 - SMALLEST_CLIP) / (COARSE_STEPS - 1)
         coarse = 1 - step * np.arange(1, COARSE_STEPS)
-        if self.number_format.is_float and self.number_format.bits < 8:
+        if self.number_format.has_block_scales:
             coarse = np.append(coarse, 1 + step * np.arange(1, FLOAT_STEPS))  # up to half as much again
         fine = step * np.delete(np.arange(-FINE_STEPS, FINE_STEPS + 1), FINE_STEPS) / (FINE_STEPS + 1)
         self._try((factor, factor) for factor in coarse)

@@ -58,7 +58,9 @@ def quantize(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(metavar="FORMAT", help="int8, int4, int4:128 (blocks), int6, fp8, fp4, float, …", show_default=False),
+        typer.Option(
+            metavar="FORMAT", help="int8, int4, int4:128 (blocks), int6, fp8, fp4, float, …", show_default=False
+        ),
     ] = None,
     activations: Annotated[
         str | None,

@@ -273,7 +273,7 @@ class Network:
         def rescale(rows: Tensor) -> tuple[Tensor, Tensor]:
             low, high = self.search(rows.cpu().numpy(), number_format, symmetric)
             scale, zero_point = scale_and_zero_point(low, high, number_format, symmetric=symmetric)
-            if number_format.name == "fp4":
+            if number_format.has_block_scales:
                 scale = block_scales.rounded(scale)
             return (
                 torch.from_numpy(scale).to(rows.device),

@@ -46,7 +46,7 @@ class TensorRT:
         if weights is None:
             weights = activations if activations in ("fp8", "fp4") else "int8"
         weight_spec = parse_weights(weights)
-        if weight_spec.format.name == "fp4" and weight_spec.block_size != block_scales.BLOCK:
+        if weight_spec.format.has_block_scales and weight_spec.block_size != block_scales.BLOCK:
             raise OnnxqError(
                 f"expected FP4 weights in blocks of {block_scales.BLOCK}, as TensorRT's kernels read, found {weights}",
                 hint=f"use --weights fp4, which means fp4:{block_scales.BLOCK}",
@@ -179,7 +179,7 @@ def _why_product_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     """
     if not scheme.activations.enabled:
         return "both operands are activations, which stay in float"
-    if scheme.activations.format.name == "fp4":
+    if scheme.activations.format.has_block_scales:
         return "FP4 is for products with weights"
     for value in item.node.inputs[:2]:
         dimensions = None if value is None else graphs.rank(value)

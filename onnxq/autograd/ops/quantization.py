@@ -22,8 +22,8 @@ from torch import Tensor
 
 from onnxq.autograd.ops.layers import Conv
 from onnxq.autograd.ops.operands import narrowed, torch_type
-from onnxq.block_scales import BLOCK
-from onnxq.dynamic_fp4 import LARGEST_CODE, LARGEST_SCALE
+from onnxq.block_scales import BLOCK, LARGEST
+from onnxq.dynamic_fp4 import LARGEST_CODE
 
 DIRECT: dict[str, Callable[..., Any]] = {}
 
@@ -116,7 +116,7 @@ def quantize_blocks(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, 
     through to ``x``.
     """
     blocks = x.detach().to(torch.float32).reshape(*x.shape[:-1], -1, BLOCK)
-    unit = scale.detach().to(torch.float32) / LARGEST_SCALE
+    unit = scale.detach().to(torch.float32) / LARGEST
     wanted = blocks.abs().amax(dim=-1, keepdim=True) / (unit * LARGEST_CODE)
     steps = narrowed(wanted, ir.DataType.FLOAT8E4M3FN).to(torch.float32) * unit
     steps = torch.where(steps == 0, torch.ones_like(steps), steps)
