@@ -19,19 +19,20 @@ LARGEST = 448.0  # of the FP8 numbers
 _SMALLEST = 2.0**-9
 
 
-def two_levels(scale: Array) -> tuple[Array, float]:
+def two_levels(scale: Array, least: float = 0.0) -> tuple[Array, float]:
     """FP8 (E4M3) numbers and the power of two by which they are multiplied, nearest to positive scales.
 
     A power of two, so that what is rounded once stays as it is, and the products are exact.
 
     Args:
         scale: Scales of the blocks of one tensor, any shape.
+        least: The factor is no smaller; a power of two.
 
     Returns:
         The numbers, shaped like ``scale``, and the factor.
     """
     largest = float(np.max(scale, initial=0.0))
-    factor = 2.0 ** math.ceil(math.log2(largest / LARGEST)) if largest > 0 else 1.0
+    factor = max(2.0 ** math.ceil(math.log2(largest / LARGEST)), least) if largest > 0 else 1.0
     numbers = np.maximum(np.asarray(scale, np.float64) / factor, _SMALLEST)
     return numbers.astype(np.float32).astype(ml_dtypes.float8_e4m3fn), factor
 

@@ -158,9 +158,7 @@ def compare(
             {"file": Path(str(part.model)).name, "samples": part.samples, "sqnr_db": mine.sqnr.value}
             for part, mine in zip(parts, found, strict=True)
         ]
-    float8 = any(
-        graphs.holds_narrow_floats(part.graph.graph) for part in parts
-    )  # a simulation's latency
+    float8 = any(graphs.holds_narrow_floats(part.graph.graph) for part in parts)  # a simulation's latency
     if latency and bench.large:
         result.warnings.append("not timed: a model over 512 MiB runs in parts here, and whole where it is deployed")
     elif latency and not float8:

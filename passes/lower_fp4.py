@@ -59,14 +59,14 @@ class _Lowering:
 
     def weight(self, node: ir.Node) -> None:
         scale = node.inputs[1]
-        numbers, factor = block_scales.two_levels(array_of(scale))
+        numbers, factor = block_scales.two_levels(array_of(scale), _least_factor(scale))
         stored = new_initializer(self.graph, f"{_name(scale)}_numbers", numbers, FP8, self.names)
         self._read_scales(node, stored, factor)
 
     def activation(self, node: ir.Node) -> None:
         """The range of the tensor is what the largest scale of a block reaches with the largest code."""
         source, scale = node.inputs[:2]
-        factor = float(array_of(scale)) / block_scales.LARGEST
+        factor = max(float(array_of(scale)) / block_scales.LARGEST, _least_factor(scale))
         unit = self._factor(scale, factor)
         old = node.outputs[0]
         codes = ir.Value(name=self.names.free(f"{old.name}_blocks"), type=ir.TensorType(FP4), shape=old.shape)
@@ -102,6 +102,11 @@ class _Lowering:
         dtype = ir.DataType.FLOAT if scale is None or scale.dtype is None else scale.dtype
         array = np.asarray(factor, dtype.numpy())
         return new_initializer(self.graph, f"{_name(scale)}_factor", array, dtype, self.names)
+
+
+def _least_factor(scale: ir.Value | None) -> float:
+    """What float16 holds in full (rule E2); FP8 reaches 17 powers of two down from it."""
+    return float(np.finfo(np.float16).tiny) if scale is not None and scale.dtype == ir.DataType.FLOAT16 else 0.0
 
 
 def _name(value: ir.Value | None) -> str:
