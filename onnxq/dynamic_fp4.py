@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.block_scales import BLOCK
+from onnxq.passes.insert_qdq import FORMAT
 
 DOMAIN, OP = "trt", "TRT_FP4DynamicQuantize"
 LARGEST_CODE = 6.0
@@ -70,9 +71,10 @@ _MEANING = f"""
 
 
 def stands_for(node: ir.Node) -> bool:
-    """Whether a QuantizeLinear is an activation's, which becomes the op when a model is lowered."""
+    """Whether a QuantizeLinear of ours is an activation's, which becomes the op when a model is lowered."""
     return (
         graphs.is_quantize(node)
+        and FORMAT in node.metadata_props
         and node.outputs[0].dtype == ir.DataType.FLOAT4E2M1
         and not graphs.is_constant(node.inputs[0])
     )

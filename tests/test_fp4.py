@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
 
 import ml_dtypes
@@ -16,6 +17,7 @@ from conftest import add_weights
 
 import onnxq
 from onnxq import block_scales, retarget
+from onnxq import graph as graphs
 from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.autograd.ops.quantization import quantize_blocks
 from onnxq.calibration import weight_ranges
@@ -166,10 +168,9 @@ def test_activations_mean_what_tensorrt_makes_of_them() -> None:
 def test_both_operands_are_fp4(products: tuple[Path, Path], tmp_path: Path) -> None:
     model, data = products
     result = onnxq.quantize(model, data, recipe="fp4", output=tmp_path / "fp4.onnx")
-    assert result.numbers["quantized_nodes"] == 3 and result.numbers["sqnr_db"] > 10
-    proto = onnx.load(tmp_path / "fp4.onnx")
-    assert sum(node.op_type == "TRT_FP4DynamicQuantize" for node in proto.graph.node) == 3
-    assert not any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
+    assert result.numbers["quantized_nodes"] == 4 and result.numbers["sqnr_db"] > 10
+    ops = Counter(node.op_type for node in onnx.load(tmp_path / "fp4.onnx").graph.node)
+    assert (ops["TRT_FP4DynamicQuantize"], ops["QuantizeLinear"]) == (3, 1)  # the last has no whole blocks: FP8
     compared = onnxq.compare(model, tmp_path / "fp4.onnx", data)
     assert compared.sqnr_db == pytest.approx(result.numbers["sqnr_db"], abs=3)
     learned = onnxq.quantize(model, data, recipe="gptq", weights="fp4", activations="fp4")
@@ -181,7 +182,8 @@ def test_both_operands_are_fp4(products: tuple[Path, Path], tmp_path: Path) -> N
     )  # weights alone are rounded
 
 
-def test_a_transposed_activation_stays_float(tmp_path: Path) -> None:
+def test_a_transposed_activation_is_fp8(tmp_path: Path) -> None:
+    """Its last axis, along which blocks are, is not the one that the product sums over."""
     text = """
         <ir_version: 10, opset_import: ["" : 21]>
         products (float[64,N] x) => (float[N,32] y)
@@ -190,7 +192,10 @@ def test_a_transposed_activation_stays_float(tmp_path: Path) -> None:
     ir.save(add_weights(text, {"w": (32, 64), "v": (32, 32)}), tmp_path / "products.onnx")
     arrays = [{"x": np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)}]
     result = onnxq.quantize(tmp_path / "products.onnx", arrays, recipe="fp4")
-    assert set(result.numbers["left_float"]) == {"first"} and result.numbers["quantized_nodes"] == 1
+    assert not result.numbers["left_float"]
+    layers = {item.node.name: item for item in graphs.weighted_nodes(result.model.graph)}
+    makers = {name: item.activation.producer().inputs[0].producer().op_type for name, item in layers.items()}
+    assert makers == {"first": "QuantizeLinear", "second": "TRT_FP4DynamicQuantize"}
 
 
 @pytest.mark.parametrize("recipe", ["fp4", "fp4-weights"])
@@ -226,5 +231,9 @@ def test_it_compiles_for_blackwell(products: tuple[Path, Path], tmp_path: Path, 
         tmp_path / "fp4.onnx", tmp_path / "fp4.engine", runtime="tensorrt-rtx", sm=("120",),
         shapes={"x": ((1, 64), (8, 64), (16, 64))},
     )  # fmt: skip
-    nodes = engine.low_precision_nodes if recipe == "fp4" else engine.weight_only_nodes
-    assert nodes == ("first", "second", "narrow") and not engine.promised_but_float
+    products = ("first", "second", "narrow")
+    assert not engine.promised_but_float
+    if recipe == "fp4":
+        assert engine.low_precision_nodes == (*products, "last")
+    else:
+        assert engine.weight_only_nodes == products

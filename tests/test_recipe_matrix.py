@@ -96,7 +96,7 @@ APPLIES: dict[str, set[str]] = {
     "zeroq": MADE, "dsg": MADE, "genie": MADE, "psaq-vit": {"transformer", "denoiser", "decoder"},
     "gdfq": FINE_TUNED, "adadfq": FINE_TUNED, "hast": FINE_TUNED, "texq": FINE_TUNED, "zaq": {"cnn", "transformer"},
     "tfmq-dm": TIMED, "apq-dm": TIMED, "q-dm": TIMED, "ptqd": TIMED, "diffusion": TIMED,
-    "fp4": {"transformer", "denoiser", "decoder"}, "int4-weights": BLOCKS, "awq": BLOCKS, "norm-tweaking": BLOCKS,
+    "int4-weights": BLOCKS, "awq": BLOCKS, "norm-tweaking": BLOCKS,
 }  # fmt: skip
 
 

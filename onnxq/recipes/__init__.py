@@ -57,7 +57,7 @@ RECIPES: dict[str, Entry] = {
     "fp4": Entry(
         "static",
         "Static",
-        "FP4 weights and activations in blocks (NVFP4, SM 100)",
+        "FP4 weights and activations in blocks (NVFP4, SM 100), FP8 where there is no FP4 kernel",
         "fp4",
         "fp4",
         {"observer": "minmax", "weight_ranges": "few"},

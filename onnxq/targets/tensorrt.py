@@ -23,6 +23,7 @@ from onnxq.targets.placement import Placement, Schemes, Site, choose, excluded, 
 
 DIVIDES = "its result divides, and codes make small divisors zero"
 SINGLE_QUERY = "the compiler keeps attention of a single query in float, with its projections"
+FP8 = Scheme(parse_weights("fp8"), parse_activations("fp8"))
 NARROW_CHANNELS = 16  # below it the INT8 kernels pad channels and gain nothing
 
 LEGAL_WEIGHTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "fp4", "float")
@@ -99,7 +100,7 @@ class TensorRT:
     ) -> Placement:
         """Q/DQ on the inputs of weighted ops (rule P1), and on the shortcut of residual Adds (rule P5)."""
         skipped = excluded(graph, exclude)
-        scheme_of = schemes_of(scheme, exceptions)
+        scheme_of = _fp8_beside_fp4(schemes_of(scheme, exceptions))
         reasons: dict[ir.Node, str] = {}
         if scheme.activations.enabled:
             reasons |= dict.fromkeys(dividing_products(graph), DIVIDES)
@@ -110,7 +111,8 @@ class TensorRT:
         sites = weight_sites(chosen, scheme_of)
         sites += _activation_sites(chosen, scheme_of)
         if scheme.activations.enabled:
-            sites += _shortcut_sites(graph, chosen, scheme.activations, skipped)
+            shortcuts = FP8 if scheme.activations.format.has_block_scales else scheme
+            sites += _shortcut_sites(graph, chosen, shortcuts.activations, skipped)
         return Placement(_merged(sites), left_float)
 
     def lower(self, model: ir.Model) -> None:
@@ -130,6 +132,28 @@ class TensorRT:
         from onnxq.targets.tensorrt_lint import lint
 
         return lint(model, sm)
+
+
+def _fp8_beside_fp4(scheme_of: Schemes) -> Schemes:
+    """The same schemes, but FP8 where FP4 has no kernel: convolutions, attention, rows that are no whole blocks."""
+
+    def chosen(node: ir.Node) -> Scheme:
+        scheme, layer = scheme_of(node), graphs.weighted(node)
+        if layer is None or not scheme.activations.format.has_block_scales or _has_blocks(layer):
+            return scheme
+        return FP8
+
+    return chosen
+
+
+def _has_blocks(layer: graphs.WeightedNode) -> bool:
+    """Whether the last axis of an activation is what a product with a constant weight sums over, in whole blocks."""
+    node, weight = layer.node, layer.weight
+    if node.op_type not in ("Gemm", "MatMul") or layer.weight_index != 1 or weight is None or weight.shape is None:
+        return False
+    rows = weight.shape[layer.reduction_axis]
+    whole = isinstance(rows, int) and rows % block_scales.BLOCK == 0
+    return whole and node.attributes.get_int("transA", 0) == 0
 
 
 def _check_legal(what: str, spec: Spec, legal: Sequence[str]) -> None:
@@ -166,8 +190,6 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
             return "block scales are for matrix products"
         if sizes[item.reduction_axis] % (scheme.weights.block_size or 1):
             return f"{sizes[item.reduction_axis]} rows do not divide into blocks of {scheme.weights.block_size}"
-        if scheme.activations.enabled and node.op_type == "Gemm" and node.attributes.get_int("transA", 0) == 1:
-            return "its activation is transposed, whose blocks would run along rows"
     return ""
 
 
@@ -179,8 +201,6 @@ def _why_product_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     """
     if not scheme.activations.enabled:
         return "both operands are activations, which stay in float"
-    if scheme.activations.format.has_block_scales:
-        return "FP4 is for products with weights"
     for value in item.node.inputs[:2]:
         dimensions = None if value is None else graphs.rank(value)
         if value is None or not graphs.is_float(value) or dimensions is None or dimensions < 2:
