@@ -61,19 +61,18 @@ class _Lowering:
         scale = node.inputs[1]
         numbers, factor = block_scales.two_levels(array_of(scale), _least_factor(scale))
         stored = new_initializer(self.graph, f"{_name(scale)}_numbers", numbers, FP8, self.names)
-        self._read_scales(node, stored, factor)
+        self._read_scales(node, stored, self._factor(scale, factor))
 
     def activation(self, node: ir.Node) -> None:
         """The range of the tensor is what the largest scale of a block reaches with the largest code."""
         source, scale = node.inputs[:2]
-        factor = max(float(array_of(scale)) / block_scales.LARGEST, _least_factor(scale))
-        unit = self._factor(scale, factor)
+        factor = self._factor(scale, max(float(array_of(scale)) / block_scales.LARGEST, _least_factor(scale)))
         old = node.outputs[0]
         codes = ir.Value(name=self.names.free(f"{old.name}_blocks"), type=ir.TensorType(FP4), shape=old.shape)
         numbers = ir.Value(name=self.names.free(f"{old.name}_scales"), type=ir.TensorType(FP8))
         attributes = {"axis": -1, "block_size": block_scales.BLOCK, "scale_type": int(FP8)}
         made = ir.node(
-            dynamic_fp4.OP, [source, unit], attributes, domain=dynamic_fp4.DOMAIN, outputs=[codes, numbers],
+            dynamic_fp4.OP, [source, factor], attributes, domain=dynamic_fp4.DOMAIN, outputs=[codes, numbers],
             name=self.names.free(f"{node.name}_blocks"),
         )  # fmt: skip
         self.graph.insert_before(node, made)
@@ -85,10 +84,10 @@ class _Lowering:
             self._read_scales(reader, numbers, factor)
         self.graph.remove(node, safe=True)
 
-    def _read_scales(self, node: ir.Node, numbers: ir.Value, factor: float) -> None:
+    def _read_scales(self, node: ir.Node, numbers: ir.Value, factor: ir.Value) -> None:
         """Let a DequantizeLinear of codes read scales that are dequantized first; zero is FP4's only zero point."""
         scale, dtype = node.inputs[1], _float_type(node)
-        inner = ir.node("DequantizeLinear", [numbers, self._factor(scale, factor)])
+        inner = ir.node("DequantizeLinear", [numbers, factor])
         inner.name = self.names.free(f"{_name(scale)}_DQ")
         output = inner.outputs[0]
         output.name, output.type = self.names.free(f"{_name(scale)}_dequantized"), ir.TensorType(dtype)
