@@ -80,7 +80,7 @@ def stands_for(node: ir.Node) -> bool:
     )
 
 
-def makes_fp4(node: ir.Node) -> bool:
+def makes_fp4(node: ir.Node | onnx.NodeProto) -> bool:
     """Whether a node is the op."""
     return node.op_type == OP and node.domain == DOMAIN
 
@@ -100,7 +100,7 @@ def for_onnxruntime(proto: onnx.ModelProto) -> None:
     for value in proto.graph.value_info:
         if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT4E2M1:
             value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT8E4M3FN
-    if any(node.op_type == OP and node.domain == DOMAIN for node in proto.graph.node):
+    if any(map(makes_fp4, proto.graph.node)):
         proto.functions.append(_meaning())
 
 

@@ -110,7 +110,7 @@ class Session:
             raise
         except Exception as error:
             hint = "check the model in onnxruntime alone; its op or opset may be unsupported here"
-            if _is_unknown_op(error):
+            if _says(error, UNKNOWN_OP):
                 hint = "name the library of custom ops that has it: --custom-ops FILE"
             raise OnnxqError(
                 f"expected a model that onnxruntime runs, found one that it refuses ({_one_line(error)})", hint=hint
@@ -135,7 +135,7 @@ class Session:
                 try:
                     return _inference_session(os.fspath(model), options, device)
                 except Exception as error:
-                    if not any(words in str(error) for words in (*UNKNOWN_OP, *UNKNOWN_FORMAT)):
+                    if not _says(error, UNKNOWN_OP + UNKNOWN_FORMAT):
                         raise
             model = read(model)  # which may run without its plugins, and with FP8 for FP4
             if large:
@@ -226,8 +226,8 @@ def _new_options() -> onnxruntime.SessionOptions:
     return options
 
 
-def _is_unknown_op(error: BaseException) -> bool:
-    return any(words in str(error) for words in UNKNOWN_OP)
+def _says(error: BaseException, phrases: Sequence[str]) -> bool:
+    return any(phrase in str(error) for phrase in phrases)
 
 
 def _inference_session(source: bytes | str, options: onnxruntime.SessionOptions, device: str) -> Any:

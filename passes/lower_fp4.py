@@ -86,11 +86,11 @@ class _Lowering:
 
     def _read_scales(self, node: ir.Node, numbers: ir.Value, factor: ir.Value) -> None:
         """Let a DequantizeLinear of codes read scales that are dequantized first; zero is FP4's only zero point."""
-        scale, dtype = node.inputs[1], _float_type(node)
+        scale = node.inputs[1]
         inner = ir.node("DequantizeLinear", [numbers, factor])
         inner.name = self.names.free(f"{_name(scale)}_DQ")
         output = inner.outputs[0]
-        output.name, output.type = self.names.free(f"{_name(scale)}_dequantized"), ir.TensorType(dtype)
+        output.name, output.type = self.names.free(f"{_name(scale)}_dequantized"), ir.TensorType(_float_type(scale))
         output.shape = numbers.shape
         self.graph.insert_before(node, inner)
         node.replace_input_with(1, output)
@@ -98,19 +98,19 @@ class _Lowering:
         self.modified = True
 
     def _factor(self, scale: ir.Value | None, factor: float) -> ir.Value:
-        dtype = ir.DataType.FLOAT if scale is None or scale.dtype is None else scale.dtype
+        dtype = _float_type(scale)
         array = np.asarray(factor, dtype.numpy())
         return new_initializer(self.graph, f"{_name(scale)}_factor", array, dtype, self.names)
 
 
 def _least_factor(scale: ir.Value | None) -> float:
     """What float16 holds in full (rule E2); FP8 reaches 17 powers of two down from it."""
-    return float(np.finfo(np.float16).tiny) if scale is not None and scale.dtype == ir.DataType.FLOAT16 else 0.0
+    return float(np.finfo(np.float16).tiny) if _float_type(scale) == ir.DataType.FLOAT16 else 0.0
 
 
 def _name(value: ir.Value | None) -> str:
     return "" if value is None else value.name or ""
 
 
-def _float_type(node: ir.Node) -> ir.DataType:
-    return node.outputs[0].dtype or ir.DataType.FLOAT
+def _float_type(scale: ir.Value | None) -> ir.DataType:
+    return ir.DataType.FLOAT if scale is None or scale.dtype is None else scale.dtype

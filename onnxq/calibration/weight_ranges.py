@@ -92,7 +92,7 @@ def best_of_few(rows: Array, number_format: NumberFormat, symmetric: bool) -> tu
         values = np.ascontiguousarray(rows[part], np.float32)
         best, least = np.ones(len(values)), np.full(len(values), np.inf)
         for factor in FEW_CLIPS_FLOAT if number_format.is_float else FEW_CLIPS:
-            scale, zero_point = _stored(low[part] * factor, high[part] * factor, number_format, symmetric)
+            scale, zero_point = stored_scale(low[part] * factor, high[part] * factor, number_format, symmetric)
             error = _squared_errors(values, scale, zero_point, number_format)
             better = error < least
             best, least = np.where(better, factor, best), np.where(better, error, least)
@@ -101,7 +101,7 @@ def best_of_few(rows: Array, number_format: NumberFormat, symmetric: bool) -> tu
     return low, high
 
 
-def _stored(low: Array, high: Array, number_format: NumberFormat, symmetric: bool) -> tuple[Array, Array]:
+def stored_scale(low: Array, high: Array, number_format: NumberFormat, symmetric: bool) -> tuple[Array, Array]:
     """Scale and zero point as they are stored: the scales of blocks are rounded, which a clip may make up for."""
     scale, zero_point = scale_and_zero_point(low, high, number_format, symmetric=symmetric)
     return block_scales.rounded(scale) if number_format.has_block_scales else scale, zero_point
@@ -158,7 +158,9 @@ class _Search:
             self.error = np.where(better, error, self.error)
 
     def _error(self, low_factor: Array | float, high_factor: Array | float) -> Array:
-        scale, zero_point = _stored(self.low * low_factor, self.high * high_factor, self.number_format, self.symmetric)
+        scale, zero_point = stored_scale(
+            self.low * low_factor, self.high * high_factor, self.number_format, self.symmetric
+        )
         total = np.zeros(len(self.rows))
         for start in range(0, self.rows.shape[1], TILE_VALUES):
             values = self.rows[:, start : start + TILE_VALUES].astype(np.float32)

@@ -14,11 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onnxq import block_scales
-from onnxq.arithmetic import scale_and_zero_point
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
-from onnxq.calibration.weight_ranges import Search, extremes
+from onnxq.calibration.weight_ranges import Search, extremes, stored_scale
 from onnxq.folding import array_of
 from onnxq.formats import parse_format
 from onnxq.job import Job
@@ -272,9 +270,7 @@ class Network:
 
         def rescale(rows: Tensor) -> tuple[Tensor, Tensor]:
             low, high = self.search(rows.cpu().numpy(), number_format, symmetric)
-            scale, zero_point = scale_and_zero_point(low, high, number_format, symmetric=symmetric)
-            if number_format.has_block_scales:
-                scale = block_scales.rounded(scale)
+            scale, zero_point = stored_scale(low, high, number_format, symmetric)
             return (
                 torch.from_numpy(scale).to(rows.device),
                 torch.from_numpy(np.asarray(zero_point).astype(np.float32)).to(rows.device),

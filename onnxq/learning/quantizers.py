@@ -102,9 +102,9 @@ def _identity(value: Tensor) -> Tensor:
     return value
 
 
-def round_through(value: Tensor) -> Tensor:
-    """Round to the nearest integer, half to even; the gradient passes through."""
-    return value + (value.round() - value).detach()
+def round_through(value: Tensor, float_type: ir.DataType | None = None) -> Tensor:
+    """Round to the nearest code (see :func:`nearest_codes`); the gradient passes through."""
+    return value + (nearest_codes(value, float_type) - value).detach()
 
 
 def nearest_codes(steps: Tensor, float_type: ir.DataType | None) -> Tensor:
@@ -146,7 +146,7 @@ class Grid:
         """The weight rounded to the nearest numbers of the grid, with straight-through gradients."""
         step = self.spread(self.scale if scale is None else scale)
         steps = (self.weight if weight is None else weight) / step
-        codes = steps + (nearest_codes(steps, self.quantizer.float_type) - steps).detach() + self.zero_point
+        codes = round_through(steps, self.quantizer.float_type) + self.zero_point
         return (codes.clamp(self.low, self.high) - self.zero_point) * step
 
 
