@@ -66,8 +66,9 @@ def calibration_inputs(
         from onnxq.calibration.random_tokens import RandomTokens
 
         if not writes_text(model, specs):
+            done, worth = ("judged", "real text tells more") if judged_only else ("calibrated", "ranges are guesses")
             return RandomTokens(model, specs, count=settings.samples or 32, seed=settings.seed), [
-                "calibrated on random tokens, because no --data was given: ranges are guesses; give text with "
+                f"{done} on random tokens, because no --data was given: {worth}; give text with "
                 "--data FILE.txt --tokenizer tokenizer.json"
             ]
         with progress.stage("generate", "Writing text"):

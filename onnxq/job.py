@@ -30,14 +30,15 @@ from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.decompose_attention import DecomposeAttention
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.level_gates import GATED
+from onnxq.passes.quantize_tables import QuantizeTables
 from onnxq.passes.rotate_heads import RotateHeads
 from onnxq.passes.rotate_streams import RotateStreams
 from onnxq.progress import Progress
 from onnxq.runtime import Session, elements_of
 from onnxq.scheme import Scheme
 from onnxq.serialized import IN_MEMORY_LIMIT_BYTES, serialize
-from onnxq.targets import Placement, Target, scheme_of_ends
-from onnxq.targets.placement import first_and_last
+from onnxq.targets import Placement, Target, embeddings_format, scheme_of_ends
+from onnxq.targets.placement import excluded, first_and_last
 
 Array = np.ndarray[Any, Any]
 
@@ -97,6 +98,8 @@ class Job:
     _taps: list[str] = field(default_factory=list)
     _has_ranges: bool = True  # whether any activation gets codes
     _wants_means: bool = False
+    _embeddings: str = "float"
+    _excluded: Collection[str] = ()  # names of nodes
     _shared: SharedModel | None = None
 
     def __post_init__(self) -> None:
@@ -105,6 +108,8 @@ class Job:
     def prepare(self) -> None:
         """Run the target's rewrites, which keep the function."""
         self.specs = input_specs(self.model)
+        kind = kind_of(self.model)
+        self._embeddings = embeddings_format(self.target, self.scheme, kind, self.settings.embeddings)
         self.target.prepare(self.model)
         if self.settings.rotate:
             self._rotate()
@@ -160,11 +165,14 @@ class Job:
         """
         self._wants_means = means
         self.placement = self.place(self.model.graph)
+        self._excluded = excluded(self.model.graph, self.settings.exclude)
         if not self.placement.sites:
             reasons = "; ".join(sorted(set(self.placement.left_float.values()))) or "it has no Conv, Gemm or MatMul"
             hint = "see `onnxq lint`"
             if "faster in float" in reasons:
                 hint = "keep the float model, or store its weights alone in 8 bits: --activations float"
+            if self.scheme.activations.dynamic:
+                hint = "use --recipe int8, whose ranges are calibrated; dynamic ones are for Gemm, MatMul and LSTM"
             raise OnnxqError(f"expected something to quantize, found nothing ({reasons})", hint=hint)
         roots = self.placement.ranged
         self._has_ranges = bool(roots)
@@ -262,6 +270,8 @@ class Job:
             if self.settings.base == "float16":
                 self._to_float16()
             self.target.lower(self.model)
+            if self._embeddings == "int8":
+                QuantizeTables(self._excluded)(self.model)
             findings = [item for item in self.target.lint(self.model) if item.severity == "error"]
         if findings:
             first = findings[0]
@@ -273,12 +283,12 @@ class Job:
 
 
 def quantized_counts(graph: ir.Graph) -> tuple[int, int]:
-    """How many Conv, Gemm and MatMul read codes, and how many there are; LSTMs on integers count too.
+    """How many Conv, Gemm and MatMul read codes, and how many there are; LSTMs and products on integers count too.
 
     A layer with float weights reads none, also where what it reads had codes for its neighbours. What scales the
     channels of a gate is no layer of the user's.
     """
-    total = quantized = sum(graphs.is_integer_lstm(node) for node in graph)
+    total = quantized = sum(graphs.is_integer_lstm(node) or graphs.is_op(node, "MatMulInteger") for node in graph)
     for item in graphs.weighted_nodes(graph):
         if GATED in item.node.metadata_props:
             continue

@@ -88,9 +88,9 @@ def quantize(
             inputs, which is said in the result's warnings.
         output: Where to write the result; ``None`` writes nothing.
         settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
-            ``activations``, ``first_last``, ``base``, ``rotate``, ``low_rank``, ``samples``, ``shapes``, ``exclude``,
-            ``seed``, ``device``, ``custom_ops``, ``workers``, ``ray``, ``synthesis``, ``statistics``, ``budget``,
-            ``knobs``, ``preprocess``;
+            ``activations``, ``first_last``, ``embeddings``, ``base``, ``rotate``, ``low_rank``, ``samples``,
+            ``shapes``, ``exclude``, ``seed``, ``device``, ``custom_ops``, ``workers``, ``ray``, ``synthesis``,
+            ``statistics``, ``budget``, ``knobs``, ``preprocess``;
             for a denoiser without data ``scheduler``, ``steps``, ``guidance``, ``conditions``.
         progress: Where to say what is being done; by default nowhere.
         **options: The fields of :class:`Settings`.
@@ -108,8 +108,10 @@ def quantize(
     custom_ops.use(settings.custom_ops)
     if output is not None:
         check_writable(Path(output))
-    target = targets.get(settings.target)
     entry = recipes.get(settings.recipe)
+    if entry.target is not None and "target" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"target": entry.target})
+    target = targets.get(settings.target)
     scheme = target.scheme(settings.weights or entry.weights, settings.activations or entry.activations)
     recipe = build_knobs(entry.load(), {**entry.knobs, **settings.knobs}, settings.recipe)
     for knob, look_up in (("observer", observers.get), ("weight_ranges", weight_ranges.get)):
@@ -120,13 +122,14 @@ def quantize(
         models.check_float(loaded)
         sizes.choose(loaded, settings.shapes)
         kind = kinds.kind_of(loaded)  # of the float graph: what is rewritten for a target is harder to tell
+        targets.embeddings_format(target, scheme, kind, settings.embeddings)  # refused before any work
         if settings.statistics is not None:
             side_car.attach(loaded, Path(settings.statistics))
     learns: bool = settings.low_rank > 0 or any(
         hasattr(recipe, knob) for knob in ("samples", "sensitivity_samples", "images")
     )
     learns |= getattr(recipe, "reads_data", False)
-    reads_data = scheme.activations.enabled or learns or getattr(recipe, "bias_correction", False)
+    reads_data = scheme.activations.is_calibrated or learns or getattr(recipe, "bias_correction", False)
     kept = None if output is None else checkpoint_folder(Path(output), "inputs")
     try:
         with open_workers(settings.workers, settings.ray) as workers:

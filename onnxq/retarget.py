@@ -15,8 +15,9 @@ from onnxq import targets
 from onnxq.calibration import calibrate, observers
 from onnxq.errors import CheckError, OnnxqError
 from onnxq.passes.insert_qdq import FORMAT, InsertQDQ
+from onnxq.passes.quantize_tables import QuantizeTables
 from onnxq.passes.strip_qdq import StoredWeight, StripQDQ
-from onnxq.scheme import Scheme
+from onnxq.scheme import DYNAMIC, Scheme
 from onnxq.targets import Placement, Site, Target
 
 
@@ -28,11 +29,13 @@ class Retargeted:
         model: The model; :func:`onnxq.save` writes it.
         quantized_nodes: Names of the layers that run on codes.
         left_float: Why the other layers with weights are float, by the name of the node.
+        lost_ranges: Whether activations had codes whose ranges the model found while it ran, and have none here.
     """
 
     model: ir.Model
     quantized_nodes: list[str]
     left_float: dict[str, str]
+    lost_ranges: bool = False
 
 
 def strip(path: str | os.PathLike[str]) -> ir.Model:
@@ -66,7 +69,8 @@ def retarget(path: str | os.PathLike[str], target: str) -> Retargeted:
         raise _nothing(path)
     runtime = targets.get(target)
     runtime.prepare(model)
-    placement = _place(model.graph, runtime, _scheme(runtime, stripped), stripped)
+    scheme = _scheme(runtime, stripped)
+    placement = _place(model.graph, runtime, scheme, stripped)
     if not placement.sites:
         raise OnnxqError(
             f"expected layers that {target} can run on codes, found none in {os.fspath(path)}",
@@ -76,7 +80,14 @@ def retarget(path: str | os.PathLike[str], target: str) -> Retargeted:
     calibrate.set_activation_scales(model, _statistics(stripped), observers.minmax)
     calibrate.set_weight_scales(model)
     _keep_weight_scales(model.graph, stripped.weights)
+    names = [
+        item.node.name or ""
+        for item in graphs.weighted_nodes(model.graph)
+        if any(graphs.is_dequantized(value) for value in item.node.inputs[:2])
+    ]
     runtime.lower(model)
+    if stripped.has_tables and target == "cpu":
+        QuantizeTables()(model)
     errors = [item for item in runtime.lint(model) if item.severity == "error"]
     if errors:
         raise CheckError(
@@ -84,12 +95,8 @@ def retarget(path: str | os.PathLike[str], target: str) -> Retargeted:
             f"{errors[0].rule} at {errors[0].node!r}: {errors[0].message}",
             hint="quantize the float model instead: onnxq quantize",
         )
-    names = [
-        item.node.name or ""
-        for item in graphs.weighted_nodes(model.graph)
-        if any(graphs.is_dequantized(value) for value in item.node.inputs[:2])
-    ]
-    return Retargeted(model, names, placement.left_float)
+    lost = stripped.is_dynamic and not scheme.activations.enabled
+    return Retargeted(model, names, placement.left_float, lost)
 
 
 def _nothing(path: str | os.PathLike[str]) -> OnnxqError:
@@ -105,7 +112,9 @@ def _scheme(target: Target, stripped: StripQDQ) -> Scheme:
     storage, block_size = kinds.most_common(1)[0][0] if kinds else ("INT8", 0)
     name = {"INT4": "int4", "UINT4": "int4", "FLOAT8E4M3FN": "fp8"}.get(storage, "int8")
     weights = f"{name}:{block_size}" if block_size else name
-    return target.scheme(weights, None if stripped.ranges else "float")
+    if stripped.ranges:
+        return target.scheme(weights, None)
+    return target.scheme(weights, DYNAMIC if stripped.is_dynamic and target.name == "cpu" else "float")
 
 
 def _place(graph: ir.Graph, target: Target, scheme: Scheme, stripped: StripQDQ) -> Placement:
@@ -126,6 +135,8 @@ def _place(graph: ir.Graph, target: Target, scheme: Scheme, stripped: StripQDQ) 
 
 
 def _is_missing(site: Site, stripped: StripQDQ) -> bool:
+    if site.spec.dynamic:
+        return False
     name = (site.like or site.value).name or ""
     return name not in (stripped.weights if graphs.is_constant(site.value) else stripped.ranges)
 

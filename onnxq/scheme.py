@@ -11,6 +11,7 @@ from onnxq.errors import OnnxqError
 from onnxq.formats import NumberFormat, parse_format
 
 GRANULARITIES = ("tensor", "channel", "block")
+DYNAMIC = "dynamic"  # how users spell bytes whose range is found while the model runs
 
 
 @dataclass(frozen=True)
@@ -22,23 +23,32 @@ class Spec:
         granularity: ``tensor`` (one scale), ``channel`` (one per output channel) or ``block``.
         symmetric: Whether the zero point is the middle of the format.
         block_size: Elements along the reduction axis that share a scale, for ``block``.
+        dynamic: Whether the model finds the range itself while it runs, from the tensor that it has at hand.
     """
 
     format: NumberFormat
     granularity: str = "tensor"
     symmetric: bool = True
     block_size: int | None = None
+    dynamic: bool = False
 
     @property
     def enabled(self) -> bool:
         """Whether anything is quantized at all (``float`` means no)."""
         return not self.format.is_passthrough
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether its range has to be known before the model runs."""
+        return self.enabled and not self.dynamic
+
     def __str__(self) -> str:
         in_blocks = self.format.has_block_scales  # also of activations, beside one range for the tensor
         block_size = block_scales.BLOCK if in_blocks else self.block_size
         text = f"{self.format.name}{f':{block_size}' if block_size else ''}"
-        return text if not self.enabled else f"{text} per {'block' if in_blocks else self.granularity}"
+        if not self.enabled:
+            return text
+        return f"{text} per {'block' if in_blocks else self.granularity}{', dynamic' if self.dynamic else ''}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,12 @@ def parse_weights(text: str, *, symmetric: bool = True) -> Spec:
 
 
 def parse_activations(text: str) -> Spec:
-    """Activations have one scale per tensor; unsigned formats are asymmetric."""
+    """Activations have one scale per tensor; unsigned formats are asymmetric.
+
+    ``dynamic`` means what ONNX's DynamicQuantizeLinear makes: uint8, over the range that the tensor has.
+    """
+    if text.strip().lower() == DYNAMIC:
+        return Spec(parse_format("uint8")[0], "tensor", symmetric=False, dynamic=True)
     number_format, block_size = parse_format(text)
     if block_size is not None:
         raise OnnxqError(

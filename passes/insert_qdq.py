@@ -30,6 +30,10 @@ class InsertQDQ(InPlacePass):
 
         x ─► QuantizeLinear(x_scale, x_zero_point) ─► DequantizeLinear ─► Conv
 
+    or, where ranges are dynamic::
+
+        x ─► DynamicQuantizeLinear ═► DequantizeLinear ─► Conv
+
     Scales are 1 until calibration sets them. Sites whose values share a scale (``like``) share the initializers.
     A site without uses quantizes the value for all readers; a graph output keeps its name, and the float value
     under it is then called ``<name>_float``. Names that the model has already get an underscore behind them.
@@ -51,6 +55,9 @@ def _insert(graph: ir.Graph, site: Site, names: graphs.Names) -> None:
     value = site.value
     if not site.uses and value.is_graph_output():
         _rename_output(value, names)
+    if site.spec.dynamic:
+        _insert_tape(graph, site, _dynamic_pair(site, names, _pair_suffix(graph, value.name or "")))
+        return
     root = site.like or value
     scale, zero_point = _parameters(graph, site, root, names)
     tape = ir.tape.Tape()
@@ -80,6 +87,28 @@ def _insert(graph: ir.Graph, site: Site, names: graphs.Names) -> None:
     quantize.metadata_props[FORMAT] = dequantize.metadata_props[FORMAT] = site.spec.format.name
     quantize.metadata_props[SYMMETRIC] = str(int(site.spec.symmetric))
     quantize.metadata_props[STATISTICS] = _name(root)
+    _insert_tape(graph, site, tape)
+
+
+def _dynamic_pair(site: Site, names: graphs.Names, suffix: str) -> ir.tape.Tape:
+    """The range is found while the model runs: the op gives scale and zero point beside the codes."""
+    value, tape = site.value, ir.tape.Tape()
+    codes, scale, zero_point = tape.op_multi_out("DynamicQuantizeLinear", [value], num_outputs=3)
+    dequantized = tape.op("DequantizeLinear", [codes, scale, zero_point])
+    made = {"quantized": codes, "scale": scale, "zero_point": zero_point, "dequantized": dequantized}
+    for ending, output in made.items():
+        output.name = names.free(f"{value.name}_{ending}{suffix}")
+        in_bytes = ending in ("quantized", "zero_point")
+        output.type = ir.TensorType(site.spec.format.storage) if in_bytes else ir.TensorType(ir.DataType.FLOAT)
+        output.shape = value.shape if ending in ("quantized", "dequantized") else ir.Shape(())
+    for node, ending in zip(tape.nodes, ("Q", "DQ"), strict=True):
+        node.name = names.free(f"{value.name}_{ending}{suffix}")
+    return tape
+
+
+def _insert_tape(graph: ir.Graph, site: Site, tape: ir.tape.Tape) -> None:
+    """Put a pair behind the value, and let the site's readers read its result."""
+    value, dequantized = site.value, tape.nodes[-1].outputs[0]
     uses = site.uses or [use for use in graphs.consumers(value) if use[0] not in tape.nodes]
     producer = value.producer()
     if producer is None:

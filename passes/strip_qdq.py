@@ -15,7 +15,9 @@ from onnxq import graph as graphs
 from onnxq.arithmetic import dequantize
 from onnxq.errors import OnnxqError
 from onnxq.folding import array_of, new_initializer
+from onnxq.passes.lower_integer_products import RaiseIntegerProducts
 from onnxq.passes.lower_lstm import RaiseLstm
+from onnxq.passes.quantize_tables import RaiseTables
 
 Array = np.ndarray[Any, Any]
 
@@ -61,18 +63,22 @@ class StripQDQ(InPlacePass):
         x ─► Conv ◄─ float weight
 
     A weight that is float behind QuantizeLinear is the original again; stored codes become the numbers they mean,
-    biases too. The Clip of an odd width goes with its pair if onnxq wrote it. Unsigned codes cut off what is below
-    zero, and some tools leave out the Relu or Clip that did so in the float model: it comes back.
+    biases too, tables of tokens, and weights of integer products with the scales behind them. The Clip of an odd width
+    goes with its pair if onnxq wrote it. Unsigned codes cut off what is below zero, and some tools leave out the Relu
+    or Clip that did so in the float model: it comes back.
 
     Attributes:
         ranges: The lowest and highest number that the codes of an activation meant, by the name of the value.
         weights: What each weight was stored as, by the name of the float weight.
+        is_dynamic: Whether the ranges of some activations were found while the model ran.
+        has_tables: Whether tables that tokens are looked up in were stored as codes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.ranges: dict[str, tuple[float, float]] = {}
         self.weights: dict[str, StoredWeight] = {}
+        self.is_dynamic = self.has_tables = False
 
     def call(self, model: ir.Model) -> PassResult:
         """Strip every pair.
@@ -81,8 +87,12 @@ class StripQDQ(InPlacePass):
             OnnxqError: the model holds integer kernels instead of Q/DQ, or scales that are not constant.
         """
         graph = model.graph
-        modified = RaiseLstm()(model).modified
+        modified = RaiseLstm()(model).modified | RaiseIntegerProducts()(model).modified
+        self.has_tables = RaiseTables()(model).modified
+        modified |= self.has_tables
         for node in graph:
+            if _is_dynamic_pair(node):
+                continue
             if node.op_type in graphs.QUANTIZED_OPS or node.op_type.startswith("QLinear"):
                 raise OnnxqError(
                     f"expected Q/DQ pairs around float ops, found {node.op_type} {node.name!r}",
@@ -95,6 +105,11 @@ class StripQDQ(InPlacePass):
             elif graphs.is_dequantize(node) and node.graph is not None and graphs.is_constant(node.inputs[0]):
                 self._strip_codes(graph, node)
                 modified = True
+            elif _is_dynamic_pair(node):
+                for reader, _ in graphs.consumers(node.outputs[0]):
+                    assert node.inputs[0] is not None
+                    _bypass(graph, reader, node.inputs[0])
+                modified = self.is_dynamic = True
             elif dynamic_fp4.makes_fp4(node):
                 self._strip_blocks(graph, node)
                 modified = True
@@ -156,6 +171,12 @@ class StripQDQ(InPlacePass):
         if storage != ir.DataType.INT32:
             self.weights[value.name or ""] = replace(stored, tensor=value.const_value)
         _bypass(graph, node, value)
+
+
+def _is_dynamic_pair(node: ir.Node) -> bool:
+    """Whether a node makes codes of the range that it finds, for DequantizeLinear alone."""
+    readers = [reader for reader, _ in graphs.consumers(node.outputs[0])]
+    return graphs.is_op(node, "DynamicQuantizeLinear") and all(map(graphs.is_dequantize, readers))
 
 
 def _is_rectified(node: ir.Node | None) -> bool:

@@ -327,9 +327,11 @@ class TorchGraph:
         """Codes travel as floats between Q and DQ, to carry gradients; whoever asks for them gets integers."""
         value = self._values.get(name)
         producer = None if value is None else value.producer()
-        if producer is None or not graphs.is_quantize(producer) or not tensor.is_floating_point():
+        if producer is None or not tensor.is_floating_point():
             return tensor
-        return tensor.to(TORCH_TYPES[_code_type(producer)])
+        if graphs.is_op(producer, "DynamicQuantizeLinear") and value is not producer.outputs[1]:
+            return tensor.to(torch.uint8)
+        return tensor.to(TORCH_TYPES[_code_type(producer)]) if graphs.is_quantize(producer) else tensor
 
     def _chunks(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Given values laid out as runs [runs, …], of what has rows; none where all rows go into one run."""

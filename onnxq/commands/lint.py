@@ -81,4 +81,9 @@ def _fix(model: Path, output: Path, target: str, quiet: bool | None) -> None:
         typer.echo(f"{output}: {len(fixed.quantized_nodes)} layers on codes, {len(fixed.left_float)} in float")
         for name, reason in fixed.left_float.items():
             typer.echo(f"float: {name} ({reason})")
+        if fixed.lost_ranges:
+            typer.echo(
+                "weights alone have codes: the file finds ranges while it runs; for codes of activations too: "
+                f"onnxq strip {model} -o float.onnx, onnxq quantize float.onnx --target {target}"
+            )
         typer.echo(f"see what changed: onnxq compare {model} {output} --data FILE")

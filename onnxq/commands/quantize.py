@@ -64,7 +64,11 @@ def quantize(
     ] = None,
     activations: Annotated[
         str | None,
-        typer.Option(metavar="FORMAT", help="int8, uint8, fp8, int6, int16, float, …", show_default=False),
+        typer.Option(
+            metavar="FORMAT",
+            help="int8, uint8, fp8, int6, int16, float, dynamic (ranges found while the model runs, for cpu), …",
+            show_default=False,
+        ),
     ] = None,
     first_last: Annotated[
         str | None,
@@ -72,6 +76,14 @@ def quantize(
             metavar="FORMAT",
             help="The first and the last layers get this format instead: int8 beside 4-bit ones, or float.",
             show_default=False,
+        ),
+    ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Tables that tokens are looked up in: float, or int8 with a scale for each row (--target cpu).",
+            show_default="int8 on a cpu",
         ),
     ] = None,
     rotate: Annotated[
@@ -189,6 +201,7 @@ def quantize(
         "weights": weights,
         "activations": activations,
         "first_last": first_last,
+        "embeddings": embeddings,
         "base": base,
         "rotate": rotate or None,
         "low_rank": low_rank,

@@ -24,6 +24,7 @@ class Entry:
         weights: The format of weights; ``None`` leaves it to the target.
         activations: The format of activations; ``None`` leaves it to the target.
         knobs: Defaults that differ from those of the class.
+        target: The only target that has kernels for it; ``None`` where there are several.
     """
 
     module: str
@@ -32,6 +33,7 @@ class Entry:
     weights: str | None = None
     activations: str | None = None
     knobs: Mapping[str, Any] = field(default_factory=dict)
+    target: str | None = None
 
     def load(self) -> type[Recipe]:
         """The recipe's class."""
@@ -50,6 +52,15 @@ class Entry:
 RECIPES: dict[str, Entry] = {
     "int8": Entry("static", "Static", "8-bit integers from streamed statistics (the default)"),
     "int8-minmax": Entry("static", "Static", "the same with the widest ranges", knobs={"observer": "minmax"}),
+    "int8-dynamic": Entry(
+        "static",
+        "Static",
+        "8-bit integers, ranges of activations found while the model runs (cpu); no data",
+        "int8",
+        "dynamic",
+        {"bias_correction": False, "step_floor_db": 0.0},
+        target="cpu",
+    ),
     "fp8": Entry("static", "Static", "FP8 E4M3 weights and activations (TensorRT, SM 89)", "fp8", "fp8"),
     "int4-weights": Entry(
         "static", "Static", "int4 weights in blocks, float activations", "int4:128", "float", {"weight_ranges": "few"}

@@ -9,7 +9,8 @@ from typing import Protocol
 import onnx_ir as ir
 
 from onnxq.errors import OnnxqError
-from onnxq.scheme import Scheme
+from onnxq.kinds import Kind
+from onnxq.scheme import DYNAMIC, Scheme
 from onnxq.targets.findings import Finding
 from onnxq.targets.placement import Placement, Site
 
@@ -54,7 +55,28 @@ def scheme_of_ends(target: Target, scheme: Scheme, text: str) -> Scheme:
     """
     if text == "float":
         return target.scheme("float", "float")
+    if scheme.activations.dynamic:
+        return target.scheme(text, DYNAMIC)
     return target.scheme(text, None if scheme.activations.enabled else "float")
+
+
+def embeddings_format(target: Target, scheme: Scheme, kind: Kind, asked: str | None) -> str:
+    """What tables of tokens are stored in, ``int8`` or ``float``.
+
+    If nothing was asked for, bytes on a CPU where weights are codes too and the model reads text, or chooses its ranges
+    while it runs. Other models' tables, of steps or classes, are small, and count for more than their size.
+
+    Raises:
+        OnnxqError: the target has no use for bytes there.
+    """
+    if asked == "int8" and target.name != "cpu":
+        raise OnnxqError(
+            f"expected embeddings in float for {target.name}, found int8: an engine holds its tables as floats",
+            hint="leave --embeddings out, or use --target cpu",
+        )
+    reads_text = kind is Kind.LANGUAGE or scheme.activations.dynamic
+    pays = target.name == "cpu" and scheme.weights.enabled and reads_text
+    return asked or ("int8" if pays else "float")
 
 
 def names() -> list[str]:

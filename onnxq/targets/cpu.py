@@ -23,7 +23,7 @@ from onnxq.targets.cpu_float_layers import layers_better_in_float
 from onnxq.targets.cpu_lstm import place_lstms
 from onnxq.targets.cpu_regions import Regions
 from onnxq.targets.findings import Finding
-from onnxq.targets.placement import Placement, Schemes, choose, excluded, schemes_of, weight_sites
+from onnxq.targets.placement import Placement, Schemes, Site, choose, excluded, merged, schemes_of, weight_sites
 
 NARROW_CHANNELS = 16  # below it a product of rows, or a depthwise convolution, takes 1.1 to 4 times as long with codes
 NARROW_GROUP = 4  # channels that a group reads: 2 take four times as long with codes as in float, 4 up to twice
@@ -65,6 +65,11 @@ class Cpu:
                     f"expected {what} that onnxruntime's CPU provider runs, found {spec.format.name}",
                     hint=f"use one of {', '.join(legal)}",
                 )
+        if activation_spec.dynamic and not weight_spec.enabled:
+            raise OnnxqError(
+                "expected weights of up to 8 bits beside dynamic activations, found float",
+                hint="use --weights int8: codes alone on one side gain nothing",
+            )
         if activation_spec.enabled and weight_spec.enabled:
             weight_spec = for_integer_products(weight_spec)
         return Scheme(weight_spec, activation_spec)
@@ -99,15 +104,16 @@ class Cpu:
         skipped = excluded(graph, exclude)
         scheme_of = _one_scale_for_batches(schemes_of(scheme, exceptions))
         chosen, left_float = choose(graph, skipped, lambda item: _why_float(item, scheme_of(item.node)))
-        if scheme.activations.enabled:
+        if scheme.activations.is_calibrated:
             left_float |= layers_better_in_float(graph, chosen, skipped)
             chosen = [item for item in chosen if item.node.name not in left_float]
         sites = weight_sites(chosen, scheme_of)
         lstm_sites, reasons = place_lstms(graph, skipped, scheme_of)
         sites += lstm_sites
         left_float = {name: reason for name, reason in (left_float | reasons).items() if reason}
-        if scheme.activations.enabled:
+        if scheme.activations.is_calibrated:
             sites += Regions(graph, chosen, skipped).sites(scheme_of, scheme.activations)
+        sites += _dynamic_sites(chosen, scheme_of)
         return Placement(sites, left_float)
 
     def lower(self, model: ir.Model) -> None:
@@ -122,6 +128,7 @@ class Cpu:
         from onnxq.passes.keep_pools_float import KeepPoolsFloat
         from onnxq.passes.lower_group_norm import LowerGroupNorm
         from onnxq.passes.lower_hard_swish import LowerHardSwish
+        from onnxq.passes.lower_integer_products import LowerIntegerProducts
         from onnxq.passes.lower_levelled_gates import LowerLevelledGates
         from onnxq.passes.lower_lstm import LowerLstm
         from onnxq.passes.lower_prelu import LowerPRelu
@@ -132,6 +139,7 @@ class Cpu:
 
         SplitGemmBias()(model)
         LowerWeights()(model)
+        LowerIntegerProducts()(model)
         LowerLstm()(model)
         KeepBiasesApart()(model)
         LowerHardSwish()(model)
@@ -169,6 +177,16 @@ def _one_scale_for_batches(scheme_of: Schemes) -> Schemes:
     return chosen
 
 
+def _dynamic_sites(chosen: Sequence[graphs.WeightedNode], scheme_of: Schemes) -> list[Site]:
+    """What products read whose ranges are found while the model runs; others that read it have it in float."""
+    sites = []
+    for item in chosen:
+        spec = scheme_of(item.node).activations
+        if spec.dynamic:
+            sites.append(Site(item.activation, ((item.node, item.activation_index),), spec))
+    return merged(sites)
+
+
 def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     """Why this node stays in float, or an empty string."""
     node, weight = item.node, item.weight
@@ -178,6 +196,8 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
         return "onnxruntime has no integer ConvTranspose"
     if weight is None or not graphs.is_constant(weight):
         return "both operands are activations"
+    if scheme.activations.dynamic and node.op_type == "Conv":
+        return "convolutions of codes need ranges that are known before"
     if item.weight_index == 0:
         return "the weight is the left operand"
     if not graphs.is_float(weight) or weight.shape is None:

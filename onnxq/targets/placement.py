@@ -48,7 +48,11 @@ class Placement:
     @property
     def ranged(self) -> set[str]:
         """Names of the activations whose ranges it needs."""
-        values = (site.like or site.value for site in self.sites if not site.value.is_initializer())
+        values = (
+            site.like or site.value
+            for site in self.sites
+            if not site.value.is_initializer() and site.spec.is_calibrated
+        )
         return {value.name or "" for value in values}
 
 
@@ -134,3 +138,15 @@ def weight_sites(items: Sequence[graphs.WeightedNode], scheme_of: Schemes) -> li
         uses = sites[key].uses if key in sites else ()
         sites[key] = Site(item.weight, (*uses, (item.node, item.weight_index)), spec, axis)
     return list(sites.values())
+
+
+def merged(sites: Sequence[Site]) -> list[Site]:
+    """Sites on one value with one format share a pair."""
+    merged: dict[tuple[int, int | None, str], Site] = {}
+    for site in sites:
+        key = (id(site.value), site.axis, str(site.spec))
+        if key in merged:
+            uses = merged[key].uses + tuple(use for use in site.uses if use not in merged[key].uses)
+            site = Site(site.value, uses, site.spec, site.axis, site.like)
+        merged[key] = site
+    return list(merged.values())

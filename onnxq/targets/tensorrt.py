@@ -19,7 +19,7 @@ from onnxq.errors import OnnxqError
 from onnxq.passes.split_shortcuts import PARTIAL_SUM
 from onnxq.scheme import Scheme, Spec, for_integer_products, parse_activations, parse_weights
 from onnxq.targets.findings import Finding
-from onnxq.targets.placement import Placement, Schemes, Site, choose, excluded, schemes_of, weight_sites
+from onnxq.targets.placement import Placement, Schemes, Site, choose, excluded, merged, schemes_of, weight_sites
 
 DIVIDES = "its result divides, and codes make small divisors zero"
 SINGLE_QUERY = "the compiler keeps attention of a single query in float, with its projections"
@@ -56,6 +56,11 @@ class TensorRT:
             weight_only = weight_spec.granularity == "block" or weight_spec.format.name == "float"
             activations = "float" if weight_only else ("fp8" if weight_spec.format.name == "fp8" else "int8")
         activation_spec = parse_activations(activations)
+        if activation_spec.dynamic:
+            raise OnnxqError(
+                "expected activations whose range is known when TensorRT builds, found dynamic ones",
+                hint="use --target cpu; TensorRT's own are FP4 (--recipe fp4), or zeroquant's ranges of each token",
+            )
         _check_legal("weights", weight_spec, LEGAL_WEIGHTS)
         _check_legal("activations", activation_spec, LEGAL_ACTIVATIONS)
         if activation_spec.enabled and weight_spec.enabled:
@@ -113,7 +118,7 @@ class TensorRT:
         if scheme.activations.enabled:
             shortcuts = FP8 if scheme.activations.format.has_block_scales else scheme
             sites += _shortcut_sites(graph, chosen, shortcuts.activations, skipped)
-        return Placement(_merged(sites), left_float)
+        return Placement(merged(sites), left_float)
 
     def lower(self, model: ir.Model) -> None:
         """Weights become codes, zero points a shift, and the opset one that onnxruntime optimises without a fault."""
@@ -239,18 +244,6 @@ def _before_movement(value: ir.Value, use: tuple[ir.Node, int], spec: Spec) -> S
             break
         use, start = (producer, 0), source
     return Site(start, (use,), spec)
-
-
-def _merged(sites: Sequence[Site]) -> list[Site]:
-    """Sites on one value with one format share a pair."""
-    merged: dict[tuple[int, int | None, str], Site] = {}
-    for site in sites:
-        key = (id(site.value), site.axis, str(site.spec))
-        if key in merged:
-            uses = merged[key].uses + tuple(use for use in site.uses if use not in merged[key].uses)
-            site = Site(site.value, uses, site.spec, site.axis, site.like)
-        merged[key] = site
-    return list(merged.values())
 
 
 def _shortcut_sites(

@@ -164,13 +164,12 @@ def _laid_out(x: Tensor, scale: Tensor, zero: Tensor | None, axis: int, block_si
 
 
 def DynamicQuantizeLinear(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bytes, and the scale and zero point that cover the tensor's own range."""
-    low, high = x.amin().clamp_max(0), x.amax().clamp_min(0)
+    """Codes as floats, and the scale and zero point that cover the tensor's own range; gradients pass to the codes."""
+    low, high = x.detach().amin().clamp_max(0), x.detach().amax().clamp_min(0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, 1.0, scale)
     zero = (-low / scale).clamp(0, 255).round()
-    codes = QuantizeLinear(x, scale, zero, output_dtype=ir.DataType.UINT8)
-    return codes.to(torch.uint8), scale, zero.to(torch.uint8)
+    return QuantizeLinear(x, scale, zero, output_dtype=ir.DataType.UINT8), scale, zero
 
 
 def MatMulInteger(

@@ -1,0 +1,157 @@
+"""Keep tables that tokens are looked up in as bytes, and read such tables back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+from onnx_ir.passes import InPlacePass, PassResult
+
+from onnxq import graph as graphs
+from onnxq.arithmetic import dequantize, quantize
+from onnxq.folding import array_of, new_initializer
+from onnxq.formats import FORMATS
+from onnxq.rewriting import InPlaceOf
+
+FEWEST_NUMBERS = 1 << 14  # of a table; smaller ones, of segments say, are no part of a file
+BYTES = FORMATS["int8"]
+LARGEST_CODE = 127
+
+
+class QuantizeTables(InPlacePass):
+    """Codes for every row of a table, with a scale of its own: what is looked up is dequantized, and nothing else.
+
+    Before::
+
+        table (float [rows, width]) ─► Gather ─► x
+
+    After::
+
+        codes (int8 [rows, width]) ─► Gather ─► Cast ─┐
+        scales (float [rows, 1]) ───► Gather ─────────┴► Mul ─► x
+
+    Args:
+        skipped: Names of nodes whose tables stay as they are.
+    """
+
+    def __init__(self, skipped: Collection[str] = ()) -> None:
+        super().__init__()
+        self.skipped = set(skipped)
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite every table that only lookups of rows read, with whatever many indices."""
+        names = graphs.Names(model.graph)
+        tables: dict[ir.Value, list[ir.Node]] = {}
+        for node in model.graph:
+            if _looks_up(node) and node.inputs[0] is not None:
+                tables.setdefault(node.inputs[0], []).append(node)
+        modified = False
+        for table, lookups in tables.items():
+            readers = [node for node, _ in graphs.consumers(table)]
+            if all(node in lookups and node.name not in self.skipped for node in readers):
+                _rewrite(model.graph, table, lookups, names)
+                modified = True
+        if modified:
+            common_passes.RemoveUnusedNodesPass()(model)
+        return PassResult(model, modified)
+
+
+class RaiseTables(InPlacePass):
+    """Make float tables of tables of bytes, ours and those of other tools.
+
+    Before::
+
+        codes (int8 [rows, width]) ─► Gather ─► DequantizeLinear ─► x
+
+    or what :class:`QuantizeTables` writes.
+
+    After::
+
+        table (float [rows, width]) ─► Gather ─► x
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite every one whose codes and scales are constant."""
+        modified = False
+        for node in list(model.graph):
+            found = _of_rows(node) or _of_one_scale(node)
+            if found is not None:
+                lookup, values = found
+                table = new_initializer(model.graph, _float_name(lookup), values, ir.DataType.FLOAT)
+                whole = InPlaceOf(model.graph, node)
+                whole.take_over(whole.op("lookup", "Gather", [table, lookup.inputs[1]], {"axis": 0}))
+                modified = True
+        if modified:
+            common_passes.RemoveUnusedNodesPass()(model)
+        return PassResult(model, modified)
+
+
+def _looks_up(node: ir.Node) -> bool:
+    """Whether a node reads rows of a large constant table of floats, which ones the input says."""
+    if not graphs.is_op(node, "Gather") or node.attributes.get_int("axis", 0) != 0:
+        return False
+    table, indices = node.inputs[:2]
+    if table is None or table.dtype != ir.DataType.FLOAT or table.shape is None or len(table.shape) != 2:
+        return False
+    sizes = table.shape.numpy() if table.shape.is_static() else ()
+    return graphs.is_constant(table) and not graphs.is_constant(indices) and int(np.prod(sizes)) >= FEWEST_NUMBERS
+
+
+def _rewrite(graph: ir.Graph, table: ir.Value, lookups: list[ir.Node], names: graphs.Names) -> None:
+    rows = array_of(table)
+    scales = np.abs(rows).max(axis=1) / np.float32(LARGEST_CODE)
+    scales = np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
+    codes = quantize(rows, scales, None, BYTES, axis=0)
+    stored = new_initializer(graph, f"{table.name}_quantized", codes, ir.DataType.INT8, names)
+    steps = new_initializer(graph, f"{table.name}_scale", scales[:, None], ir.DataType.FLOAT, names)
+    for node in lookups:
+        apart = InPlaceOf(graph, node, names)
+        found = apart.op("codes", "Gather", [stored, node.inputs[1]], {"axis": 0})
+        found.type = ir.TensorType(ir.DataType.INT8)
+        step = apart.op("scales", "Gather", [steps, node.inputs[1]], {"axis": 0})
+        step.type = ir.TensorType(ir.DataType.FLOAT)
+        number = apart.as_type("floats", found, ir.DataType.FLOAT)
+        apart.take_over(apart.op("dequantized", "Mul", [number, step]))
+    graphs.let_go(table)
+
+
+def _of_rows(node: ir.Node) -> tuple[ir.Node, np.ndarray] | None:
+    """The lookup that a Mul of ours dequantizes, and the numbers of its table."""
+    if not graphs.is_op(node, "Mul"):
+        return None
+    cast, scales = (None if value is None else value.producer() for value in node.inputs)
+    codes = cast.inputs[0].producer() if graphs.is_op(cast, "Cast") and cast and cast.inputs[0] else None
+    if not (_reads_codes(codes) and graphs.is_op(scales, "Gather")) or codes is None or scales is None:
+        return None
+    steps = scales.inputs[0]
+    if codes.inputs[1] is not scales.inputs[1] or not graphs.is_constant(steps) or array_of(steps).ndim != 2:
+        return None
+    return codes, dequantize(array_of(codes.inputs[0]), array_of(steps)[:, 0], axis=0)
+
+
+def _of_one_scale(node: ir.Node) -> tuple[ir.Node, np.ndarray] | None:
+    """The lookup behind which a DequantizeLinear has one scale for all rows, and the numbers of its table."""
+    codes = node.inputs[0].producer() if graphs.is_dequantize(node) and node.inputs[0] is not None else None
+    parameters = [value for value in node.inputs[1:] if value is not None]
+    if codes is None or not _reads_codes(codes) or not all(map(graphs.is_constant, parameters)):
+        return None
+    scale, *zero_points = (array_of(value) for value in parameters)
+    if scale.size != 1:
+        return None
+    zero_point = zero_points[0].reshape(()) if zero_points else None
+    return codes, dequantize(array_of(codes.inputs[0]), scale.reshape(()), zero_point)
+
+
+def _reads_codes(node: ir.Node | None) -> bool:
+    """Whether a node reads rows of a constant table of integers."""
+    if node is None or not graphs.is_op(node, "Gather") or node.attributes.get_int("axis", 0) != 0:
+        return False
+    table = node.inputs[0]
+    return table is not None and graphs.is_constant(table) and table.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
+
+
+def _float_name(lookup: ir.Node) -> str:
+    table = lookup.inputs[0]
+    return (table.name or "table").removesuffix("_quantized") if table is not None else "table"
