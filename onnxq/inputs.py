@@ -66,10 +66,12 @@ def calibration_inputs(
         from onnxq.calibration.random_tokens import RandomTokens
 
         if not writes_text(model, specs):
-            done, worth = ("judged", "real text tells more") if judged_only else ("calibrated", "ranges are guesses")
+            guesses = not judged_only
+            done, worth = ("calibrated", "ranges are guesses") if guesses else ("judged", "real text tells more")
             return RandomTokens(model, specs, count=settings.samples or 32, seed=settings.seed), [
                 f"{done} on random tokens, because no --data was given: {worth}; give text with "
                 "--data FILE.txt --tokenizer tokenizer.json"
+                + (", or take --recipe int8-dynamic, which needs none" if guesses and settings.target == "cpu" else "")
             ]
         with progress.stage("generate", "Writing text"):
             written = GeneratedText(model, specs, count=settings.samples or 32, seed=settings.seed)

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
@@ -110,7 +111,8 @@ def _scheme(target: Target, stripped: StripQDQ) -> Scheme:
     """The formats that most weights have, on this target."""
     kinds = Counter((weight.storage.name, weight.block_size) for weight in stripped.weights.values())
     storage, block_size = kinds.most_common(1)[0][0] if kinds else ("INT8", 0)
-    name = {"INT4": "int4", "UINT4": "int4", "FLOAT8E4M3FN": "fp8"}.get(storage, "int8")
+    unsigned = "uint4" if target.name == "cpu" and block_size else "int4"  # no other kernel has zero points of weights
+    name = {"INT4": "int4", "UINT4": unsigned, "FLOAT8E4M3FN": "fp8"}.get(storage, "int8")
     weights = f"{name}:{block_size}" if block_size else name
     if stripped.ranges:
         return target.scheme(weights, None)
@@ -155,13 +157,16 @@ def _keep_weight_scales(graph: ir.Graph, weights: dict[str, StoredWeight]) -> No
         source = node.inputs[0] if graphs.is_quantize(node) else None
         stored = None if source is None or not graphs.is_constant(source) else weights.get(source.name or "")
         scale = node.inputs[1] if stored is not None else None
-        if stored is None or scale is None or scale.const_value is None or not stored.symmetric:
+        if stored is None or scale is None or scale.const_value is None:
+            continue
+        if not (stored.symmetric or node.metadata_props[FORMAT] == stored.storage.name.lower() == "uint4"):
             continue
         if source is None or source.const_value is not stored.tensor:
             continue  # something was folded into it since
         same_kind = stored.storage.name.lower() == node.metadata_props[FORMAT].replace("fp8", "float8e4m3fn")
         same_axis = not stored.scale.ndim or stored.axis == node.attributes.get_int("axis", 1)
         if same_kind and same_axis and stored.scale.shape == scale.const_value.numpy().shape:
-            zero_point = node.inputs[2]
-            assert zero_point is not None and zero_point.const_value is not None
-            calibrate.write_scales(node, stored.scale, zero_point.const_value.numpy())
+            zero_point = np.broadcast_to(stored.zero_point, stored.scale.shape)
+            # A block's scale below zero, which lets its largest number have the code -8, has no kernel elsewhere: 7
+            # for that one number costs less than another grid for all.
+            calibrate.write_scales(node, np.abs(stored.scale), zero_point)

@@ -95,6 +95,14 @@ class InPlaceOf:
             value.name = self._names.free(f"{name}_{index}" if results > 1 else f"{name}_result")
         return made
 
+    def main(
+        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None
+    ) -> ir.Value:
+        """The result of the op that does the node's own work, and gets its name."""
+        made = self.op("main", op_type, inputs, attributes)
+        self._tape.nodes[-1].name = self.node.name
+        return made
+
     def number(self, name: str, number: float) -> ir.Value:
         """A constant of the node's own type."""
         return self._constant(name, np.asarray(number, self.dtype.numpy()), self.dtype)

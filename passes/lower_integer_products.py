@@ -99,7 +99,7 @@ def _lower(graph: ir.Graph, node: ir.Node, names: graphs.Names) -> None:
         codes = new_initializer(graph, f"{codes.name}_transposed", array_of(codes).T, codes.dtype, names)
     whole = InPlaceOf(graph, node, names)
     steps, zero = activation.inputs[1], operand(activation, 2)
-    sums = whole.op("integers", "MatMulInteger", [activation.inputs[0], codes, zero, zero_point])
+    sums = whole.main("MatMulInteger", [activation.inputs[0], codes, zero, zero_point])
     sums.type = ir.TensorType(ir.DataType.INT32)
     factors = whole.op("scales", "Mul", [steps, scale])
     factors.type = ir.TensorType(ir.DataType.FLOAT)
@@ -139,5 +139,7 @@ def _raise(graph: ir.Graph, node: ir.Node, names: graphs.Names) -> bool:
     numbers = whole.op("weight", "DequantizeLinear", [weight, *parameters], {"axis": CHANNEL_AXES[node.op_type] % rank})
     for value, shape in ((activation, made.inputs[0]), (numbers, weight)):
         value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), None if shape is None else shape.shape
-    whole.take_over(whole.op("float", FLOAT_OPS[node.op_type], [activation, numbers], dict(node.attributes)))
+    result = whole.main(FLOAT_OPS[node.op_type], [activation, numbers], dict(node.attributes))
+    whole.take_over(result)
+    result.producer().name = node.name  # type: ignore[union-attr]
     return True

@@ -13,6 +13,7 @@ from onnxq import graph as graphs
 from onnxq.arithmetic import dequantize, quantize
 from onnxq.folding import array_of, new_initializer
 from onnxq.formats import FORMATS
+from onnxq.passes.raise_packed_blocks import unpack
 from onnxq.rewriting import InPlaceOf
 
 FEWEST_NUMBERS = 1 << 14  # of a table; smaller ones, of segments say, are no part of a file
@@ -65,7 +66,7 @@ class RaiseTables(InPlacePass):
 
         codes (int8 [rows, width]) ─► Gather ─► DequantizeLinear ─► x
 
-    or what :class:`QuantizeTables` writes.
+    or what :class:`QuantizeTables` writes, or onnxruntime's GatherBlockQuantized.
 
     After::
 
@@ -76,10 +77,11 @@ class RaiseTables(InPlacePass):
         """Rewrite every one whose codes and scales are constant."""
         modified = False
         for node in list(model.graph):
-            found = _of_rows(node) or _of_one_scale(node)
+            found = _of_rows(node) or _of_one_scale(node) or _of_blocks(node)
             if found is not None:
                 lookup, values = found
-                table = new_initializer(model.graph, _float_name(lookup), values, ir.DataType.FLOAT)
+                dtype = ir.DataType.from_numpy(values.dtype)
+                table = new_initializer(model.graph, _float_name(lookup), values, dtype)
                 whole = InPlaceOf(model.graph, node)
                 whole.take_over(whole.op("lookup", "Gather", [table, lookup.inputs[1]], {"axis": 0}))
                 modified = True
@@ -142,6 +144,27 @@ def _of_one_scale(node: ir.Node) -> tuple[ir.Node, np.ndarray] | None:
         return None
     zero_point = zero_points[0].reshape(()) if zero_points else None
     return codes, dequantize(array_of(codes.inputs[0]), scale.reshape(()), zero_point)
+
+
+def _of_blocks(node: ir.Node) -> tuple[ir.Node, np.ndarray] | None:
+    """A lookup in a table whose rows are codes in blocks, in onnxruntime's own op, and the numbers of the table."""
+    if node.op_type != "GatherBlockQuantized" or node.domain != graphs.ONNXRUNTIME_DOMAIN:
+        return None
+    constants = [node.inputs[0], *node.inputs[2:]]
+    if not all(graphs.is_constant(value) for value in constants):
+        return None
+    codes, scales, *zeros = (array_of(value) for value in constants)
+    bits, block_size = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 128)
+    last = node.attributes.get_int("quantize_axis", 1) in (-1, 1)
+    if codes.ndim != 2 or codes.dtype.kind == "f" or node.attributes.get_int("gather_axis", 0) != 0 or not last:
+        return None
+    zero_point = zeros[0] if zeros else None
+    if codes.dtype == np.uint8:
+        codes = unpack(codes, bits)
+        middle = np.full(scales.shape, 1 << bits - 1)
+        zero_point = middle if zero_point is None else unpack(zero_point, bits)[:, : scales.shape[1]]
+    values = dequantize(codes, scales, zero_point, axis=1, block_size=block_size, dtype=scales.dtype)
+    return node, values
 
 
 def _reads_codes(node: ir.Node | None) -> bool:

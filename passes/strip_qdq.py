@@ -18,6 +18,7 @@ from onnxq.folding import array_of, new_initializer
 from onnxq.passes.lower_integer_products import RaiseIntegerProducts
 from onnxq.passes.lower_lstm import RaiseLstm
 from onnxq.passes.quantize_tables import RaiseTables
+from onnxq.passes.raise_packed_blocks import RaisePackedBlocks
 
 Array = np.ndarray[Any, Any]
 
@@ -37,7 +38,7 @@ class StoredWeight:
     Attributes:
         storage: Data type of its codes.
         scale: Its scales.
-        symmetric: Whether all zero points are 0.
+        zero_point: Its zero points, of the same shape or one number.
         axis: The axis of scales or blocks.
         block_size: Elements that share a scale along it, 0 without blocks.
         tensor: The float weight, to see later whether it is still the same.
@@ -45,10 +46,15 @@ class StoredWeight:
 
     storage: ir.DataType
     scale: Array
-    symmetric: bool
+    zero_point: Array
     axis: int
     block_size: int
     tensor: ir.TensorProtocol | None
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether all zero points are 0."""
+        return not self.zero_point.any()
 
 
 class StripQDQ(InPlacePass):
@@ -87,9 +93,9 @@ class StripQDQ(InPlacePass):
             OnnxqError: the model holds integer kernels instead of Q/DQ, or scales that are not constant.
         """
         graph = model.graph
-        modified = RaiseLstm()(model).modified | RaiseIntegerProducts()(model).modified
+        raised = [one()(model).modified for one in (RaiseLstm, RaiseIntegerProducts, RaisePackedBlocks)]
         self.has_tables = RaiseTables()(model).modified
-        modified |= self.has_tables
+        modified = any(raised) or self.has_tables
         for node in graph:
             if _is_dynamic_pair(node):
                 continue
@@ -281,7 +287,7 @@ def _stored(
 ) -> StoredWeight:
     axis, block_size = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
     tensor = None if weight is None else weight.const_value
-    return StoredWeight(storage, scale, not zero_point.any(), axis, block_size, tensor)
+    return StoredWeight(storage, scale, zero_point, axis, block_size, tensor)
 
 
 def _range(storage: ir.DataType, scale: float, zero_point: float) -> tuple[float, float]:
