@@ -327,7 +327,7 @@ def check_float(model: ir.Model) -> None:
     if found is not None:
         raise OnnxqError(
             f"expected a float model, found one that is quantized already ({found})",
-            hint="give the float model that it was made from; `onnxq strip` makes one of a Q/DQ model",
+            hint="give the float model that it was made from; `onnxq strip` makes one of a quantized model",
         )
 
 

@@ -40,7 +40,7 @@ class Retargeted:
 
 
 def strip(path: str | os.PathLike[str]) -> ir.Model:
-    """The float model under a Q/DQ model: stored codes become the numbers they mean.
+    """The float model under a quantized model: stored codes become the numbers they mean.
 
     Raises:
         OnnxqError: there is no Q/DQ in it, or something else than Q/DQ.

@@ -19,6 +19,7 @@ from onnxq.passes.lower_integer_products import RaiseIntegerProducts
 from onnxq.passes.lower_lstm import RaiseLstm
 from onnxq.passes.quantize_tables import RaiseTables
 from onnxq.passes.raise_packed_blocks import RaisePackedBlocks
+from onnxq.passes.raise_qlinear import RaiseQLinear
 
 Array = np.ndarray[Any, Any]
 
@@ -93,7 +94,7 @@ class StripQDQ(InPlacePass):
             OnnxqError: the model holds integer kernels instead of Q/DQ, or scales that are not constant.
         """
         graph = model.graph
-        raised = [one()(model).modified for one in (RaiseLstm, RaiseIntegerProducts, RaisePackedBlocks)]
+        raised = [one()(model).modified for one in (RaiseLstm, RaiseIntegerProducts, RaisePackedBlocks, RaiseQLinear)]
         self.has_tables = RaiseTables()(model).modified
         modified = any(raised) or self.has_tables
         for node in graph:
@@ -142,9 +143,9 @@ class StripQDQ(InPlacePass):
             if low == 0 and not _is_rectified(source.producer()):
                 source = _rectify(graph, source, node, high)
             covered = low, high
-        _let_read(graph, node.outputs[0], source, float(scale.reshape(-1)[0]), float(zero_point.reshape(-1)[0]))
+        moved = _let_read(graph, node.outputs[0], source, float(scale.reshape(-1)[0]), float(zero_point.reshape(-1)[0]))
         if covered is not None:  # not before: what was behind the model's output has its name now
-            self.ranges[source.name or ""] = covered
+            self.ranges |= {value.name or "": covered for value in (source, *moved)}
 
     def _strip_blocks(self, graph: ir.Graph, node: ir.Node) -> None:
         """An activation in FP4 blocks, whose scales are made with its codes."""
@@ -210,8 +211,9 @@ def _rectify(graph: ir.Graph, value: ir.Value, quantize: ir.Node, high: float) -
     return rectified
 
 
-def _let_read(graph: ir.Graph, codes: ir.Value, value: ir.Value, scale: float, zero_point: float) -> None:
-    """Let whoever reads codes read the number that they mean, also behind ops that move codes."""
+def _let_read(graph: ir.Graph, codes: ir.Value, value: ir.Value, scale: float, zero_point: float) -> list[ir.Value]:
+    """Let whoever reads codes read the number that they mean, also behind ops that move codes: those are returned."""
+    found: list[ir.Value] = []
     for reader, index in graphs.consumers(codes):
         if graphs.is_dequantize(reader) and index == 0:
             _bypass(graph, reader, _scaled(graph, reader, value, scale))
@@ -223,13 +225,14 @@ def _let_read(graph: ir.Graph, codes: ir.Value, value: ir.Value, scale: float, z
                 hint="only Q/DQ models can be stripped",
             )
         moved = reader.outputs[0]
-        _let_read(graph, moved, moved, scale, zero_point)
+        found += [moved, *_let_read(graph, moved, moved, scale, zero_point)]
         reader.replace_input_with(index, value)
         moved.dtype = dtype = value.dtype or ir.DataType.FLOAT
         if padding is not None:
             number = (array_of(padding).astype(np.float64) - zero_point) * scale
             float_padding = new_initializer(graph, f"{moved.name}_padding", number.astype(dtype.numpy()), dtype)
             reader.replace_input_with(2, float_padding)
+    return found
 
 
 def _scaled(graph: ir.Graph, dequantize: ir.Node, value: ir.Value, scale: float) -> ir.Value:

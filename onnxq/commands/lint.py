@@ -21,7 +21,8 @@ def lint(
         typer.Option(
             metavar="OUT",
             help="Write the model with its Q/DQ where the target wants them, and the ranges that it has: biases become "
-            "float, unsigned codes signed for TensorRT, weight scales run along output channels.",
+            "float, unsigned codes signed for TensorRT, weight scales run along output channels, integer operators "
+            "Q/DQ (MatMulNBits too).",
             show_default=False,
         ),
     ] = None,

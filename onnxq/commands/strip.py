@@ -20,6 +20,7 @@ def strip(
 ) -> None:
     """Take QuantizeLinear and DequantizeLinear out of MODEL, of whichever tool; stored codes become floats.
 
+    Integer operators become float ones too: QLinearConv and its like, MatMulInteger, MatMulNBits, GatherBlockQuantized.
     The weights are those of the quantized model, unless it kept the float ones behind QuantizeLinear.
     """
     from onnxq import model as models
