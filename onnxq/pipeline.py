@@ -131,6 +131,7 @@ def quantize(
     learns |= getattr(recipe, "reads_data", False)
     reads_data = scheme.activations.is_calibrated or learns or getattr(recipe, "bias_correction", False)
     kept = None if output is None else checkpoint_folder(Path(output), "inputs")
+    source = None
     try:
         with open_workers(settings.workers, settings.ray) as workers:
             source, warnings = calibration_inputs(
@@ -150,7 +151,9 @@ def quantize(
                 job.checkpoint, job.workers = None if output is None else checkpoint_folder(Path(output)), workers
             recipe.run(job)
         checked = check(job)
-    except OnnxqError:
+    except OnnxqError as error:
+        if source is None and data is None and not reads_data:
+            error.hint += "; one sample is enough, which the result is judged by"
         if kept is not None:  # made inputs are kept for a run that goes on, not for a model that is refused
             shutil.rmtree(kept, ignore_errors=True)
         raise

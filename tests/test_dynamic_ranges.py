@@ -208,3 +208,14 @@ def test_the_command_line_tells_it(network: Path, tmp_path: Path) -> None:
     first = output.read_bytes()
     output.unlink()
     assert CliRunner().invoke(app, arguments).exit_code == 0 and output.read_bytes() == first
+
+
+def test_inputs_that_nothing_can_be_made_for_are_asked_for_once(tmp_path: Path) -> None:
+    text = NETWORK.replace(f"(float[N,7,{WIDTH}] x)", f"(float[N,7,{WIDTH}] x, int64 rate)")
+    path = models.save(add_weights(text, SHAPES), tmp_path / "rated.onnx")
+    with pytest.raises(OnnxqError, match="int64 input 'rate'") as caught:
+        onnxq.quantize(path, recipe="int8-dynamic")
+    assert "one sample is enough" in (caught.value.hint or "")
+    with pytest.raises(OnnxqError) as caught:
+        onnxq.quantize(path, target="cpu")
+    assert "one sample is enough" not in (caught.value.hint or "")

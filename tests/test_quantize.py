@@ -200,3 +200,13 @@ def test_what_cannot_be_judged_is_said(tail: str, kind: str, why: str, tmp_path:
     assert warning.startswith(why)
     lines = "\n".join(plain_lines(onnxq.compare(path, path, [{"x": x}], latency=False).to_json()))
     assert "worst output" not in lines
+
+
+def test_a_silent_sample_makes_no_layer_the_worst(network: Path, calibration: Path) -> None:
+    with np.load(calibration) as arrays:
+        rows = [{"x": row[None]} for row in arrays["x"]]
+    loud = onnxq.quantize(network, rows, target="cpu").numbers["layers"]
+    assert {"input", "Relu"} & {layer["op"] for layer in loud}
+    silent = onnxq.quantize(network, [{"x": np.zeros_like(rows[0]["x"])}, *rows], target="cpu").numbers["layers"]
+    assert "input" not in {layer["op"] for layer in silent}  # zeros, of which no error can be told
+    assert all(layer["sqnr_db"] > 0 for layer in silent)
