@@ -16,6 +16,7 @@ FUSED_ATTENTION = ("MultiHeadAttention", "GroupQueryAttention", "RotaryEmbedding
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 # Ops that compute on codes without Q/DQ around them.
+QDQ = ("QuantizeLinear", "DequantizeLinear")
 QUANTIZED_OPS = (
     "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QGemm",
     "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "MatMulBnb4", "QAttention",

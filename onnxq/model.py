@@ -320,7 +320,7 @@ def check_float(model: ir.Model) -> None:
         (
             f"node {node.name!r}, {node.op_type}"
             for node in model.graph
-            if graphs.is_quantize(node) or graphs.is_dequantize(node) or node.op_type in graphs.QUANTIZED_OPS
+            if node.op_type in graphs.QDQ or node.op_type in graphs.QUANTIZED_OPS  # onnxruntime has a Q/DQ of its own
         ),
         f"by onnxq, recipe {get_metadata(model)['recipe']}" if "recipe" in get_metadata(model) else None,
     )

@@ -94,6 +94,9 @@ class StripQDQ(InPlacePass):
             OnnxqError: the model holds integer kernels instead of Q/DQ, or scales that are not constant.
         """
         graph = model.graph
+        for node in graph:
+            if node.op_type in graphs.QDQ and node.domain == graphs.ONNXRUNTIME_DOMAIN:
+                node.domain = ""  # the same op, for 16 and 4 bits before ONNX had them
         raised = [one()(model).modified for one in (RaiseLstm, RaiseIntegerProducts, RaisePackedBlocks, RaiseQLinear)]
         self.has_tables = RaiseTables()(model).modified
         modified = any(raised) or self.has_tables

@@ -156,3 +156,27 @@ def test_a_zero_point_that_is_no_code_is_refused() -> None:
       y = DequantizeLinear (q, scale, zero) }""")
     with pytest.raises(OnnxqError, match="zero point of type FLOAT"):
         StripQDQ()(model)
+
+
+def test_pairs_of_onnxruntimes_own_domain_are_read(tmp_path: Path) -> None:
+    """Its quantizer writes them where ONNX had no 16 or 4 bits yet."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+    wide (float[N,32] x) => (float[N,48] y)
+    <float sx = {0.0001}, uint16 zx = {32768}, float sw = {0.01}, int8 zw = {0}>
+    {
+        q = com.microsoft.QuantizeLinear (x, sx, zx)
+        d = com.microsoft.DequantizeLinear (q, sx, zx)
+        c = com.microsoft.QuantizeLinear (w, sw, zw)
+        v = com.microsoft.DequantizeLinear (c, sw, zw)
+        [product] y = MatMul (d, v)
+    }
+    """
+    path = models.save(add_weights(text, {"w": (32, 48)}), tmp_path / "wide.onnx")
+    stripped = StripQDQ()
+    assert stripped(models.load(path)).modified
+    assert stripped.ranges["x"] == pytest.approx((-3.2768, 3.2767))
+    assert [node.op_type for node in retarget.strip(path).graph] == ["MatMul"]
+    assert retarget.retarget(path, "cpu").quantized_nodes == ["product"]
+    with pytest.raises(OnnxqError, match="quantized already"):
+        onnxq.quantize(path)
