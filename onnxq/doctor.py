@@ -99,14 +99,26 @@ def machine() -> dict[str, str]:
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
             flags = next((line for line in stream if line.startswith("flags")), "")
-    known = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX VNNI", "amx_int8": "AMX INT8", "avx2": "AVX2"}
-    words = set(flags.split())
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": str(cores()),
-        "integer instructions": ", ".join(name for flag, name in known.items() if flag in words) or "unknown",
+        "integer instructions": integer_instructions(flags),
     }
+
+
+def integer_instructions(flags: str) -> str:
+    """The instructions that integer kernels use, from the flags of an x86 CPU.
+
+    Without VNNI or AMX, pairs of products of bytes are added in 16 bits and cut off there (onnxruntime's documentation
+    on quantization).
+    """
+    words = set(flags.split())
+    exact = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX VNNI", "amx_int8": "AMX INT8"}
+    found = [name for flag, name in exact.items() if flag in words]
+    if "avx2" in words:
+        found.append("AVX2" if found else "AVX2 without VNNI (8-bit weights may overflow: --target cpu --weights int7)")
+    return ", ".join(found) or "unknown"
 
 
 def _version(package: str) -> str | None:

@@ -41,3 +41,16 @@ def test_every_extra_that_it_names_exists() -> None:
     for need in doctor.NEEDS:
         if "[" in need.install:
             assert need.install.split("[")[1].split("]")[0] in extras
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("flags : sse2 avx2 avx512_vnni", "AVX-512 VNNI, AVX2"),
+        ("flags : avx2 avx_vnni amx_int8", "AVX VNNI, AMX INT8, AVX2"),
+        ("flags : avx avx2 avx512f", "AVX2 without VNNI (8-bit weights may overflow: --target cpu --weights int7)"),
+        ("", "unknown"),
+    ],
+)
+def test_what_integers_run_on(flags: str, words: str) -> None:
+    assert doctor.integer_instructions(flags) == words
