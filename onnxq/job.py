@@ -270,8 +270,8 @@ class Job:
             if self.settings.base == "float16":
                 self._to_float16()
             self.target.lower(self.model)
-            if self._embeddings == "int8":
-                QuantizeTables(self._excluded)(self.model)
+            if self._embeddings == "int8" and QuantizeTables(self._excluded)(self.model).modified:
+                self.measurements["embeddings"] = "int8"
             findings = [item for item in self.target.lint(self.model) if item.severity == "error"]
         if findings:
             first = findings[0]

@@ -107,39 +107,46 @@ def _lower(graph: ir.Graph, node: ir.Node, names: graphs.Names) -> None:
 
 
 def _raise(graph: ir.Graph, node: ir.Node, names: graphs.Names) -> bool:
-    cast = graphs.only_reader(node.outputs[0])
-    product = graphs.only_reader(cast.outputs[0]) if graphs.is_op(cast, "Cast") and cast is not None else None
-    made = None if node.inputs[0] is None else node.inputs[0].producer()
-    if product is None or made is None or not graphs.is_op(product, "Mul"):
-        return False
-    if not graphs.is_op(made, "DynamicQuantizeLinear") or operand(node, 2) is not made.outputs[2]:
-        return False
-    assert cast is not None
-    factors = [value for value in product.inputs if value is not cast.outputs[0]]
-    scales = factors[0].producer() if factors and factors[0] is not None else None
-    if scales is None or not graphs.is_op(scales, "Mul") or made.outputs[1] not in scales.inputs:
-        return False
-    steps = next(value for value in scales.inputs if value is not made.outputs[1])
+    found = _scaled_behind(node)
     weight, zero_point = node.inputs[1], operand(node, 3)
-    if not all(graphs.is_constant(value) for value in (weight, steps)):
+    if found is None or weight is None or not graphs.is_constant(weight):
         return False
     if zero_point is not None and not graphs.is_constant(zero_point):
         return False
+    made, product, steps = found
+
+    def parameter(ending: str, value: ir.Value) -> ir.Value:
+        array = array_of(value)
+        array = array.reshape(-1 if array.size > 1 else ())
+        return new_initializer(graph, f"{weight.name}_{ending}", array, ir.DataType.from_numpy(array.dtype), names)
+
+    parameters = [parameter("steps", steps)]
+    if zero_point is not None:
+        parameters.append(parameter("zeros", zero_point))
     whole = InPlaceOf(graph, product, names)
-    parameters = [
-        new_initializer(graph, f"{weight.name}_{ending}", array.reshape(-1 if array.size > 1 else ()), dtype, names)
-        for ending, value in (("steps", steps), ("zeros", zero_point))
-        if value is not None
-        and weight is not None
-        and (array := array_of(value)) is not None
-        and (dtype := value.dtype)
-    ]
-    rank = array_of(weight).ndim
-    activation = whole.op("activation", "DequantizeLinear", [made.outputs[0], made.outputs[1], made.outputs[2]])
-    numbers = whole.op("weight", "DequantizeLinear", [weight, *parameters], {"axis": CHANNEL_AXES[node.op_type] % rank})
-    for value, shape in ((activation, made.inputs[0]), (numbers, weight)):
-        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), None if shape is None else shape.shape
+    axis = CHANNEL_AXES[node.op_type] % array_of(weight).ndim
+    activation = whole.op("activation", "DequantizeLinear", made.outputs)
+    numbers = whole.op("weight", "DequantizeLinear", [weight, *parameters], {"axis": axis})
+    for value, source in ((activation, made.inputs[0]), (numbers, weight)):
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), None if source is None else source.shape
     result = whole.main(FLOAT_OPS[node.op_type], [activation, numbers], dict(node.attributes))
     whole.take_over(result)
     result.producer().name = node.name  # type: ignore[union-attr]
     return True
+
+
+def _scaled_behind(node: ir.Node) -> tuple[ir.Node, ir.Node, ir.Value] | None:
+    """What made the codes that an integer product reads, the Mul that scales its result, and the weight's scale."""
+    made = None if node.inputs[0] is None else node.inputs[0].producer()
+    cast = graphs.only_reader(node.outputs[0])
+    product = graphs.only_reader(cast.outputs[0]) if cast is not None and graphs.is_op(cast, "Cast") else None
+    if made is None or cast is None or product is None or not graphs.is_op(product, "Mul"):
+        return None
+    if not graphs.is_op(made, "DynamicQuantizeLinear") or operand(node, 2) is not made.outputs[2]:
+        return None
+    factor = next((value for value in product.inputs if value is not cast.outputs[0]), None)
+    scales = None if factor is None else factor.producer()
+    if scales is None or not graphs.is_op(scales, "Mul") or made.outputs[1] not in scales.inputs:
+        return None
+    steps = next((value for value in scales.inputs if value is not made.outputs[1]), None)
+    return (made, product, steps) if steps is not None and graphs.is_constant(steps) else None

@@ -185,8 +185,9 @@ class StripQDQ(InPlacePass):
 
 def _is_dynamic_pair(node: ir.Node) -> bool:
     """Whether a node makes codes of the range that it finds, for DequantizeLinear alone."""
-    readers = [reader for reader, _ in graphs.consumers(node.outputs[0])]
-    return graphs.is_op(node, "DynamicQuantizeLinear") and all(map(graphs.is_dequantize, readers))
+    if not graphs.is_op(node, "DynamicQuantizeLinear"):
+        return False
+    return all(graphs.is_dequantize(reader) for reader, _ in graphs.consumers(node.outputs[0]))
 
 
 def _is_rectified(node: ir.Node | None) -> bool:

@@ -15,6 +15,7 @@ from onnxq import model as models
 from onnxq import retarget
 from onnxq.errors import OnnxqError
 from onnxq.passes.quantize_tables import QuantizeTables, RaiseTables
+from onnxq.report.table import plain_lines
 from onnxq.runtime import Session
 
 ROWS, WIDTH = 600, 32
@@ -65,6 +66,7 @@ def test_bytes_on_a_cpu_and_floats_elsewhere(reader: Path, tmp_path: Path) -> No
         as_bytes = target == "cpu" and embeddings is None
         wanted = {ir.DataType.INT8} if as_bytes else {ir.DataType.FLOAT}
         assert set(tables(result.model).values()) == wanted
+        assert ("embeddings int8 per row" in " ".join(plain_lines(result.numbers))) == as_bytes
         sizes[target, embeddings] = output.stat().st_size
         if as_bytes:
             assert result.numbers["sqnr_db"] > 30
