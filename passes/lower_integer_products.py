@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq.arithmetic import quantize
 from onnxq.folding import array_of, new_initializer
+from onnxq.formats import FORMATS
 from onnxq.rewriting import InPlaceOf, operand
 
 CHANNEL_AXES = {"MatMulInteger": -1, "ConvInteger": 0}  # of the weight, along which its scales run
@@ -66,6 +69,9 @@ class RaiseIntegerProducts(InPlacePass):
         modified = False
         names = graphs.Names(model.graph)
         for node in list(model.graph):
+            if graphs.is_op(node, "DynamicQuantizeLinear") and graphs.is_constant(node.inputs[0]):
+                _fold(model.graph, node, names)
+        for node in list(model.graph):
             if graphs.is_op(node, *FLOAT_OPS) and _raise(model.graph, node, names):
                 modified = True
         if modified:
@@ -104,6 +110,19 @@ def _lower(graph: ir.Graph, node: ir.Node, names: graphs.Names) -> None:
     factors = whole.op("scales", "Mul", [steps, scale])
     factors.type = ir.TensorType(ir.DataType.FLOAT)
     whole.take_over(whole.op("scaled", "Mul", [whole.as_type("floats", sums, ir.DataType.FLOAT), factors]))
+
+
+def _fold(graph: ir.Graph, node: ir.Node, names: graphs.Names) -> None:
+    """Work out the codes of a constant, as the op is defined: weights that lay in nodes have them made at run time."""
+    values = array_of(node.inputs[0]).astype(np.float32)
+    low, high = min(float(values.min(initial=0)), 0.0), max(float(values.max(initial=0)), 0.0)
+    scale = np.float32((high - low) / 255) if high > low else np.float32(1)
+    zero_point = np.clip(np.rint(-low / scale), 0, 255).astype(np.uint8)
+    codes = quantize(values, scale, zero_point, FORMATS["uint8"])
+    for output, array in zip(node.outputs, (codes, scale, zero_point), strict=True):
+        made = new_initializer(graph, output.name or "", np.asarray(array), ir.DataType.from_numpy(array.dtype), names)
+        output.replace_all_uses_with(made)
+    graph.remove(node, safe=True)
 
 
 def _raise(graph: ir.Graph, node: ir.Node, names: graphs.Names) -> bool:

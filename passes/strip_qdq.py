@@ -27,7 +27,7 @@ Array = np.ndarray[Any, Any]
 RECTIFIED = ("Relu", "Clip", "Sigmoid", "HardSigmoid", "Softmax", "Exp", "Sqrt", "Abs", "Softplus")
 MOVES = (
     "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Pad", "Slice", "Identity", "Resize",
-    "Gather",
+    "Gather", "Split",
 )  # fmt: skip
 RELU6 = 6.0
 
@@ -228,13 +228,15 @@ def _let_read(graph: ir.Graph, codes: ir.Value, value: ir.Value, scale: float, z
                 f"expected DequantizeLinear or data movement behind {codes.name!r}, found {reader.op_type}",
                 hint="only Q/DQ models can be stripped",
             )
-        moved = reader.outputs[0]
-        found += [moved, *_let_read(graph, moved, moved, scale, zero_point)]
+        dtype = value.dtype or ir.DataType.FLOAT
+        for moved in reader.outputs if graphs.is_op(reader, "Split") else reader.outputs[:1]:
+            moved.type = ir.TensorType(dtype)  # before what moves it on takes its type
+            found += [moved, *_let_read(graph, moved, moved, scale, zero_point)]
         reader.replace_input_with(index, value)
-        moved.dtype = dtype = value.dtype or ir.DataType.FLOAT
         if padding is not None:
             number = (array_of(padding).astype(np.float64) - zero_point) * scale
-            float_padding = new_initializer(graph, f"{moved.name}_padding", number.astype(dtype.numpy()), dtype)
+            name = f"{reader.outputs[0].name}_padding"
+            float_padding = new_initializer(graph, name, number.astype(dtype.numpy()), dtype)
             reader.replace_input_with(2, float_padding)
     return found
 

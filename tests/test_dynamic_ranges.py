@@ -219,3 +219,26 @@ def test_inputs_that_nothing_can_be_made_for_are_asked_for_once(tmp_path: Path) 
     with pytest.raises(OnnxqError) as caught:
         onnxq.quantize(path, target="cpu")
     assert "one sample is enough" not in (caught.value.hint or "")
+
+
+def test_codes_that_onnxruntime_makes_of_constants_are_worked_out(tmp_path: Path) -> None:
+    """Weights that lie in Constant nodes, as paddle2onnx writes them, have their codes made while the model runs."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    text = MIXED.replace("[convolution]", "w1 = Identity (w)\n    [convolution]")
+    text = text.replace("Gemm <transB = 1> (f, w2, b2)", "MatMul (f, w2)")
+    mixed = ir.to_proto(add_weights(text, {"w": (32, 16, 3, 3), "w2": (32, 24)}))
+    held = next(item for item in mixed.graph.initializer if item.name == "w")
+    identity = next(node for node in mixed.graph.node if node.op_type == "Identity")
+    identity.op_type = "Constant"
+    del identity.input[:]
+    identity.attribute.add(name="value", type=4).t.CopyFrom(held)
+    mixed.graph.initializer.remove(held)
+    source, theirs = tmp_path / "source.onnx", tmp_path / "theirs.onnx"
+    source.write_bytes(mixed.SerializeToString())
+    quantize_dynamic(str(source), str(theirs))
+    assert [node.op_type for node in ir.load(theirs).graph].count("DynamicQuantizeLinear") == 3
+    feed = {"x": np.random.default_rng(4).normal(size=(4, 16, 8, 8)).astype(np.float32)}
+    model = retarget.strip(theirs)
+    assert not any(node.op_type in graphs.QUANTIZED_OPS for node in model.graph)
+    assert sqnr_db(run(source, feed), run(model, feed)) > 35

@@ -50,7 +50,9 @@ def test_rewrites_keep_the_function(target: str, model: ir.Model) -> None:
 @given(
     model=networks(),
     target=st.sampled_from(["cpu", "tensorrt"]),
-    recipe=st.sampled_from(["int8", "int8-minmax", "fp8", "int4-weights", "rex", "powerquant", "smoothquant"]),
+    recipe=st.sampled_from(
+        ["int8", "int8-minmax", "int8-dynamic", "fp8", "int4-weights", "rex", "powerquant", "smoothquant"]
+    ),
 )
 def test_quantized_networks_are_legal_and_repeatable(model: ir.Model, target: str, recipe: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
