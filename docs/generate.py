@@ -63,11 +63,12 @@ def recipe_page(name: str, entry: recipes.Entry) -> str:
         default = entry.knobs.get(item.name, item.default)
         words = "".join(f", `{word}`" for word in choices_of(item) if word != default)
         rows.append(f"| `{item.name}` | `{default}`{words} | {one_line(meanings.get(item.name, ''))} |")
+    only = "" if entry.target is None else f" Target: {entry.target} alone."
     formats = f"Weights: {entry.weights or 'the default of the target'}. Activations: "
     lines = [
         f"# {name}", "", f"{entry.line[0].upper()}{entry.line[1:]}.", "",
         "```sh", f"onnxq quantize model.onnx --recipe {name}", "```", "",
-        formats + f"{entry.activations or 'the default of the target'}.", "",
+        formats + f"{entry.activations or 'the default of the target'}.{only}", "",
         markdown(parts.pop("")), "",
     ]  # fmt: skip
     for title, text in parts.items():

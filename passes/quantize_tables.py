@@ -76,14 +76,18 @@ class RaiseTables(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite every one whose codes and scales are constant."""
         modified = False
+        names = graphs.Names(model.graph)
+        tables: dict[ir.Value | None, ir.Value] = {}  # one for each table of codes, however often it is read
         for node in list(model.graph):
             found = _of_rows(node) or _of_one_scale(node) or _of_blocks(node)
             if found is not None:
                 lookup, values = found
-                dtype = ir.DataType.from_numpy(values.dtype)
-                table = new_initializer(model.graph, _float_name(lookup), values, dtype)
-                whole = InPlaceOf(model.graph, node)
-                whole.take_over(whole.op("lookup", "Gather", [table, lookup.inputs[1]], {"axis": 0}))
+                codes, indices = lookup.inputs[:2]
+                if codes not in tables:
+                    dtype = ir.DataType.from_numpy(values.dtype)
+                    tables[codes] = new_initializer(model.graph, _float_name(lookup), values, dtype, names)
+                whole = InPlaceOf(model.graph, node, names)
+                whole.take_over(whole.op("lookup", "Gather", [tables[codes], indices], {"axis": 0}))
                 modified = True
         if modified:
             common_passes.RemoveUnusedNodesPass()(model)

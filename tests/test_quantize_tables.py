@@ -103,6 +103,15 @@ def test_reading_back_changes_nothing(reader: Path) -> None:
     np.testing.assert_array_equal(Session(model).run(TOKENS)[0], expected)
 
 
+def test_a_table_that_is_read_twice_is_stored_once() -> None:
+    model = add_weights(READER.replace("Gather (places,", "Gather (table,"), SHAPES)
+    QuantizeTables()(model)
+    assert len(tables(model)) == 1
+    RaiseTables()(model)
+    assert tables(model) == {"table": ir.DataType.FLOAT}
+    assert sum(value.shape == (ROWS, WIDTH) for value in model.graph.initializers.values()) == 1
+
+
 def test_small_shared_and_excluded_tables_stay_float(reader: Path) -> None:
     small = add_weights(READER, SHAPES | {"places": (16, WIDTH)})
     QuantizeTables()(small)

@@ -9,8 +9,6 @@ import typer
 
 from onnxq.commands.common import CHECK_FAILED, JsonPath, ModelPath, Quiet, check_destinations, write_json
 
-QDQ = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
-
 
 def lint(
     model: ModelPath,
@@ -56,7 +54,7 @@ def lint(
         opened = models.read(file)
         of = {"file": file.name} if several else {}
         found += [of | {"severity": item.severity} | item.to_json() for item in chosen.lint(opened, sm)]
-        holds_qdq |= any(graphs.is_op(node, *QDQ) for node in opened.graph.all_nodes())
+        holds_qdq |= any(graphs.is_op(node, *graphs.QDQ, "DynamicQuantizeLinear") for node in opened.graph.all_nodes())
     errors = [item for item in found if item["severity"] == "error"]
     warnings = [item for item in found if item["severity"] != "error"]
     write_json(json_path, {"errors": errors, "warnings": warnings})
