@@ -37,7 +37,7 @@ from onnxq.progress import Progress
 from onnxq.runtime import Session, elements_of
 from onnxq.scheme import Scheme
 from onnxq.serialized import IN_MEMORY_LIMIT_BYTES, serialize
-from onnxq.targets import Placement, Target, embeddings_format, scheme_of_ends
+from onnxq.targets import Placement, Target, scheme_of_ends
 from onnxq.targets.placement import excluded, first_and_last
 
 Array = np.ndarray[Any, Any]
@@ -70,6 +70,7 @@ class Job:
         path: The float model's file, beside which a denoiser's schedule may lie.
         workers: Who shares the work; ``None``: nobody.
         checkpoint: A folder in which recipes that learn keep finished steps, ``None`` to keep nothing.
+        embeddings: The format of tables that tokens are looked up in, ``int8`` or ``float``.
         is_large: Whether the float model is too large for one onnxruntime session (see :mod:`onnxq.parts`).
     """
 
@@ -93,12 +94,12 @@ class Job:
     path: Path | None = None
     checkpoint: Path | None = None
     workers: Workers | None = None
+    embeddings: str = "float"
     is_large: bool = field(init=False)
     _float_session: Session | None = None
     _taps: list[str] = field(default_factory=list)
     _has_ranges: bool = True  # whether any activation gets codes
     _wants_means: bool = False
-    _embeddings: str = "float"
     _excluded: Collection[str] = ()  # names of nodes
     _shared: SharedModel | None = None
 
@@ -108,8 +109,6 @@ class Job:
     def prepare(self) -> None:
         """Run the target's rewrites, which keep the function."""
         self.specs = input_specs(self.model)
-        kind = kind_of(self.model)
-        self._embeddings = embeddings_format(self.target, self.scheme, kind, self.settings.embeddings)
         self.target.prepare(self.model)
         if self.settings.rotate:
             self._rotate()
@@ -270,7 +269,7 @@ class Job:
             if self.settings.base == "float16":
                 self._to_float16()
             self.target.lower(self.model)
-            if self._embeddings == "int8" and QuantizeTables(self._excluded)(self.model).modified:
+            if self.embeddings == "int8" and QuantizeTables(self._excluded)(self.model).modified:
                 self.measurements["embeddings"] = "int8"
             findings = [item for item in self.target.lint(self.model) if item.severity == "error"]
         if findings:

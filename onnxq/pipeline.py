@@ -122,7 +122,7 @@ def quantize(
         models.check_float(loaded)
         sizes.choose(loaded, settings.shapes)
         kind = kinds.kind_of(loaded)  # of the float graph: what is rewritten for a target is harder to tell
-        targets.embeddings_format(target, scheme, kind, settings.embeddings)  # refused before any work
+        embeddings = targets.embeddings_format(target, scheme, kind, settings.embeddings)
         if settings.statistics is not None:
             side_car.attach(loaded, Path(settings.statistics))
     learns: bool = settings.low_rank > 0 or any(
@@ -148,6 +148,7 @@ def quantize(
             recipe = _with_range_rule(recipe, source, {**entry.knobs, **settings.knobs})
             with progress.stage("load", "Loading"):
                 job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings, path=path)
+                job.embeddings = embeddings
                 job.checkpoint, job.workers = None if output is None else checkpoint_folder(Path(output)), workers
             recipe.run(job)
         checked = check(job)

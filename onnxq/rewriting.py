@@ -96,11 +96,15 @@ class InPlaceOf:
         return made
 
     def main(
-        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        named_after: ir.Node | None = None,
     ) -> ir.Value:
-        """The result of the op that does the node's own work, and gets its name."""
+        """The result of the op that does the node's work and gets its name, or that of another that goes with it."""
         made = self.op("main", op_type, inputs, attributes)
-        self._tape.nodes[-1].name = self.node.name
+        self._tape.nodes[-1].name = (named_after or self.node).name
         return made
 
     def number(self, name: str, number: float) -> ir.Value:

@@ -8,7 +8,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.arithmetic import quantize
+from onnxq.arithmetic import quantize, scale_and_zero_point
 from onnxq.folding import array_of, new_initializer
 from onnxq.formats import FORMATS
 from onnxq.rewriting import InPlaceOf, operand
@@ -115,12 +115,11 @@ def _lower(graph: ir.Graph, node: ir.Node, names: graphs.Names) -> None:
 def _fold(graph: ir.Graph, node: ir.Node, names: graphs.Names) -> None:
     """Work out the codes of a constant, as the op is defined: weights that lay in nodes have them made at run time."""
     values = array_of(node.inputs[0]).astype(np.float32)
-    low, high = min(float(values.min(initial=0)), 0.0), max(float(values.max(initial=0)), 0.0)
-    scale = np.float32((high - low) / 255) if high > low else np.float32(1)
-    zero_point = np.clip(np.rint(-low / scale), 0, 255).astype(np.uint8)
+    low, high = values.min(initial=0), values.max(initial=0)
+    scale, zero_point = scale_and_zero_point(low, high, FORMATS["uint8"], symmetric=False)
     codes = quantize(values, scale, zero_point, FORMATS["uint8"])
     for output, array in zip(node.outputs, (codes, scale, zero_point), strict=True):
-        made = new_initializer(graph, output.name or "", np.asarray(array), ir.DataType.from_numpy(array.dtype), names)
+        made = new_initializer(graph, output.name or "", array, ir.DataType.from_numpy(array.dtype), names)
         output.replace_all_uses_with(made)
     graph.remove(node, safe=True)
 
@@ -148,9 +147,7 @@ def _raise(graph: ir.Graph, node: ir.Node, names: graphs.Names) -> bool:
     numbers = whole.op("weight", "DequantizeLinear", [weight, *parameters], {"axis": axis})
     for value, source in ((activation, made.inputs[0]), (numbers, weight)):
         value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), None if source is None else source.shape
-    result = whole.main(FLOAT_OPS[node.op_type], [activation, numbers], dict(node.attributes))
-    whole.take_over(result)
-    result.producer().name = node.name  # type: ignore[union-attr]
+    whole.take_over(whole.main(FLOAT_OPS[node.op_type], [activation, numbers], node.attributes, named_after=node))
     return True
 
 

@@ -10,7 +10,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.arithmetic import dequantize, quantize
+from onnxq.arithmetic import dequantize, quantize, scale_and_zero_point
 from onnxq.folding import array_of, new_initializer
 from onnxq.formats import FORMATS
 from onnxq.passes.raise_packed_blocks import unpack
@@ -18,7 +18,6 @@ from onnxq.rewriting import InPlaceOf
 
 FEWEST_NUMBERS = 1 << 14  # of a table; smaller ones, of segments say, are no part of a file
 BYTES = FORMATS["int8"]
-LARGEST_CODE = 127
 
 
 class QuantizeTables(InPlacePass):
@@ -107,8 +106,7 @@ def _looks_up(node: ir.Node) -> bool:
 
 def _rewrite(graph: ir.Graph, table: ir.Value, lookups: list[ir.Node], names: graphs.Names) -> None:
     rows = array_of(table)
-    scales = np.abs(rows).max(axis=1) / np.float32(LARGEST_CODE)
-    scales = np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
+    scales, _ = scale_and_zero_point(rows.min(axis=1), rows.max(axis=1), BYTES, symmetric=True)
     codes = quantize(rows, scales, None, BYTES, axis=0)
     stored = new_initializer(graph, f"{table.name}_quantized", codes, ir.DataType.INT8, names)
     steps = new_initializer(graph, f"{table.name}_scale", scales[:, None], ir.DataType.FLOAT, names)
@@ -131,10 +129,10 @@ def _of_rows(node: ir.Node) -> tuple[ir.Node, np.ndarray] | None:
     codes = cast.inputs[0].producer() if graphs.is_op(cast, "Cast") and cast and cast.inputs[0] else None
     if not (_reads_codes(codes) and graphs.is_op(scales, "Gather")) or codes is None or scales is None:
         return None
-    steps = scales.inputs[0]
-    if codes.inputs[1] is not scales.inputs[1] or not graphs.is_constant(steps) or array_of(steps).ndim != 2:
+    if codes.inputs[1] is not scales.inputs[1] or not graphs.is_constant(scales.inputs[0]):
         return None
-    return codes, dequantize(array_of(codes.inputs[0]), array_of(steps)[:, 0], axis=0)
+    numbers, steps = array_of(codes.inputs[0]), array_of(scales.inputs[0])
+    return (codes, dequantize(numbers, steps[:, 0], axis=0)) if steps.shape == (len(numbers), 1) else None
 
 
 def _of_one_scale(node: ir.Node) -> tuple[ir.Node, np.ndarray] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -22,12 +21,6 @@ STORAGES = {
     2: (ir.DataType.INT4, ir.DataType.UINT4),
     4: (ir.DataType.INT4, ir.DataType.UINT4),
     8: (ir.DataType.INT8, ir.DataType.UINT8),
-}
-NUMPY_TYPES = {
-    ir.DataType.INT4: ml_dtypes.int4,
-    ir.DataType.UINT4: ml_dtypes.uint4,
-    ir.DataType.INT8: np.int8,
-    ir.DataType.UINT8: np.uint8,
 }
 
 
@@ -90,7 +83,7 @@ def _raise(graph: ir.Graph, node: ir.Node, names: graphs.Names) -> None:
     assert float_type is not None
 
     def stored(ending: str, array: Codes, dtype: ir.DataType) -> ir.Value:
-        return new_initializer(graph, f"{name}_{ending}", array.astype(NUMPY_TYPES[dtype]), dtype, names)
+        return new_initializer(graph, f"{name}_{ending}", array.astype(dtype.numpy()), dtype, names)
 
     numbers = codes.astype(np.int16) - (middle if around_zero else 0)
     parameters = [stored("codes", numbers, storage)]

@@ -142,11 +142,11 @@ def weight_sites(items: Sequence[graphs.WeightedNode], scheme_of: Schemes) -> li
 
 def merged(sites: Sequence[Site]) -> list[Site]:
     """Sites on one value with one format share a pair."""
-    merged: dict[tuple[int, int | None, str], Site] = {}
+    found: dict[tuple[int, int | None, str], Site] = {}
     for site in sites:
         key = (id(site.value), site.axis, str(site.spec))
-        if key in merged:
-            uses = merged[key].uses + tuple(use for use in site.uses if use not in merged[key].uses)
+        if key in found:
+            uses = found[key].uses + tuple(use for use in site.uses if use not in found[key].uses)
             site = Site(site.value, uses, site.spec, site.axis, site.like)
-        merged[key] = site
-    return list(merged.values())
+        found[key] = site
+    return list(found.values())
