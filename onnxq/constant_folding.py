@@ -13,7 +13,7 @@ FOLDED_ELEMENTS = 1 << 26
 
 def fold(model: ir.Model) -> None:
     """Compute what is constant, again where that has decided an If: shapes behind it may be known now."""
-    if not any(_is_foldable(node) for node in model.graph):
+    if not any(_is_foldable(node) for node in model.graph.all_nodes()):
         return
     from onnxscript import optimizer
 

@@ -161,6 +161,13 @@ def weighted_nodes(graph: ir.Graph) -> Iterator[WeightedNode]:
             yield found
 
 
+def reads_codes(item: WeightedNode) -> bool:
+    """Whether the node reads codes of its weight, or of activations; with a float weight it does not."""
+    if is_constant(item.weight):
+        return False
+    return any(is_dequantized(value) or is_tabulated(value) for value in item.node.inputs[:2])
+
+
 def depthwise_channels(node: ir.Node) -> int | None:
     """The channels of a convolution with one result and one kernel for each; ``None`` if it is none."""
     weight = node.inputs[1] if is_op(node, "Conv") and len(node.inputs) > 1 else None
@@ -188,12 +195,19 @@ def is_fused_attention(node: ir.Node) -> bool:
     return node.domain == ONNXRUNTIME_DOMAIN and node.op_type in FUSED_ATTENTION
 
 
+def multiplies_integers(node: ir.Node) -> bool:
+    """Whether the node is a layer on integers in one op, which no Q/DQ stand around."""
+    return is_integer_lstm(node) or is_op(node, "MatMulInteger")
+
+
 def layers_inside(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
-    """Layers with weights in the branches and loops of a graph, each with the If, Loop or Scan that it lies in."""
+    """Float layers in the branches and loops of a graph, each with the If, Loop or Scan that it lies in."""
     for node in graph:
         for attribute in node.attributes.values():
             for inner in graphs_in(attribute):
-                yield from ((item.node.name or item.node.op_type, node) for item in weighted_nodes(inner))
+                for item in weighted_nodes(inner):
+                    if not reads_codes(item):
+                        yield item.node.name or item.node.op_type, node
                 yield from ((name, node) for name, _ in layers_without_codes(inner))
 
 
@@ -201,7 +215,8 @@ def layers_without_codes(graph: ir.Graph) -> Iterator[tuple[str, str]]:
     """Layers with weights that no target gives Q/DQ, and why: in branches and loops, recurrent, of other domains."""
     for name, around in layers_inside(graph):
         advice = "; `onnxq specialize` takes one branch" if is_op(around, "If") else ""
-        yield name, f"inside the {around.op_type} {around.name!r}; Q/DQ go into the main graph{advice}"
+        where = f"inside the {around.op_type} {around.name!r}"
+        yield name, f"{where}; a CPU runs codes there, with dynamic ranges or for weights alone{advice}"
     for node in graph:
         if is_op(node, *RECURRENT):
             yield node.name or "", f"the weights of {node.op_type} have no form with Q/DQ"
@@ -370,3 +385,11 @@ def graphs_in(attribute: ir.Attr) -> Sequence[ir.Graph]:
     if attribute.type == ir.AttributeType.GRAPH:
         return [attribute.as_graph()]
     return attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else ()
+
+
+def with_bodies(node: ir.Node) -> Iterator[ir.Node]:
+    """The node, and all nodes in its branches or its loop."""
+    yield node
+    for attribute in node.attributes.values():
+        for inner in graphs_in(attribute):
+            yield from inner.all_nodes()

@@ -15,10 +15,12 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq import shapes
+from onnxq.body_layers import BodyLayers
 from onnxq.calibration import bias_correction
 from onnxq.calibration.data import InputSpec, Source, input_specs
 from onnxq.calibration.observers import Range, Statistics
 from onnxq.calibration.recording import KEPT_SAMPLES, MEAN_SAMPLES, Recording, record
+from onnxq.calibration.weight_ranges import Search
 from onnxq.config import Settings
 from onnxq.decoders import attention_in_float
 from onnxq.diffusion.subgraphs import Subgraph
@@ -71,6 +73,7 @@ class Job:
         workers: Who shares the work; ``None``: nobody.
         checkpoint: A folder in which recipes that learn keep finished steps, ``None`` to keep nothing.
         embeddings: The format of tables that tokens are looked up in, ``int8`` or ``float``.
+        search: How the range of a weight follows from it, for layers in branches and loops; ``None``: its extremes.
         is_large: Whether the float model is too large for one onnxruntime session (see :mod:`onnxq.parts`).
     """
 
@@ -95,6 +98,7 @@ class Job:
     checkpoint: Path | None = None
     workers: Workers | None = None
     embeddings: str = "float"
+    search: Search | None = None
     is_large: bool = field(init=False)
     _float_session: Session | None = None
     _taps: list[str] = field(default_factory=list)
@@ -165,11 +169,13 @@ class Job:
         self._wants_means = means
         self.placement = self.place(self.model.graph)
         self._excluded = excluded(self.model.graph, self.settings.exclude)
-        if not self.placement.sites:
+        if not self.placement.sites and not self._body_layers().count(self.model):
             reasons = "; ".join(sorted(set(self.placement.left_float.values()))) or "it has no Conv, Gemm or MatMul"
             hint = "see `onnxq lint`"
             if "faster in float" in reasons:
                 hint = "keep the float model, or store its weights alone in 8 bits: --activations float"
+            if "inside the" in reasons:
+                hint = "for a CPU, give layers in branches and loops dynamic ranges: --recipe int8-dynamic"
             if self.scheme.activations.dynamic:
                 hint = "use --recipe int8, whose ranges are calibrated; dynamic ones are for Gemm, MatMul and LSTM"
             raise OnnxqError(f"expected something to quantize, found nothing ({reasons})", hint=hint)
@@ -182,6 +188,9 @@ class Job:
         if not self._taps or not set(self._taps) <= self.observed.statistics.keys():
             self._open_float_session(self._taps)
         InsertQDQ(self.placement.sites)(self.model)
+
+    def _body_layers(self) -> BodyLayers:
+        return BodyLayers(self.target, self.scheme, self.settings.exclude, self.exceptions)
 
     def _open_float_session(self, taps: Sequence[str]) -> Session:
         inputs = {spec.name for spec in self.specs}
@@ -269,9 +278,18 @@ class Job:
             if self.settings.base == "float16":
                 self._to_float16()
             self.target.lower(self.model)
-            if self.embeddings == "int8" and QuantizeTables(self._excluded)(self.model).modified:
+            tables = self.embeddings == "int8"
+            has_tables = tables and QuantizeTables(self._excluded)(self.model).modified
+            inside = self._body_layers()
+            has_tables |= inside.quantize(self.model, self.search, tables=tables)
+            if has_tables:
                 self.measurements["embeddings"] = "int8"
-            findings = [item for item in self.target.lint(self.model) if item.severity == "error"]
+            if self.placement is not None:
+                for name in inside.with_codes:
+                    self.placement.left_float.pop(name, None)
+                self.placement.left_float.update(inside.left_float)
+            found = [*self.target.lint(self.model), *inside.findings]
+            findings = [item for item in found if item.severity == "error"]
         if findings:
             first = findings[0]
             raise OnnxqError(
@@ -285,18 +303,16 @@ def quantized_counts(graph: ir.Graph) -> tuple[int, int]:
     """How many Conv, Gemm and MatMul read codes, and how many there are; LSTMs and products on integers count too.
 
     A layer with float weights reads none, also where what it reads had codes for its neighbours. What scales the
-    channels of a gate is no layer of the user's.
+    channels of a gate is no layer of the user's. Layers in branches and loops count where they read codes.
     """
-    total = quantized = sum(graphs.is_integer_lstm(node) or graphs.is_op(node, "MatMulInteger") for node in graph)
+    total = quantized = sum(map(graphs.multiplies_integers, graph.all_nodes()))
     for item in graphs.weighted_nodes(graph):
-        if GATED in item.node.metadata_props:
-            continue
-        total += 1
-        if not graphs.is_constant(item.weight):
-            quantized += any(
-                graphs.is_dequantized(value) or graphs.is_tabulated(value) for value in item.node.inputs[:2]
-            )
-    return quantized, total
+        if GATED not in item.node.metadata_props:
+            total += 1
+            quantized += graphs.reads_codes(item)
+    inside = (graphs.weighted(node) for node in graph.all_nodes() if node.graph is not graph)
+    with_codes = sum(item is not None and graphs.reads_codes(item) for item in inside)
+    return quantized + with_codes, total + with_codes
 
 
 def peak_rss_mib() -> float:

@@ -23,6 +23,7 @@ from onnxq import constant_folding, identities, plugins, shapes
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.passes.expand_fusions import ExpandFusions, claim_simplified_norms
+from onnxq.passes.free_invariants import FreeInvariants
 from onnxq.serialized import IN_MEMORY_LIMIT_BYTES
 from onnxq.writing import atomic_folder
 
@@ -154,6 +155,7 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
     ExpandFusions()(model)
     model.ir_version = max(model.ir_version or 0, 10)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    FreeInvariants()(model)
     constant_folding.fold(model)
     identities.eliminate(model)
     common_passes.RemoveUnusedNodesPass()(model)
@@ -166,8 +168,9 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
 
 def _name_nodes(model: ir.Model) -> None:
     """Give every node a name of its own: lint, engine proofs and ``--exclude`` speak of nodes by name."""
-    taken = {node.name for node in model.graph if node.name}
-    for index, node in enumerate(model.graph):
+    nodes = [node for graph in model.graphs() for node in graph]
+    taken = {node.name for node in nodes if node.name}
+    for index, node in enumerate(nodes):
         if not node.name:
             name = f"{node.op_type}_{index}"
             while name in taken:
@@ -319,7 +322,7 @@ def check_float(model: ir.Model) -> None:
     found = next(
         (
             f"node {node.name!r}, {node.op_type}"
-            for node in model.graph
+            for node in model.graph.all_nodes()
             if node.op_type in graphs.QDQ or node.op_type in graphs.QUANTIZED_OPS  # onnxruntime has a Q/DQ of its own
         ),
         f"by onnxq, recipe {get_metadata(model)['recipe']}" if "recipe" in get_metadata(model) else None,

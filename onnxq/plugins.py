@@ -154,24 +154,16 @@ def _behind_plugins(graph: ir.Graph) -> tuple[dict[ir.Node, None], list[str]]:
     behind: dict[ir.Node, None] = {}
     plugins: list[str] = []
     for node in graph:
-        found = [inner for inner in _with_inner(node) if is_plugin(inner)]
+        found = [inner for inner in graphs.with_bodies(node) if is_plugin(inner)]
         plugins += [f"{inner.domain} {inner.op_type}" for inner in found]
         if found or any(value.producer() in behind for value in _read(node, graph)):
             behind[node] = None
     return behind, plugins
 
 
-def _with_inner(node: ir.Node) -> Iterator[ir.Node]:
-    """A node and those of its branches."""
-    yield node
-    for attribute in node.attributes.values():
-        for inner in graphs.graphs_in(attribute):
-            yield from inner.all_nodes()
-
-
 def _read(node: ir.Node, graph: ir.Graph) -> Iterator[ir.Value]:
     """The values of a graph that a node reads, also within its branches."""
-    for inner in _with_inner(node):
+    for inner in graphs.with_bodies(node):
         for value in inner.inputs:
             if value is not None and (inner is node or value.graph is graph):
                 yield value

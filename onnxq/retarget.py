@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -13,13 +14,14 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq import targets
+from onnxq.bodies import bodies
 from onnxq.calibration import calibrate, observers
 from onnxq.errors import CheckError, OnnxqError
 from onnxq.passes.insert_qdq import FORMAT, InsertQDQ
 from onnxq.passes.quantize_tables import QuantizeTables
 from onnxq.passes.strip_qdq import StoredWeight, StripQDQ
 from onnxq.scheme import DYNAMIC, Scheme
-from onnxq.targets import Placement, Site, Target
+from onnxq.targets import Finding, Placement, Site, Target
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ def strip(path: str | os.PathLike[str]) -> ir.Model:
     """
     model = models.load(path)
     written_by_onnxq = "recipe" in models.get_metadata(model)  # loading makes floats of its tables
-    if not StripQDQ()(model).modified and not written_by_onnxq:
+    modified = [StripQDQ()(part).modified for part in itertools.chain([model], bodies(model))]
+    if not any(modified) and not written_by_onnxq:
         raise _nothing(path)
     models.drop_metadata(model, "version", "recipe", "target", "seed", "config", "knobs")
     return model
@@ -65,39 +68,74 @@ def retarget(path: str | os.PathLike[str], target: str) -> Retargeted:
         CheckError: the result still breaks a rule of the target.
     """
     model = models.load(path)
-    stripped = StripQDQ()
-    if not stripped(model).modified:
-        raise _nothing(path)
     runtime = targets.get(target)
-    runtime.prepare(model)
-    scheme = _scheme(runtime, stripped)
-    placement = _place(model.graph, runtime, scheme, stripped)
-    if not placement.sites:
+    if runtime.quantizes_bodies:
+        parts = [_bring(model, runtime), *(_bring(inner, runtime, is_body=True) for inner in bodies(model))]
+    else:  # whose rewrites of the main graph refuse codes anywhere
+        parts = [*map(_only_strip, bodies(model)), _bring(model, runtime)]
+    if not any(part.had_codes for part in parts):
+        raise _nothing(path)
+    names = [name for part in parts for name in part.quantized_nodes]
+    if not any(part.has_sites for part in parts):
         raise OnnxqError(
             f"expected layers that {target} can run on codes, found none in {os.fspath(path)}",
             hint="quantize the float model instead: onnxq quantize",
         )
-    InsertQDQ(placement.sites)(model)
-    calibrate.set_activation_scales(model, _statistics(stripped), observers.minmax)
-    calibrate.set_weight_scales(model)
-    _keep_weight_scales(model.graph, stripped.weights)
-    names = [
-        item.node.name or ""
-        for item in graphs.weighted_nodes(model.graph)
-        if any(graphs.is_dequantized(value) for value in item.node.inputs[:2])
-    ]
-    runtime.lower(model)
-    if stripped.has_tables and target == "cpu":
-        QuantizeTables()(model)
-    errors = [item for item in runtime.lint(model) if item.severity == "error"]
+    findings = [*runtime.lint(model), *(item for part in parts for item in part.findings)]
+    errors = [item for item in findings if item.severity == "error"]
     if errors:
         raise CheckError(
             f"expected a graph that passes the lint of {target}, found {len(errors)} errors, first: "
             f"{errors[0].rule} at {errors[0].node!r}: {errors[0].message}",
             hint="quantize the float model instead: onnxq quantize",
         )
-    lost = stripped.is_dynamic and not scheme.activations.enabled
-    return Retargeted(model, names, placement.left_float, lost)
+    left_float = {name: reason for part in parts for name, reason in part.left_float.items() if name not in names}
+    return Retargeted(model, names, left_float, any(part.lost_ranges for part in parts))
+
+
+@dataclass
+class _Part:
+    """What became of the main graph, or of the body of a branch or a loop."""
+
+    had_codes: bool = False
+    has_sites: bool = False
+    quantized_nodes: list[str] = field(default_factory=list)
+    left_float: dict[str, str] = field(default_factory=dict)
+    lost_ranges: bool = False
+    findings: list[Finding] = field(default_factory=list)
+
+
+def _only_strip(model: ir.Model) -> _Part:
+    stripped = StripQDQ()
+    return _Part(stripped(model).modified, lost_ranges=stripped.is_dynamic)
+
+
+def _bring(model: ir.Model, target: Target, *, is_body: bool = False) -> _Part:
+    stripped = StripQDQ()
+    part = _Part(stripped(model).modified)
+    if not part.had_codes:
+        return part
+    target.prepare(model)
+    scheme = _scheme(target, stripped)
+    placement = _place(model.graph, target, scheme, stripped)
+    part.has_sites = bool(placement.sites)
+    InsertQDQ(placement.sites)(model)
+    calibrate.set_activation_scales(model, _statistics(stripped), observers.minmax)
+    calibrate.set_weight_scales(model)
+    _keep_weight_scales(model.graph, stripped.weights)
+    part.quantized_nodes = [
+        item.node.name or ""
+        for item in graphs.weighted_nodes(model.graph)
+        if any(graphs.is_dequantized(value) for value in item.node.inputs[:2])
+    ]
+    part.left_float = placement.left_float
+    target.lower(model)
+    if stripped.has_tables and target.name == "cpu":
+        QuantizeTables()(model)
+    if is_body:  # the main graph is looked at when all are done
+        part.findings = target.lint(model)
+    part.lost_ranges = stripped.is_dynamic and not scheme.activations.enabled
+    return part
 
 
 def _nothing(path: str | os.PathLike[str]) -> OnnxqError:

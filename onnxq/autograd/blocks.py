@@ -62,7 +62,10 @@ class _Cut:
 
     def __init__(self, graph: ir.Graph) -> None:
         self.nodes = list(graph)
-        self.index = {node: position for position, node in enumerate(self.nodes)}
+        inside = {
+            node: list(graphs.with_bodies(node)) for node in self.nodes
+        }  # what a body reads, its If or Loop reads
+        self.index = {inner: position for position, node in enumerate(self.nodes) for inner in inside[node]}
         self.layers = {
             self.index[item.node]
             for item in graphs.weighted_nodes(graph)
@@ -72,9 +75,9 @@ class _Cut:
         self.ancestors: list[int] = []  # of each node, itself included
         for position, node in enumerate(self.nodes):
             found = 1 << position
-            for value in node.inputs:
+            for value in [value for inner in inside[node] for value in inner.inputs]:
                 producer = None if value is None else value.producer()
-                if producer is not None:
+                if producer is not None and self.index[producer] < position:
                     found |= self.ancestors[self.index[producer]]
             self.ancestors.append(found)
 
@@ -170,7 +173,8 @@ class _Cut:
                 self.index[reader]
                 for value in self._live(current)
                 for reader, _ in graphs.consumers(value)
-                if not (current | taken) >> self.index[reader] & 1 and self._extends(reader, current)
+                if not (current | taken) >> self.index[reader] & 1
+                and self._extends(self.nodes[self.index[reader]], current)
             }
             if not candidates:
                 break

@@ -18,6 +18,7 @@ def whole_inputs(inputs: Sequence[ir.Value]) -> set[str]:
     * a single number (rank 0), as the timestep of some denoisers;
     * a first axis that is fixed to another size, as positions [16, 3] beside [batch, 16, 64] (FLUX), or a size [2]
       beside [1, 256, 64, 64] (SAM);
+    * a first axis of 1 of a switch beside a free batch, as ``use_cache_branch`` [1];
     * a free first axis that is a later one of another input, as ``cache_position`` [sequence] beside
       [batch, sequence].
 
@@ -34,9 +35,12 @@ def whole_inputs(inputs: Sequence[ir.Value]) -> set[str]:
         small = any(isinstance(side, int) and side < LEAST_SIDE for side in sides)
         return {leading} if is_picture and not small else whole
     batch = shapes[leading][0]
+    switches = {value.name for value in inputs if value.dtype == ir.DataType.BOOL}
     for name, (first, *_) in ((name, shape) for name, shape in shapes.items() if shape):
         elsewhere = {size for other, shape in shapes.items() if other != name for size in shape[1:]}
         if first not in (1, None, batch) and (isinstance(first, int) or first in elsewhere):
+            whole.add(name)
+        if name in switches and shapes[name] == [1] and not isinstance(batch, int):
             whole.add(name)
     return whole
 

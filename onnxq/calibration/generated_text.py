@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.calibration.data import InputSpec, Sample, fixed_batch
-from onnxq.calibration.text import check_roles, fixed_length, role_of, text_feed
+from onnxq.calibration.text import check_roles, fixed_length, role_of, text_feed, text_sample
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 
@@ -60,7 +60,7 @@ class GeneratedText:
 
     def __iter__(self) -> Iterator[Sample]:
         for row in self._rows:
-            yield {name: value[0] for name, value in text_feed(self.specs, row[None]).items()}
+            yield text_sample(self.specs, row)
 
     def _write(self, start: int) -> Array:
         generator = np.random.default_rng((self.seed, start))

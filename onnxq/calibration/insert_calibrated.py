@@ -55,6 +55,7 @@ def insert_calibrated(
     shifted = free_zero_points(job, statistics, observe) if shift else []
     job.ranges = set_activation_scales(job.model, statistics, observe)
     set_weight_scales(job.model, search)
+    job.search = search
     biases: dict[str, Array] = {}
     if corrects_biases and is_teacher:
         biases = corrected_apart(job.model, job.channel_means)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.calibration.data import InputSpec, Sample
-from onnxq.calibration.text import check_roles, fixed_length, role_of, text_feed
+from onnxq.calibration.text import check_roles, fixed_length, role_of, text_sample
 from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
@@ -52,13 +52,13 @@ class RandomTokens:
 
     def __iter__(self) -> Iterator[Sample]:
         for row in self._rows:
-            yield {name: value[0] for name, value in text_feed(self.specs, row[None]).items()}
+            yield text_sample(self.specs, row)
 
 
 def vocabulary_size(model: ir.Model, specs: Sequence[InputSpec]) -> int | None:
     """How many tokens the model knows: rows of the table that they index; ``None`` where there is no such table."""
     tokens = {spec.name for spec in specs if role_of(spec) == "tokens"}
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         if not graphs.is_op(node, "Gather") or node.attributes.get_int("axis", 0) != 0:
             continue
         table, indices = node.inputs[:2]

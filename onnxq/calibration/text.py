@@ -22,6 +22,7 @@ Array = np.ndarray[Any, Any]
 MASKS, POSITIONS = ("attention_mask", "mask"), ("position_ids", "positions")
 SEGMENTS = ("token_type_ids", "segment_ids")  # which of two texts; there is one
 TOKENS = ("input_ids", "tokens", "ids")
+SWITCHES = ("use_cache_branch", "use_cache")  # of a decoder that holds itself twice, with a cache and without
 CACHE, ENCODER = "past", "encoder"  # in the names of keys and values that a decoder gets back, or has of an encoder
 
 
@@ -86,8 +87,10 @@ class Text:
 
 
 def role_of(spec: InputSpec) -> str | None:
-    """What an input takes: ``tokens``, ``mask``, ``positions``, ``segments`` or ``cache``; ``None``: something else."""
+    """What an input takes: ``tokens``, ``mask``, ``positions``, ``segments``, ``cache`` or ``switch``; or ``None``."""
     name = spec.name.lower()
+    if spec.dtype.kind == "b":
+        return "switch" if name.endswith(SWITCHES) and len(spec.shape) < 2 else None
     if spec.dtype.kind == "f":
         return "cache" if CACHE in name and ENCODER not in name and _grows(spec) else None
     ends = {"mask": MASKS, "positions": POSITIONS, "segments": SEGMENTS, "tokens": TOKENS}
@@ -131,15 +134,17 @@ def text_feed(specs: Sequence[InputSpec], tokens: Array, mask: Array | None = No
         mask: 1 where there is text, 0 where a row is filled up; ``None``: text everywhere.
 
     Returns:
-        Arrays by input name: the tokens, the mask, positions from 0, segments of zeros, caches of length 0; where an
-        input has a fixed length of its own, cut to it or begun again.
+        Arrays by input name: the tokens, the mask, positions from 0, segments of zeros, caches of length 0 that are to
+        be read; where an input has a fixed length of its own, cut to it or begun again.
     """
     mask = np.ones_like(tokens) if mask is None else mask
     values = {"tokens": tokens, "mask": mask, "segments": np.zeros_like(tokens)}
     feed = {}
     for spec in specs:
         role = role_of(spec) or ""
-        if role == "cache":
+        if role == "switch":
+            feed[spec.name] = np.ones([1 if spec.is_whole else len(tokens)] * len(spec.shape), spec.dtype)
+        elif role == "cache":
             feed[spec.name] = np.zeros((len(tokens), *(size or 0 for size in spec.shape[1:])), spec.dtype)
         else:
             places = np.arange(spec.shape[1] or tokens.shape[1])  # the decoder of a translator has a length of its own
@@ -149,6 +154,12 @@ def text_feed(specs: Sequence[InputSpec], tokens: Array, mask: Array | None = No
                 rows = values[role][:, places % tokens.shape[1]]
             feed[spec.name] = rows.astype(spec.dtype)
     return feed
+
+
+def text_sample(specs: Sequence[InputSpec], tokens: Array) -> Sample:
+    """What :func:`text_feed` gives for one sequence [length], as a sample without its batch axis."""
+    feed = text_feed(specs, tokens[None])
+    return {spec.name: feed[spec.name] if spec.is_whole else feed[spec.name][0] for spec in specs}
 
 
 def without_padding(feed: Mapping[str, Array], output: Array) -> Array:

@@ -42,6 +42,7 @@ class Cpu:
     name = "cpu"
     packs_codes = True
     quantizes_attention = False
+    quantizes_bodies = True
     computes_in_float16 = False
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:

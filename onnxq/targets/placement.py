@@ -62,21 +62,26 @@ def excluded(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
     Raises:
         OnnxqError: a pattern matches nothing, which is most often a typing error.
     """
-    matched: set[str] = set()
+    skipped: set[str] = set()
     for pattern in patterns:
-        found = {
-            node.name or ""
-            for node in graph
-            if fnmatch.fnmatchcase(node.name or "", pattern) or fnmatch.fnmatchcase(node.op_type, pattern)
-        }
+        found = matched(graph, pattern)
         if not found:
             examples = ", ".join(item.node.name or "" for item in list(graphs.weighted_nodes(graph))[:3])
             raise OnnxqError(
                 f"expected --exclude {pattern!r} to match a node name or an op, found no match",
                 hint=f"names look like: {examples}",
             )
-        matched |= found
-    return matched
+        skipped |= found
+    return skipped
+
+
+def matched(graph: ir.Graph, pattern: str) -> set[str]:
+    """Names of the nodes that one pattern matches, by name or op type, in branches and loops too."""
+    return {
+        node.name or ""
+        for node in graph.all_nodes()
+        if fnmatch.fnmatchcase(node.name or "", pattern) or fnmatch.fnmatchcase(node.op_type, pattern)
+    }
 
 
 def choose(

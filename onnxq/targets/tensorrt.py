@@ -36,6 +36,7 @@ class TensorRT:
     name = "tensorrt"
     packs_codes = False
     quantizes_attention = True
+    quantizes_bodies = False
     computes_in_float16 = True
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:
