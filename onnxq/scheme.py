@@ -24,6 +24,7 @@ class Spec:
         symmetric: Whether the zero point is the middle of the format.
         block_size: Elements along the reduction axis that share a scale, for ``block``.
         dynamic: Whether the model finds the range itself while it runs, from the tensor that it has at hand.
+        signed_scales: Whether kernels read scales of blocks below zero (see :mod:`onnxq.calibration.signed_scales`).
     """
 
     format: NumberFormat
@@ -31,6 +32,7 @@ class Spec:
     symmetric: bool = True
     block_size: int | None = None
     dynamic: bool = False
+    signed_scales: bool = False
 
     @property
     def enabled(self) -> bool:

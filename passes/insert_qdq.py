@@ -15,6 +15,7 @@ from onnxq.targets.placement import Site
 # Keys of a QuantizeLinear's metadata: what calibration must know and the codes alone do not say.
 FORMAT = "onnxq.format"
 SYMMETRIC = "onnxq.symmetric"
+SIGNED_SCALES = "onnxq.signed_scales"
 STATISTICS = "onnxq.statistics"
 CLIP = "onnxq.clip"  # on the Clip that narrows an odd width, whose bounds follow the scale
 
@@ -86,6 +87,8 @@ def _insert(graph: ir.Graph, site: Site, names: graphs.Names) -> None:
     dequantize.name = names.free(f"{value.name}_DQ{suffix}")
     quantize.metadata_props[FORMAT] = dequantize.metadata_props[FORMAT] = site.spec.format.name
     quantize.metadata_props[SYMMETRIC] = str(int(site.spec.symmetric))
+    if site.spec.signed_scales:
+        quantize.metadata_props[SIGNED_SCALES] = "1"
     quantize.metadata_props[STATISTICS] = _name(root)
     _insert_tape(graph, site, tape)
 

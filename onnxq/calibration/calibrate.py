@@ -13,9 +13,10 @@ from onnxq import graph as graphs
 from onnxq.arithmetic import scale_and_zero_point, storable_scale
 from onnxq.calibration.let_through import Interval, let_through
 from onnxq.calibration.observers import Observer, Range, Statistics, minmax, with_headroom
+from onnxq.calibration.signed_scales import signed
 from onnxq.calibration.weight_ranges import Search
 from onnxq.formats import NumberFormat, one_sided, parse_format
-from onnxq.passes.insert_qdq import CLIP, FORMAT, STATISTICS, SYMMETRIC
+from onnxq.passes.insert_qdq import CLIP, FORMAT, SIGNED_SCALES, STATISTICS, SYMMETRIC
 from onnxq.passes.normalise_tokens import NORMALISED
 
 Array = np.ndarray[Any, Any]
@@ -97,12 +98,14 @@ def set_weight_scales(model: ir.Model, search: Search | None = None) -> None:
         scale_value = node.inputs[1]
         assert scale_value is not None and scale_value.const_value is not None
         shape = scale_value.const_value.numpy().shape
-        low, high = _clip_of(rows_of(weight.const_value.numpy(), shape, node), number_format, symmetric, search)
+        rows = rows_of(weight.const_value.numpy(), shape, node)
+        low, high = _clip_of(rows, number_format, symmetric, search)
+        scale, zero_point = scale_and_zero_point(low, high, number_format, symmetric=symmetric)
+        if SIGNED_SCALES in node.metadata_props:
+            scale = signed(rows, scale, number_format)
+        del rows
         graphs.let_go(weight)
-        scale, zero_point = scale_and_zero_point(
-            low.reshape(shape), high.reshape(shape), number_format, symmetric=symmetric
-        )
-        write_scales(node, scale, zero_point)
+        write_scales(node, scale.reshape(shape), zero_point.reshape(shape))
 
 
 def _clip_of(rows: Array, number_format: NumberFormat, symmetric: bool, search: Search | None) -> tuple[Array, Array]:

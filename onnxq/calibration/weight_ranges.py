@@ -93,7 +93,7 @@ def best_of_few(rows: Array, number_format: NumberFormat, symmetric: bool) -> tu
         best, least = np.ones(len(values)), np.full(len(values), np.inf)
         for factor in FEW_CLIPS_FLOAT if number_format.is_float else FEW_CLIPS:
             scale, zero_point = stored_scale(low[part] * factor, high[part] * factor, number_format, symmetric)
-            error = _squared_errors(values, scale, zero_point, number_format)
+            error = squared_errors(values, scale, zero_point, number_format)
             better = error < least
             best, least = np.where(better, factor, best), np.where(better, error, least)
         low[part] *= best
@@ -107,7 +107,7 @@ def stored_scale(low: Array, high: Array, number_format: NumberFormat, symmetric
     return block_scales.rounded(scale) if number_format.has_block_scales else scale, zero_point
 
 
-def _squared_errors(values: Array, scale: Array, zero_point: Array, number_format: NumberFormat) -> Array:
+def squared_errors(values: Array, scale: Array, zero_point: Array, number_format: NumberFormat) -> Array:
     """What rounding costs each row; integers without :func:`fake_quantize`, in a third of its time."""
     if number_format.is_float:
         difference = values - fake_quantize(values, scale, zero_point, number_format, axis=0)

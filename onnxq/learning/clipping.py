@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnxq.arithmetic import fake_quantize, scale_and_zero_point
+from onnxq.calibration.signed_scales import signed
 from onnxq.learning.channel_scales import as_rows, from_rows
 from onnxq.scheme import Spec
 
@@ -39,6 +40,8 @@ def clipped_for_outputs(matrix: Array, inputs: Array, spec: Spec) -> Array:
         clipped = np.clip(rows, -limit[:, None], limit[:, None])
         low, high = clipped.min(axis=1), clipped.max(axis=1)
         scale, zero_point = scale_and_zero_point(low, high, spec.format, symmetric=spec.symmetric)
+        if spec.signed_scales:
+            scale = signed(clipped, scale, spec.format)
         difference = fake_quantize(clipped, scale, zero_point, spec.format, axis=0) - rows
         error = _output_error(difference, products)
         better = error < least

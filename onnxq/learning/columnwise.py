@@ -16,6 +16,7 @@ from torch import Tensor
 
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
+from onnxq.calibration.signed_scales import signed
 from onnxq.calibration.weight_ranges import Search, extremes, stored_scale
 from onnxq.folding import array_of
 from onnxq.formats import parse_format
@@ -28,7 +29,7 @@ from onnxq.learning.hessian import Hessian, Layer
 from onnxq.learning.own_initializers import own_biases, readers_of, separate_weights
 from onnxq.learning.quantizers import Grid, Quantizer, as_float, read
 from onnxq.learning.walk import FLOAT, QUANTIZED, Walk, inside
-from onnxq.passes.insert_qdq import FORMAT, SYMMETRIC
+from onnxq.passes.insert_qdq import FORMAT, SIGNED_SCALES, SYMMETRIC
 
 Array = np.ndarray[Any, Any]
 
@@ -271,6 +272,8 @@ class Network:
         def rescale(rows: Tensor) -> tuple[Tensor, Tensor]:
             low, high = self.search(rows.cpu().numpy(), number_format, symmetric)
             scale, zero_point = stored_scale(low, high, number_format, symmetric)
+            if SIGNED_SCALES in quantize.metadata_props:
+                scale = signed(rows.cpu().numpy(), scale, number_format)
             return (
                 torch.from_numpy(scale).to(rows.device),
                 torch.from_numpy(np.asarray(zero_point).astype(np.float32)).to(rows.device),

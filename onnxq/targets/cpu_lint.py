@@ -59,12 +59,15 @@ def output_quantized(reading: Reading) -> Broken:
 
 
 def scale_usable(reading: Reading) -> Broken:
-    """C2: scales are finite and above zero."""
+    """C2: scales are finite and above zero; those of a weight's blocks may be below."""
     for quantizer in reading.leaders:
-        scale = None if quantizer.scale is None else quantizer.scale.astype(np.float32)
-        if scale is not None and not np.all(np.isfinite(scale) & (scale > 0)):
-            wrong = scale[~(np.isfinite(scale) & (scale > 0))].reshape(-1)[0]
-            yield quantizer.node, f"expected finite scales above zero, found {wrong:g}"
+        if quantizer.scale is None:
+            continue
+        scale = quantizer.scale.astype(np.float32)
+        in_blocks = quantizer.node.attributes.get_int("block_size", 0) > 0
+        usable = np.isfinite(scale) & ((scale > 0) | (in_blocks & (scale < 0)))
+        if not np.all(usable):
+            yield quantizer.node, f"expected finite scales above zero, found {scale[~usable].reshape(-1)[0]:g}"
 
 
 def format_accepted(reading: Reading) -> Broken:
