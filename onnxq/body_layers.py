@@ -16,6 +16,7 @@ from onnxq.bodies import bodies
 from onnxq.calibration.calibrate import set_weight_scales
 from onnxq.calibration.weight_ranges import Search
 from onnxq.passes.insert_qdq import InsertQDQ
+from onnxq.passes.lower_packed_blocks import LowerPackedBlocks
 from onnxq.passes.quantize_tables import QuantizeTables
 from onnxq.scheme import Scheme
 from onnxq.targets import Finding, Placement, Target
@@ -50,16 +51,16 @@ class BodyLayers:
         """How many constants and activations would get codes."""
         return sum(len(self._place(inner).sites) for inner in self._open(model))
 
-    def quantize(self, model: ir.Model, search: Search | None, *, tables: bool) -> bool:
+    def quantize(self, model: ir.Model, search: Search | None, *, tables: str) -> bool:
         """Give codes to every layer inside that can have them.
 
         Args:
             model: Changed in place.
             search: How the range of a weight follows from it (see :func:`set_weight_scales`).
-            tables: Whether tables that tokens are looked up in become bytes.
+            tables: The format of tables that tokens are looked up in, ``float``, ``int8`` or ``int4``.
 
         Returns:
-            Whether a table did.
+            Whether a table got codes.
         """
         has_tables = False
         for inner in self._open(model):
@@ -73,8 +74,9 @@ class BodyLayers:
             InsertQDQ(placement.sites)(inner)
             set_weight_scales(inner, search)
             self.target.lower(inner)
-            if tables:
-                has_tables |= QuantizeTables(excluded(inner.graph, self._patterns(inner)))(inner).modified
+            LowerPackedBlocks()(inner)  # whose weights may lie in the main graph, once for all branches
+            if tables != "float":
+                has_tables |= QuantizeTables(excluded(inner.graph, self._patterns(inner)), tables)(inner).modified
             self.findings += self.target.lint(inner)
         return has_tables
 

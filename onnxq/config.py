@@ -39,7 +39,8 @@ class Settings(BaseModel):
     weights: str | None = None
     activations: str | None = None
     first_last: str | None = None
-    embeddings: Literal["float", "int8"] | None = None
+    embeddings: Literal["float", "int8", "int4"] | None = None
+    packed_blocks: bool = False
     base: Literal["float32", "float16"] = "float32"
     rotate: bool = False
     low_rank: int = Field(default=0, ge=0)

@@ -197,7 +197,8 @@ def is_fused_attention(node: ir.Node) -> bool:
 
 def multiplies_integers(node: ir.Node) -> bool:
     """Whether the node is a layer on integers in one op, which no Q/DQ stand around."""
-    return is_integer_lstm(node) or is_op(node, "MatMulInteger")
+    packed = node.domain == ONNXRUNTIME_DOMAIN and node.op_type == "MatMulNBits"
+    return packed or is_integer_lstm(node) or is_op(node, "MatMulInteger")
 
 
 def layers_inside(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
@@ -220,7 +221,7 @@ def layers_without_codes(graph: ir.Graph) -> Iterator[tuple[str, str]]:
     for node in graph:
         if is_op(node, *RECURRENT):
             yield node.name or "", f"the weights of {node.op_type} have no form with Q/DQ"
-        if is_integer_lstm(node) or is_fused_attention(node):
+        if node.op_type in QUANTIZED_OPS or is_fused_attention(node):
             continue
         has_matrix = any(
             is_constant(value) and is_float(value) and (rank(value) or 0) > 1 for value in node.inputs if value

@@ -32,6 +32,7 @@ from onnxq.parallel import SharedModel, Workers
 from onnxq.passes.decompose_attention import DecomposeAttention
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.level_gates import GATED
+from onnxq.passes.lower_packed_blocks import LowerPackedBlocks
 from onnxq.passes.quantize_tables import QuantizeTables
 from onnxq.passes.rotate_heads import RotateHeads
 from onnxq.passes.rotate_streams import RotateStreams
@@ -72,7 +73,7 @@ class Job:
         path: The float model's file, beside which a denoiser's schedule may lie.
         workers: Who shares the work; ``None``: nobody.
         checkpoint: A folder in which recipes that learn keep finished steps, ``None`` to keep nothing.
-        embeddings: The format of tables that tokens are looked up in, ``int8`` or ``float``.
+        embeddings: The format of tables that tokens are looked up in, ``int8``, ``int4`` or ``float``.
         search: How the range of a weight follows from it, for layers in branches and loops; ``None``: its extremes.
         is_large: Whether the float model is too large for one onnxruntime session (see :mod:`onnxq.parts`).
     """
@@ -278,12 +279,14 @@ class Job:
             if self.settings.base == "float16":
                 self._to_float16()
             self.target.lower(self.model)
-            tables = self.embeddings == "int8"
-            has_tables = tables and QuantizeTables(self._excluded)(self.model).modified
+            has_tables = self.embeddings != "float"
+            has_tables = has_tables and QuantizeTables(self._excluded, self.embeddings)(self.model).modified
             inside = self._body_layers()
-            has_tables |= inside.quantize(self.model, self.search, tables=tables)
+            has_tables |= inside.quantize(self.model, self.search, tables=self.embeddings)
             if has_tables:
-                self.measurements["embeddings"] = "int8"
+                self.measurements["embeddings"] = self.embeddings
+            if self.settings.packed_blocks:
+                LowerPackedBlocks()(self.model)
             if self.placement is not None:
                 for name in inside.with_codes:
                     self.placement.left_float.pop(name, None)

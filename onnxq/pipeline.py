@@ -88,9 +88,9 @@ def quantize(
             inputs, which is said in the result's warnings.
         output: Where to write the result; ``None`` writes nothing.
         settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
-            ``activations``, ``first_last``, ``embeddings``, ``base``, ``rotate``, ``low_rank``, ``samples``,
-            ``shapes``, ``exclude``, ``seed``, ``device``, ``custom_ops``, ``workers``, ``ray``, ``synthesis``,
-            ``statistics``, ``budget``, ``knobs``, ``preprocess``;
+            ``activations``, ``first_last``, ``embeddings``, ``packed_blocks``, ``base``, ``rotate``, ``low_rank``,
+            ``samples``, ``shapes``, ``exclude``, ``seed``, ``device``, ``custom_ops``, ``workers``, ``ray``,
+            ``synthesis``, ``statistics``, ``budget``, ``knobs``, ``preprocess``;
             for a denoiser without data ``scheduler``, ``steps``, ``guidance``, ``conditions``.
         progress: Where to say what is being done; by default nowhere.
         **options: The fields of :class:`Settings`.
@@ -113,6 +113,8 @@ def quantize(
         settings = settings.model_copy(update={"target": entry.target})
     target = targets.get(settings.target)
     scheme = target.scheme(settings.weights or entry.weights, settings.activations or entry.activations)
+    if settings.packed_blocks:
+        targets.check_packed(target, scheme)
     recipe = build_knobs(entry.load(), {**entry.knobs, **settings.knobs}, settings.recipe)
     for knob, look_up in (("observer", observers.get), ("weight_ranges", weight_ranges.get)):
         if hasattr(recipe, knob):  # an unknown rule is refused before inputs are made for it

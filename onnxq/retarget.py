@@ -17,7 +17,8 @@ from onnxq import targets
 from onnxq.bodies import bodies
 from onnxq.calibration import calibrate, observers
 from onnxq.errors import CheckError, OnnxqError
-from onnxq.passes.insert_qdq import FORMAT, InsertQDQ
+from onnxq.passes.insert_qdq import FORMAT, SIGNED_SCALES, InsertQDQ
+from onnxq.passes.lower_packed_blocks import LowerPackedBlocks
 from onnxq.passes.quantize_tables import QuantizeTables
 from onnxq.passes.strip_qdq import StoredWeight, StripQDQ
 from onnxq.scheme import DYNAMIC, Scheme
@@ -131,8 +132,9 @@ def _bring(model: ir.Model, target: Target, *, is_body: bool = False) -> _Part:
     part.left_float = placement.left_float
     target.lower(model)
     if stripped.has_tables and target.name == "cpu":
-        QuantizeTables()(model)
+        QuantizeTables()(model)  # bytes, which hold also what 4 bits with zero points meant
     if is_body:  # the main graph is looked at when all are done
+        LowerPackedBlocks()(model)
         part.findings = target.lint(model)
     part.lost_ranges = stripped.is_dynamic and not scheme.activations.enabled
     return part
@@ -205,6 +207,7 @@ def _keep_weight_scales(graph: ir.Graph, weights: dict[str, StoredWeight]) -> No
         same_axis = not stored.scale.ndim or stored.axis == node.attributes.get_int("axis", 1)
         if same_kind and same_axis and stored.scale.shape == scale.const_value.numpy().shape:
             zero_point = np.broadcast_to(stored.zero_point, stored.scale.shape)
-            # A block's scale below zero, which lets its largest number have the code -8, has no kernel elsewhere: 7
+            # A block's scale below zero, which lets its largest number have the code -8, has no kernel in TensorRT: 7
             # for that one number costs less than another grid for all.
-            calibrate.write_scales(node, np.abs(stored.scale), zero_point)
+            steps = stored.scale if SIGNED_SCALES in node.metadata_props else np.abs(stored.scale)
+            calibrate.write_scales(node, steps, zero_point)

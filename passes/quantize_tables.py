@@ -1,4 +1,4 @@
-"""Keep tables that tokens are looked up in as bytes, and read such tables back."""
+"""Keep tables that tokens are looked up in as codes, and read such tables back."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
 from onnxq.arithmetic import dequantize, quantize, scale_and_zero_point
+from onnxq.calibration.signed_scales import signed
+from onnxq.calibration.weight_ranges import best_of_few
 from onnxq.folding import array_of, new_initializer
 from onnxq.formats import FORMATS
+from onnxq.passes.lower_packed_blocks import pack
 from onnxq.passes.raise_packed_blocks import unpack
-from onnxq.rewriting import InPlaceOf
+from onnxq.rewriting import InPlaceOf, become
 
 FEWEST_NUMBERS = 1 << 14  # of a table; smaller ones, of segments say, are no part of a file
-BYTES = FORMATS["int8"]
+MIDDLE = 8  # what unsigned codes of 4 bits are counted from
+BLOCK_SIZE = 32  # of a row of 4-bit codes
 
 
 class QuantizeTables(InPlacePass):
     """Codes for every row of a table, with a scale of its own: what is looked up is dequantized, and nothing else.
+
+    Codes of 4 bits have a scale for each 32 of a row, in an op of onnxruntime's own (GatherBlockQuantized).
 
     Before::
 
@@ -34,11 +40,13 @@ class QuantizeTables(InPlacePass):
 
     Args:
         skipped: Names of nodes whose tables stay as they are.
+        name: The format, ``int8`` or ``int4``.
     """
 
-    def __init__(self, skipped: Collection[str] = ()) -> None:
+    def __init__(self, skipped: Collection[str] = (), name: str = "int8") -> None:
         super().__init__()
         self.skipped = set(skipped)
+        self.write = {"int8": _write_rows, "int4": _write_blocks}[name]
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite every table that only lookups of rows read, with whatever many indices."""
@@ -51,7 +59,8 @@ class QuantizeTables(InPlacePass):
         for table, lookups in tables.items():
             readers = [node for node, _ in graphs.consumers(table)]
             if all(node in lookups and node.name not in self.skipped for node in readers):
-                _rewrite(model.graph, table, lookups, names)
+                self.write(model.graph, table, lookups, names)
+                graphs.let_go(table)
                 modified = True
         if modified:
             common_passes.RemoveUnusedNodesPass()(model)
@@ -104,10 +113,10 @@ def _looks_up(node: ir.Node) -> bool:
     return graphs.is_constant(table) and not graphs.is_constant(indices) and int(np.prod(sizes)) >= FEWEST_NUMBERS
 
 
-def _rewrite(graph: ir.Graph, table: ir.Value, lookups: list[ir.Node], names: graphs.Names) -> None:
+def _write_rows(graph: ir.Graph, table: ir.Value, lookups: list[ir.Node], names: graphs.Names) -> None:
     rows = array_of(table)
-    scales, _ = scale_and_zero_point(rows.min(axis=1), rows.max(axis=1), BYTES, symmetric=True)
-    codes = quantize(rows, scales, None, BYTES, axis=0)
+    scales, _ = scale_and_zero_point(rows.min(axis=1), rows.max(axis=1), FORMATS["int8"], symmetric=True)
+    codes = quantize(rows, scales, None, FORMATS["int8"], axis=0)
     stored = new_initializer(graph, f"{table.name}_quantized", codes, ir.DataType.INT8, names)
     steps = new_initializer(graph, f"{table.name}_scale", scales[:, None], ir.DataType.FLOAT, names)
     for node in lookups:
@@ -118,7 +127,25 @@ def _rewrite(graph: ir.Graph, table: ir.Value, lookups: list[ir.Node], names: gr
         step.type = ir.TensorType(ir.DataType.FLOAT)
         number = apart.as_type("floats", found, ir.DataType.FLOAT)
         apart.take_over(apart.op("dequantized", "Mul", [number, step]))
-    graphs.let_go(table)
+
+
+def _write_blocks(graph: ir.Graph, table: ir.Value, lookups: list[ir.Node], names: graphs.Names) -> None:
+    number_format = FORMATS["int4"]
+    rows = array_of(table)
+    filled = np.pad(rows, [(0, 0), (0, -rows.shape[1] % BLOCK_SIZE)])
+    blocks = filled.reshape(-1, BLOCK_SIZE)
+    scales, _ = scale_and_zero_point(*best_of_few(blocks, number_format, True), number_format, symmetric=True)
+    scales = signed(blocks, scales, number_format).reshape(len(rows), -1)
+    codes = quantize(rows, scales, None, number_format, axis=1, block_size=BLOCK_SIZE).astype(np.int16)
+    packed = pack(codes + MIDDLE, 4)  # in bytes, which a branch may read of the main graph
+    stored = new_initializer(graph, f"{table.name}_quantized", packed, ir.DataType.UINT8, names)
+    steps = new_initializer(graph, f"{table.name}_scale", scales, ir.DataType.FLOAT, names)
+    for node in lookups:
+        sizes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK_SIZE, "bits": 4}
+        become(node, "GatherBlockQuantized", [stored, node.inputs[1], steps], graphs.ONNXRUNTIME_DOMAIN)
+        node.attributes.clear()
+        node.attributes.update({key: ir.AttrInt64(key, number) for key, number in sizes.items()})
+    graph.opset_imports.setdefault(graphs.ONNXRUNTIME_DOMAIN, 1)
 
 
 def _of_rows(node: ir.Node) -> tuple[ir.Node, np.ndarray] | None:

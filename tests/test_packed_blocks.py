@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -11,10 +12,12 @@ import onnxruntime
 import pytest
 from conftest import add_weights, sqnr_db
 
+import onnxq
 from onnxq import model as models
 from onnxq import retarget
 from onnxq.errors import OnnxqError
 from onnxq.passes.raise_packed_blocks import unpack
+from onnxq.report.table import plain_lines
 from onnxq.runtime import Session
 
 ROWS, WIDTH = 600, 64
@@ -124,3 +127,91 @@ def test_biases_are_added_and_groups_are_refused(tmp_path: Path) -> None:
     ir.save(model, tmp_path / "grouped.onnx")
     with pytest.raises(OnnxqError, match="found MatMulNBits"):
         retarget.strip(tmp_path / "grouped.onnx")
+
+
+@pytest.mark.parametrize("format_name", ["int4:32", "uint4:32", "int4:64"])
+def test_packed_blocks_are_what_onnxruntime_makes_of_the_others(format_name: str, tmp_path: Path) -> None:
+    path = models.save(add_weights(READER, SHAPES), tmp_path / "reader.onnx")
+    options = {"recipe": "int4-weights", "target": "cpu", "weights": format_name}
+    plain, packed = tmp_path / "plain.onnx", tmp_path / "packed.onnx"
+    onnxq.quantize(path, [TOKENS], output=plain, **options)
+    numbers = onnxq.quantize(path, [TOKENS], output=packed, packed_blocks=True, **options).numbers
+    assert numbers["quantized_nodes"] == numbers["weighted_nodes"] == numbers["integer_kernels"] == 3
+    ops = [node.op_type for node in ir.load(packed).graph]
+    assert ops.count("MatMulNBits") == 3 and "DequantizeLinear" not in ops
+    np.testing.assert_array_equal(run(packed), run(plain))
+    for expected, found in zip(weights(plain), weights(packed), strict=True):
+        np.testing.assert_array_equal(expected, found)
+
+
+def test_tables_of_four_bits(tmp_path: Path) -> None:
+    path = models.save(add_weights(READER, SHAPES), tmp_path / "reader.onnx")
+    four, eight = tmp_path / "four.onnx", tmp_path / "eight.onnx"
+    options = {"recipe": "int4-weights", "target": "cpu", "weights": "int4:32"}
+    result = onnxq.quantize(path, [TOKENS], output=four, embeddings="int4", **options)
+    assert result.numbers["embeddings"] == "int4" and not result.numbers["left_float"]
+    assert "embeddings int4 per block" in " ".join(plain_lines(result.numbers))
+    onnxq.quantize(path, [TOKENS], output=eight, **options)
+    saved = ROWS * (WIDTH / 2 + 4 - WIDTH // 32 * 4)  # half a byte for each number, two scales for each row
+    assert eight.stat().st_size - four.stat().st_size == pytest.approx(saved, abs=1000)
+    table = add_weights(READER, SHAPES).graph.initializers["table"].const_value.numpy()  # type: ignore[union-attr]
+    stripped = retarget.strip(four)
+    lookup = next(node for node in stripped.graph if node.op_type == "Gather")
+    assert 18 < sqnr_db(table, lookup.inputs[0].const_value.numpy()) < 30  # type: ignore[union-attr]
+    models.save(stripped, tmp_path / "float.onnx")
+    assert sqnr_db(run(four), run(tmp_path / "float.onnx")) > 35  # the products round what they read to 8 bits
+    again = retarget.retarget(four, "cpu").model
+    assert sqnr_db(run(four), run(again)) > 35
+    assert [node.op_type for node in retarget.retarget(four, "tensorrt").model.graph].count("Gather") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "tensorrt"}, "MatMulNBits is onnxruntime's own"),
+        ({"target": "cpu", "weights": "int4"}, "expected weights in blocks"),
+        ({"target": "tensorrt", "packed_blocks": False, "embeddings": "int4"}, "found int4: an engine"),
+    ],
+)
+def test_where_there_are_no_packed_codes(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = models.save(add_weights(READER, SHAPES), tmp_path / "reader.onnx")
+    with pytest.raises(OnnxqError, match=message):
+        onnxq.quantize(path, [TOKENS], **{"recipe": "int4-weights", "packed_blocks": True} | options)
+
+
+MLPS = {
+    "behind it a Relu": (
+        "float[N,3,64] x) => (float[N,3,64] y) { a = MatMul (x, w0) b = Relu (a) c = MatMul (b, w1) y = Relu (c) }",
+        {"w0": (64, 96), "w1": (96, 64)},
+    ),
+    "behind it a Clip": (
+        "float[N,3,64] x) => (float[N,3,64] y) { a = MatMul (x, w0) b = Clip (a, low) y = MatMul (b, w1) }",
+        {"w0": (64, 96), "w1": (96, 64), "low": ()},
+    ),
+    "transposed": (
+        "float[N,64] x) => (float[N,64] y) { a = Gemm <transB = 1> (x, w0, b0) b = Gelu (a) "
+        "y = Gemm <transB = 1> (b, w1, b1) }",
+        {"w0": (96, 64), "w1": (64, 96), "b0": (96,), "b1": (64,)},
+    ),
+    "no bias": (
+        "float[N,64] x) => (float[N,64] y) { a = Gemm <transB = 1> (x, w0) b = Tanh (a) "
+        "y = Gemm <transB = 1> (b, w1) }",
+        {"w0": (72, 64), "w1": (64, 72)},  # 72 rows end within a block
+    ),
+}
+
+
+@pytest.mark.parametrize("weights", ["int4:32", "uint4:32", "int4", "uint4", "int8", "uint8", "int6"])
+@pytest.mark.parametrize("network", MLPS)
+def test_products_that_onnxruntime_would_dequantize_in_every_run(network: str, weights: str, tmp_path: Path) -> None:
+    text, shapes = MLPS[network]
+    path = models.save(add_weights('<ir_version: 10, opset_import: ["" : 21]> g (' + text, shapes), tmp_path / "m.onnx")
+    axes = (5, 3, 64) if "N,3" in text else (5, 64)
+    feed = {"x": np.random.default_rng(4).normal(size=axes).astype(np.float32)}
+    output = tmp_path / "codes.onnx"
+    options = {"recipe": "int8", "target": "cpu", "weights": weights, "activations": "float"}
+    numbers = onnxq.quantize(path, [feed], output=output, **options).numbers
+    assert numbers["quantized_nodes"] == numbers["integer_kernels"] == numbers["weighted_nodes"] == 2
+    meant = Session(retarget.strip(output)).run(feed)[0]
+    assert sqnr_db(meant, Session(output).run(feed)[0]) > 35  # the kernel rounds what it reads to 8 bits
+    assert sqnr_db(Session(path).run(feed)[0], meant) > {"4": 12, "6": 25, "8": 35}[weights.strip("uint")[0]]

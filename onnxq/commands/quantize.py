@@ -82,10 +82,19 @@ def quantize(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="Tables that tokens are looked up in: float, or int8 with a scale for each row (--target cpu).",
+            help="Tables that tokens are looked up in: float, int8 with a scale for each row, or int4 with one for "
+            "each 32 numbers (--target cpu).",
             show_default="int8 on a cpu",
         ),
     ] = None,
+    packed_blocks: Annotated[
+        bool,
+        typer.Option(
+            "--packed-blocks",
+            help="Write products with weights in blocks as MatMulNBits, onnxruntime's own op, which browsers (WebGPU) "
+            "and onnxruntime-genai read (--target cpu).",
+        ),
+    ] = False,
     rotate: Annotated[
         bool,
         typer.Option(
@@ -202,6 +211,7 @@ def quantize(
         "activations": activations,
         "first_last": first_last,
         "embeddings": embeddings,
+        "packed_blocks": packed_blocks or None,
         "base": base,
         "rotate": rotate or None,
         "low_rank": low_rank,

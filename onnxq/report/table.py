@@ -93,7 +93,7 @@ def details(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         pairs.append(("recipe", recipe))
     formats = [f"{key} {result[key]}" for key in ("weights", "activations") if result.get(key)]
     if result.get("embeddings"):
-        formats.append(f"embeddings {result['embeddings']} per row")
+        formats.append(f"embeddings {result['embeddings']} per {'row' if result['embeddings'] == 'int8' else 'block'}")
     if result.get("first_last"):
         formats.append(f"first and last layers {result['first_last']}")
     if formats:

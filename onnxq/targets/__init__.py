@@ -62,22 +62,40 @@ def scheme_of_ends(target: Target, scheme: Scheme, text: str) -> Scheme:
 
 
 def embeddings_format(target: Target, scheme: Scheme, kind: Kind, asked: str | None) -> str:
-    """What tables of tokens are stored in, ``int8`` or ``float``.
+    """What tables of tokens are stored in, ``int8``, ``int4`` or ``float``.
 
     If nothing was asked for, bytes on a CPU where weights are codes too and the model reads text, or chooses its ranges
     while it runs. Other models' tables, of steps or classes, are small, and count for more than their size.
 
     Raises:
-        OnnxqError: the target has no use for bytes there.
+        OnnxqError: the target has no use for codes there.
     """
-    if asked == "int8" and target.name != "cpu":
+    if asked in ("int8", "int4") and target.name != "cpu":
         raise OnnxqError(
-            f"expected embeddings in float for {target.name}, found int8: an engine holds its tables as floats",
+            f"expected embeddings in float for {target.name}, found {asked}: an engine holds its tables as floats",
             hint="leave --embeddings out, or use --target cpu",
         )
     reads_text = kind is Kind.LANGUAGE or scheme.activations.dynamic
     pays = target.name == "cpu" and scheme.weights.enabled and reads_text
     return asked or ("int8" if pays else "float")
+
+
+def check_packed(target: Target, scheme: Scheme) -> None:
+    """Refuse ``--packed-blocks`` where no product could be written so.
+
+    Raises:
+        OnnxqError: the target is not the CPU, or weights have no blocks.
+    """
+    if target.name != "cpu":
+        raise OnnxqError(
+            f"expected --target cpu beside --packed-blocks, found {target.name}: MatMulNBits is onnxruntime's own",
+            hint="leave --packed-blocks out: TensorRT reads blocks behind DequantizeLinear",
+        )
+    if scheme.weights.granularity != "block":
+        raise OnnxqError(
+            f"expected weights in blocks beside --packed-blocks, found {scheme.weights}",
+            hint="use --weights int4:32, or --recipe int4-weights",
+        )
 
 
 def names() -> list[str]:

@@ -73,6 +73,8 @@ class Cpu:
             )
         if activation_spec.enabled and weight_spec.enabled:
             weight_spec = for_integer_products(weight_spec)
+        in_blocks = weight_spec.granularity == "block" and weight_spec.symmetric and not weight_spec.format.is_float
+        weight_spec = replace(weight_spec, signed_scales=in_blocks)
         return Scheme(weight_spec, activation_spec)
 
     def prepare(self, model: ir.Model) -> None:
@@ -121,8 +123,9 @@ class Cpu:
         """Weights become codes, Pads move to codes, scales after a Clip stay inside it, and biases stay apart.
 
         A Clip is absorbed by the kernel before it only if its bounds are never cut by the quantizer's own range. What
-        bias correction gave a Gemm is split off again. Layers that stay in float between codes are kept from being
-        rounded by onnxruntime, and pools behind them from reading codes.
+        bias correction gave a Gemm is split off again. Blocks that no kernel would read otherwise are packed. Layers
+        that stay in float between codes are kept from being rounded by onnxruntime, and pools behind them from reading
+        codes.
         """
         from onnxq.passes.keep_biases_apart import KeepBiasesApart
         from onnxq.passes.keep_layers_float import KeepLayersFloat
@@ -132,6 +135,7 @@ class Cpu:
         from onnxq.passes.lower_integer_products import LowerIntegerProducts
         from onnxq.passes.lower_levelled_gates import LowerLevelledGates
         from onnxq.passes.lower_lstm import LowerLstm
+        from onnxq.passes.lower_packed_blocks import LowerPackedBlocks
         from onnxq.passes.lower_prelu import LowerPRelu
         from onnxq.passes.lower_softplus import LowerSoftplus
         from onnxq.passes.lower_weights import LowerWeights
@@ -140,6 +144,7 @@ class Cpu:
 
         SplitGemmBias()(model)
         LowerWeights()(model)
+        LowerPackedBlocks(only_missed=True)(model)
         LowerIntegerProducts()(model)
         LowerLstm()(model)
         KeepBiasesApart()(model)
