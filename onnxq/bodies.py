@@ -20,8 +20,8 @@ def bodies(model: ir.Model) -> Iterator[ir.Model]:
     constants that it gets go into the main graph, once for all bodies that have the same: branches of one network often
     do. What DequantizeLinear reads stays, as onnxruntime finds that only beside the product behind it.
     """
-    shared: _Shared | None = None
-    for body in list(_inside(model.graph)):
+    shared: _Shared | None = None  # made when it is needed: the main graph may hold gigabytes
+    for body in reversed(list(model.graph.subgraphs())):
         opened = _Opened(model, body)
         try:
             yield opened.inner
@@ -31,14 +31,6 @@ def bodies(model: ir.Model) -> Iterator[ir.Model]:
             for value in new:
                 assert shared is not None
                 shared.add(value)
-
-
-def _inside(graph: ir.Graph) -> Iterator[ir.Graph]:
-    for node in graph:
-        for attribute in node.attributes.values():
-            for inner in graphs.graphs_in(attribute):
-                yield from _inside(inner)
-                yield inner
 
 
 @dataclass
@@ -105,15 +97,13 @@ def _read_from_around(body: ir.Graph) -> list[ir.Value]:
     return list(dict.fromkeys(value for value in read if value not in own))
 
 
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    """All values of a graph and of the graphs inside it."""
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph:
-        yield from node.outputs
-        for attribute in node.attributes.values():
-            for inner in graphs.graphs_in(attribute):
-                yield from _values(inner)
+def _values(body: ir.Graph) -> Iterator[ir.Value]:
+    """All values of a body and of those inside it."""
+    for graph in (body, *body.subgraphs()):
+        yield from graph.inputs
+        yield from graph.initializers.values()
+        for node in graph:
+            yield from node.outputs
 
 
 class _Shared:

@@ -64,8 +64,9 @@ class BodyLayers:
         """
         has_tables = False
         for inner in self._open(model):
-            self.left_float |= self._place(inner).left_float
-            if not self._place(inner).sites:
+            placement = self._place(inner)
+            self.left_float |= placement.left_float
+            if not placement.sites:
                 continue
             self.target.prepare(inner)
             placement = self._place(inner)

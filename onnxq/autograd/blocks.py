@@ -62,9 +62,8 @@ class _Cut:
 
     def __init__(self, graph: ir.Graph) -> None:
         self.nodes = list(graph)
-        inside = {
-            node: list(graphs.with_bodies(node)) for node in self.nodes
-        }  # what a body reads, its If or Loop reads
+        # What a body reads, its If or Loop reads.
+        inside = {node: list(graphs.with_bodies(node)) for node in self.nodes}
         self.index = {inner: position for position, node in enumerate(self.nodes) for inner in inside[node]}
         self.layers = {
             self.index[item.node]
