@@ -35,8 +35,9 @@ class LowerPackedBlocks(InPlacePass):
         x, W (bytes [columns, blocks, codes of a block]), scales [columns, blocks] ─► MatMulNBits ─► y
 
     A scale for each channel is that of all its blocks. onnxruntime makes the same of a MatMul when a CPU session is
-    opened, but not with weights outside the graph that reads them, not right before a Relu or Clip, not of a Gemm whose
-    weight is transposed (1.31: these dequantize the whole weight in every run), and not for WebGPU.
+    opened, but not with weights outside the graph that reads them, not with those that several products read, not
+    right before a Relu or Clip, not of a Gemm whose weight is transposed or that has a factor (1.31: these dequantize
+    the whole weight in every run), and not for WebGPU.
 
     Args:
         only_missed: Only those in the main graph that onnxruntime would not make itself.
@@ -52,8 +53,12 @@ class LowerPackedBlocks(InPlacePass):
         found = [product for node in model.graph if (product := _product(node)) is not None]
         if self.only_missed:
             found = [product for product in found if not _is_fused(product)]
+        packed: dict[tuple[ir.Node, bool, float], _Packed] = {}  # a weight may have several readers
         for product in found:
-            _pack(model.graph, product, names)
+            key = (product.dequantize, product.is_transposed, product.alpha)
+            if key not in packed:
+                packed[key] = _pack(model.graph, product, names)
+            _replace(product.node, packed[key])
         if found:
             model.graph.opset_imports.setdefault(graphs.ONNXRUNTIME_DOMAIN, 1)
             common_passes.RemoveUnusedNodesPass()(model)
@@ -78,11 +83,13 @@ class _Product:
         node: The MatMul or Gemm.
         dequantize: What makes its weight.
         is_transposed: Whether the weight is [columns, rows].
+        alpha: What the product is multiplied by.
     """
 
     node: ir.Node
     dequantize: ir.Node
     is_transposed: bool
+    alpha: float
 
     @property
     def block_size(self) -> int:
@@ -106,11 +113,12 @@ def _product(node: ir.Node) -> _Product | None:
     dequantize = None if weight is None else weight.producer()
     if dequantize is None or not graphs.is_dequantize(dequantize) or graphs.rank(dequantize.outputs[0]) != 2:
         return None
-    is_plain = not node.attributes.get_int("transA", 0)
-    is_plain &= all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
-    if not is_plain or (bias is not None and graphs.rank(bias) != 1):
+    if node.attributes.get_int("transA", 0):
         return None
-    product = _Product(node, dequantize, bool(node.attributes.get_int("transB", 0)))
+    if bias is not None and (graphs.rank(bias) != 1 or node.attributes.get_float("beta", 1.0) != 1.0):
+        return None
+    alpha = node.attributes.get_float("alpha", 1.0)
+    product = _Product(node, dequantize, bool(node.attributes.get_int("transB", 0)), alpha)
     codes, scales, zero_points = (operand(dequantize, index) for index in range(3))
     if not all(value is None or graphs.is_constant(value) for value in (codes, scales, zero_points)):
         return None
@@ -127,11 +135,20 @@ def _product(node: ir.Node) -> _Product | None:
 
 def _is_fused(product: _Product) -> bool:
     """Whether onnxruntime makes the product itself."""
-    followers = (reader for reader, _ in graphs.consumers(product.node.outputs[0]))
-    return not product.is_transposed and not any(graphs.is_op(reader, "Relu", "Clip") for reader in followers)
+    if product.is_transposed or product.alpha != 1 or graphs.only_reader(product.dequantize.outputs[0]) is None:
+        return False
+    return not any(graphs.is_op(reader, "Relu", "Clip") for reader, _ in graphs.consumers(product.node.outputs[0]))
 
 
-def _pack(graph: ir.Graph, product: _Product, names: graphs.Names) -> None:
+@dataclass(frozen=True)
+class _Packed:
+    """Codes, scales and, where they are not what the op takes for granted, zero points; and what the op is told."""
+
+    constants: list[ir.Value | None]
+    sizes: dict[str, int]
+
+
+def _pack(graph: ir.Graph, product: _Product, names: graphs.Names) -> _Packed:
     stored, scales, zero_points = (operand(product.dequantize, index) for index in range(3))
     assert stored is not None and stored.dtype is not None
     bits = BITS[stored.dtype]
@@ -146,20 +163,24 @@ def _pack(graph: ir.Graph, product: _Product, names: graphs.Names) -> None:
     if zeros is not None:
         of_blocks[1] = np.broadcast_to(zeros.astype(np.int16), (columns, blocks))
     name = stored.name or ""
-    inputs: list[ir.Value | None] = [
-        product.node.inputs[0],
+    constants: list[ir.Value | None] = [
         new_initializer(graph, f"{name}_packed", pack(codes + middle, bits), ir.DataType.UINT8, names),
-        new_initializer(graph, f"{name}_steps", of_blocks[0], ir.DataType.FLOAT, names),
+        new_initializer(graph, f"{name}_steps", of_blocks[0] * np.float32(product.alpha), ir.DataType.FLOAT, names),
     ]
-    offsets, bias = of_blocks[1] + middle, operand(product.node, 2)
-    if np.any(offsets != 1 << bits - 1):  # else what the op takes for granted
-        inputs.append(new_initializer(graph, f"{name}_zeros", pack(offsets, bits), ir.DataType.UINT8, names))
+    offsets = of_blocks[1] + middle
+    if np.any(offsets != 1 << bits - 1):
+        constants.append(new_initializer(graph, f"{name}_zeros", pack(offsets, bits), ir.DataType.UINT8, names))
+    sizes = {"K": rows, "N": columns, "bits": bits, "block_size": size, "accuracy_level": EIGHT_BIT_PRODUCTS}
+    return _Packed(constants, sizes)
+
+
+def _replace(node: ir.Node, packed: _Packed) -> None:
+    inputs, bias = [node.inputs[0], *packed.constants], operand(node, 2)
     if bias is not None:
         inputs += [None] * (5 - len(inputs)) + [bias]
-    become(product.node, "MatMulNBits", inputs, graphs.ONNXRUNTIME_DOMAIN)
-    sizes = {"K": rows, "N": columns, "bits": bits, "block_size": size, "accuracy_level": EIGHT_BIT_PRODUCTS}
-    product.node.attributes.clear()
-    product.node.attributes.update({key: ir.AttrInt64(key, number) for key, number in sizes.items()})
+    become(node, "MatMulNBits", inputs, graphs.ONNXRUNTIME_DOMAIN)
+    node.attributes.clear()
+    node.attributes.update({key: ir.AttrInt64(key, number) for key, number in packed.sizes.items()})
 
 
 def _dividing(rows: int) -> int:

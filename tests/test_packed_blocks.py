@@ -193,6 +193,15 @@ MLPS = {
         "y = Gemm <transB = 1> (b, w1, b1) }",
         {"w0": (96, 64), "w1": (64, 96), "b0": (96,), "b1": (64,)},
     ),
+    "read twice": (
+        "float[N,3,64] x) => (float[N,3,64] y) { a = MatMul (x, w0) b = Tanh (a) c = MatMul (b, w0) y = Add (c, a) }",
+        {"w0": (64, 64)},
+    ),
+    "with a factor": (
+        "float[N,64] x) => (float[N,64] y) { a = Gemm <transB = 1, alpha = 0.5> (x, w0) b = Gelu (a) "
+        "y = Gemm <alpha = 2.0> (b, w1) }",
+        {"w0": (96, 64), "w1": (96, 64)},
+    ),
     "no bias": (
         "float[N,64] x) => (float[N,64] y) { a = Gemm <transB = 1> (x, w0) b = Tanh (a) "
         "y = Gemm <transB = 1> (b, w1) }",
