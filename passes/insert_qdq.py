@@ -9,7 +9,8 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
-from onnxq.formats import NumberFormat
+from onnxq.formats import NumberFormat, parse_format
+from onnxq.scheme import Spec
 from onnxq.targets.placement import Site
 
 # Keys of a QuantizeLinear's metadata: what calibration must know and the codes alone do not say.
@@ -91,6 +92,13 @@ def _insert(graph: ir.Graph, site: Site, names: graphs.Names) -> None:
         quantize.metadata_props[SIGNED_SCALES] = "1"
     quantize.metadata_props[STATISTICS] = _name(root)
     _insert_tape(graph, site, tape)
+
+
+def spec_of(node: ir.Node) -> Spec:
+    """Format and symmetry of a pair, and whether its scales have a sign, as its QuantizeLinear says of itself."""
+    number_format, _ = parse_format(node.metadata_props[FORMAT])
+    symmetric = node.metadata_props.get(SYMMETRIC, "1") == "1"
+    return Spec(number_format, symmetric=symmetric, signed_scales=SIGNED_SCALES in node.metadata_props)
 
 
 def _dynamic_pair(site: Site, names: graphs.Names, suffix: str) -> ir.tape.Tape:

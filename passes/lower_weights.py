@@ -12,8 +12,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
 from onnxq.arithmetic import quantize
-from onnxq.formats import parse_format
-from onnxq.passes.insert_qdq import FORMAT
+from onnxq.passes.insert_qdq import spec_of
 
 
 class LowerWeights(InPlacePass):
@@ -37,9 +36,8 @@ class LowerWeights(InPlacePass):
             weight, scale, zero_point = node.inputs[:3]
             assert weight is not None and scale is not None and zero_point is not None
             assert weight.const_value and scale.const_value and zero_point.const_value
-            number_format, _ = parse_format(node.metadata_props[FORMAT])
             container = zero_point.const_value.dtype  # may be wider than the format's own
-            number_format = replace(number_format, storage=container)
+            number_format = replace(spec_of(node).format, storage=container)
             per_tensor = scale.const_value.size == 1 and not scale.const_value.shape
             codes = quantize(
                 weight.const_value.numpy(),

@@ -12,8 +12,7 @@ from onnxq import graph as graphs
 from onnxq.arithmetic import scale_and_zero_point
 from onnxq.calibration.calibrate import write_clip, write_scales
 from onnxq.folding import new_initializer
-from onnxq.formats import parse_format
-from onnxq.passes.insert_qdq import CLIP, FORMAT, SYMMETRIC
+from onnxq.passes.insert_qdq import CLIP, spec_of
 
 Array = np.ndarray[Any, Any]
 
@@ -55,10 +54,11 @@ class PowerActivations(InPlacePass):
 
     def _rescale(self, node: ir.Node) -> None:
         assert node.inputs[1] and node.inputs[1].const_value and node.inputs[2] and node.inputs[2].const_value
-        number_format, _ = parse_format(node.metadata_props[FORMAT])
+        spec = spec_of(node)
+        number_format = spec.format
         scale = node.inputs[1].const_value.numpy().astype(np.float64)
         offset = node.inputs[2].const_value.numpy().astype(np.float64)
-        symmetric = node.metadata_props[SYMMETRIC] == "1" and number_format.signed
+        symmetric = spec.symmetric and number_format.signed
         low, high = ((code - offset) * scale for code in (number_format.low, number_format.high))
         low, high = (-high, high) if symmetric else (low, high)
         low, high = (np.sign(end) * np.abs(end) ** self.exponent for end in (low, high))

@@ -16,8 +16,7 @@ from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq.diffusion.step_lookup import constant, step_index
 from onnxq.errors import OnnxqError
-from onnxq.formats import parse_format
-from onnxq.passes.insert_qdq import CLIP, FORMAT
+from onnxq.passes.insert_qdq import CLIP, FORMAT, spec_of
 
 Array = np.ndarray[Any, Any]
 
@@ -69,7 +68,7 @@ def conditionable(graph: ir.Graph) -> dict[str, Conditionable]:
 def _conditionable(node: ir.Node) -> Conditionable | None:
     value, scale = node.inputs[0], node.inputs[1]
     users = [user for user, _ in graphs.consumers(node.outputs[0])]
-    number_format, _ = parse_format(node.metadata_props[FORMAT])
+    number_format = spec_of(node).format
     if value is None or scale is None or scale.const_value is None or scale.const_value.size != 1:
         return None
     if number_format.is_float or not users or not all(graphs.is_dequantize(user) for user in users):
@@ -218,7 +217,7 @@ def _set_constant(graph: ir.Graph, item: Conditionable, scale: float) -> None:
 def _bounds(item: Conditionable, scales: Array, zero_point: ir.Value | None) -> tuple[Array, Array]:
     """Where the codes of a narrow format end."""
     assert zero_point is not None and zero_point.const_value is not None
-    number_format, _ = parse_format(item.quantize.metadata_props[FORMAT])
+    number_format = spec_of(item.quantize).format
     middle = float(zero_point.const_value.numpy())
     return (number_format.low - middle) * scales, (number_format.high - middle) * scales
 

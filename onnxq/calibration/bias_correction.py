@@ -20,8 +20,7 @@ from onnxq import graph as graphs
 from onnxq.arithmetic import fake_quantize
 from onnxq.biases import BiasPlace, bias_place
 from onnxq.folding import array_of
-from onnxq.formats import parse_format
-from onnxq.passes.insert_qdq import FORMAT, STATISTICS
+from onnxq.passes.insert_qdq import STATISTICS, spec_of
 from onnxq.targets.placement import Site
 
 Array = np.ndarray[Any, Any]
@@ -125,13 +124,12 @@ def rounded_weight(quantize: ir.Node, weight: Array) -> Array:
     """A weight as its quantizer will mean it, by the scale, zero point and format that the quantizer has."""
     scale, zero_point = quantize.inputs[1:3]
     assert scale is not None and scale.const_value and zero_point is not None and zero_point.const_value
-    number_format, _ = parse_format(quantize.metadata_props[FORMAT])
     per_tensor = not scale.const_value.shape
     return fake_quantize(
         weight,
         scale.const_value.numpy(),
         zero_point.const_value.numpy(),
-        number_format,
+        spec_of(quantize).format,
         axis=None if per_tensor else quantize.attributes.get_int("axis", 1),
         block_size=quantize.attributes.get_int("block_size", 0) or None,
     )

@@ -13,11 +13,12 @@ from onnxq import graph as graphs
 from onnxq.arithmetic import scale_and_zero_point, storable_scale
 from onnxq.calibration.let_through import Interval, let_through
 from onnxq.calibration.observers import Observer, Range, Statistics, minmax, with_headroom
-from onnxq.calibration.signed_scales import signed
+from onnxq.calibration.signed_scales import scale_rows
 from onnxq.calibration.weight_ranges import Search
 from onnxq.formats import NumberFormat, one_sided, parse_format
-from onnxq.passes.insert_qdq import CLIP, FORMAT, SIGNED_SCALES, STATISTICS, SYMMETRIC
+from onnxq.passes.insert_qdq import CLIP, FORMAT, STATISTICS, spec_of
 from onnxq.passes.normalise_tokens import NORMALISED
+from onnxq.scheme import Spec
 
 Array = np.ndarray[Any, Any]
 
@@ -35,7 +36,7 @@ def set_activation_scales(model: ir.Model, statistics: dict[str, Statistics], ob
         if not graphs.is_quantize(node) or graphs.is_constant(node.inputs[0]):
             continue
         name = node.metadata_props[STATISTICS]
-        symmetric = node.metadata_props[SYMMETRIC] == "1"
+        symmetric = spec_of(node).symmetric
         number_format = _format_for(node, statistics[name], symmetric)
         interval = let_through(node)
         key = (name, number_format.name, interval)
@@ -64,7 +65,7 @@ def _is_normalised(quantizer: ir.Node) -> bool:
 
 def _format_for(node: ir.Node, statistics: Statistics, symmetric: bool) -> NumberFormat:
     """The format of an activation quantizer: one-sided where that is free, which its metadata then say."""
-    number_format, _ = parse_format(node.metadata_props[FORMAT])
+    number_format = spec_of(node).format
     zero_point = node.inputs[2]
     assert zero_point is not None and zero_point.dtype is not None
     if not symmetric or zero_point.dtype != ir.DataType.INT8 or number_format.bits >= 8:
@@ -93,23 +94,20 @@ def set_weight_scales(model: ir.Model, search: Search | None = None) -> None:
         weight = node.inputs[0] if graphs.is_quantize(node) else None
         if weight is None or not graphs.is_constant(weight) or weight.const_value is None:
             continue
-        number_format, _ = parse_format(node.metadata_props[FORMAT])
-        symmetric = node.metadata_props[SYMMETRIC] == "1"
+        spec = spec_of(node)
         scale_value = node.inputs[1]
         assert scale_value is not None and scale_value.const_value is not None
         shape = scale_value.const_value.numpy().shape
         rows = rows_of(weight.const_value.numpy(), shape, node)
-        low, high = _clip_of(rows, number_format, symmetric, search)
-        scale, zero_point = scale_and_zero_point(low, high, number_format, symmetric=symmetric)
-        if SIGNED_SCALES in node.metadata_props:
-            scale = signed(rows, scale, number_format)
+        low, high = _clip_of(rows, spec, search)
+        scale, zero_point = scale_rows(rows, low, high, spec)
         del rows
         graphs.let_go(weight)
         write_scales(node, scale.reshape(shape), zero_point.reshape(shape))
 
 
-def _clip_of(rows: Array, number_format: NumberFormat, symmetric: bool, search: Search | None) -> tuple[Array, Array]:
-    low, high = (rows.min(axis=1), rows.max(axis=1)) if search is None else search(rows, number_format, symmetric)
+def _clip_of(rows: Array, spec: Spec, search: Search | None) -> tuple[Array, Array]:
+    low, high = (rows.min(axis=1), rows.max(axis=1)) if search is None else search(rows, spec.format, spec.symmetric)
     return np.minimum(low, 0), np.maximum(high, 0)
 
 
@@ -131,7 +129,7 @@ def rows_of(weight: Array, shape: tuple[int, ...], node: ir.Node) -> Array:
 
 def write_scales(node: ir.Node, scale: Array, zero_point: Array) -> None:
     """Put new values into the initializers that a QuantizeLinear reads."""
-    if node.attributes.get_int("block_size", 0) and parse_format(node.metadata_props[FORMAT])[0].has_block_scales:
+    if node.attributes.get_int("block_size", 0) and spec_of(node).format.has_block_scales:
         scale = block_scales.rounded(scale)
     for value, array in zip(node.inputs[1:3], (scale, zero_point), strict=True):
         assert value is not None and value.dtype is not None and value.const_value is not None

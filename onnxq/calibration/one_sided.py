@@ -8,9 +8,8 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.calibration.observers import Observer, Statistics
-from onnxq.formats import parse_format
 from onnxq.job import Job
-from onnxq.passes.insert_qdq import FORMAT, STATISTICS, SYMMETRIC
+from onnxq.passes.insert_qdq import STATISTICS, SYMMETRIC, spec_of
 from onnxq.passes.shift_to_symmetric import shiftable_readers
 
 LEAST_GAIN = 1.3  # of the step: 2.3 dB; a value in [-1, 2] is below it
@@ -33,10 +32,10 @@ def free_zero_points(job: Job, statistics: Mapping[str, Statistics], observe: Ob
             shared.setdefault(node.inputs[1], []).append(node)
     freed = []
     for quantizers in shared.values():
-        name = quantizers[0].metadata_props[STATISTICS]
-        number_format, _ = parse_format(quantizers[0].metadata_props[FORMAT])
+        name, spec = quantizers[0].metadata_props[STATISTICS], spec_of(quantizers[0])
+        number_format = spec.format
         zero_point = quantizers[0].inputs[2]
-        if quantizers[0].metadata_props[SYMMETRIC] != "1" or number_format.is_float or zero_point is None:
+        if not spec.symmetric or number_format.is_float or zero_point is None:
             continue
         if zero_point.dtype != ir.DataType.INT8 or not all(shiftable_readers(node) for node in quantizers):
             continue

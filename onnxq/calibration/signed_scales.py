@@ -15,12 +15,29 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.calibration.weight_ranges import TILE_VALUES, squared_errors
+from onnxq.calibration.weight_ranges import TILE_VALUES, squared_errors, stored_scale
 from onnxq.formats import NumberFormat
+from onnxq.scheme import Spec
 
 Array = np.ndarray[Any, Any]
 
 CLIPS = (1.0, 0.94, 0.875, 0.8)  # of the extreme, which is the lowest code at 1
+
+
+def scale_rows(rows: Array, low: Array, high: Array, spec: Spec) -> tuple[Array, Array]:
+    """Scale and zero point of each row for a range that was chosen, of either sign where the spec allows it.
+
+    Args:
+        rows: Weights [rows, elements that share a scale].
+        low: Lower end of each row's range [rows].
+        high: Upper end [rows].
+        spec: What the codes are.
+
+    Returns:
+        Scales in float32 as they are stored, and zero points [rows].
+    """
+    scale, zero_point = stored_scale(low, high, spec.format, spec.symmetric)
+    return signed(rows, scale, spec.format) if spec.signed_scales else scale, zero_point
 
 
 def signed(rows: Array, scale: Array, number_format: NumberFormat) -> Array:

@@ -16,9 +16,8 @@ from onnxq.calibration.timesteps import StepStatistics
 from onnxq.diffusion.partition import ScaleCosts, check_groups, optimal, scale_costs, uniform
 from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.diffusion.trajectory import Sampler
-from onnxq.formats import parse_format
 from onnxq.job import Job
-from onnxq.passes.insert_qdq import FORMAT, STATISTICS, SYMMETRIC
+from onnxq.passes.insert_qdq import STATISTICS, spec_of
 from onnxq.passes.time_conditioned_scales import TimeConditionedScales, conditionable
 from onnxq.runtime import Session
 from onnxq.targets.cpu_ops import ABSORBED
@@ -138,7 +137,7 @@ def scales_by_step(
     check_groups(steps, groups)
     costs = {}
     for name, item in conditionable(job.model.graph).items():
-        root = item.quantize.metadata_props[STATISTICS]
+        root, spec = item.quantize.metadata_props[STATISTICS], spec_of(item.quantize)
         scale, zero_point = item.quantize.inputs[1:3]
         if root not in statistics or scale is None or zero_point is None:
             continue
@@ -146,11 +145,11 @@ def scales_by_step(
         costs[name] = scale_costs(
             statistics[root],
             steps,
-            parse_format(item.quantize.metadata_props[FORMAT])[0],
+            spec.format,
             float(scale.const_value.numpy()),
             float(zero_point.const_value.numpy()),
             observer,
-            symmetric=item.quantize.metadata_props[SYMMETRIC] == "1",
+            symmetric=spec.symmetric,
             powers_of_two=powers_of_two,
         )
     if partition == "uniform":

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration.channels import KEPT_ROWS, ChannelStatistics
-from onnxq.calibration.signed_scales import signed
+from onnxq.calibration.signed_scales import scale_rows
 from onnxq.passes.smooth_activations import Group
 from onnxq.scheme import Spec
 from onnxq.targets import Placement
@@ -187,9 +187,7 @@ def _round_activations(
 def round_matrix(matrix: Array, spec: Spec) -> Array:
     """A weight [output channels, input channels] as its codes will mean it, scales from the extremes."""
     rows = as_rows(matrix, spec)
-    scale, zero_point = scale_and_zero_point(rows.min(axis=1), rows.max(axis=1), spec.format, symmetric=spec.symmetric)
-    if spec.signed_scales:
-        scale = signed(rows, scale, spec.format)
+    scale, zero_point = scale_rows(rows, rows.min(axis=1), rows.max(axis=1), spec)
     return from_rows(fake_quantize(rows, scale, zero_point, spec.format, axis=0), matrix.shape)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.arithmetic import fake_quantize, scale_and_zero_point
-from onnxq.calibration.signed_scales import signed
+from onnxq.arithmetic import fake_quantize
+from onnxq.calibration.signed_scales import scale_rows
 from onnxq.learning.channel_scales import as_rows, from_rows
 from onnxq.scheme import Spec
 
@@ -38,10 +38,7 @@ def clipped_for_outputs(matrix: Array, inputs: Array, spec: Spec) -> Array:
     for step in range(int(LARGEST_SHRINK * STEPS)):
         limit = largest * np.float32(1 - step / STEPS)
         clipped = np.clip(rows, -limit[:, None], limit[:, None])
-        low, high = clipped.min(axis=1), clipped.max(axis=1)
-        scale, zero_point = scale_and_zero_point(low, high, spec.format, symmetric=spec.symmetric)
-        if spec.signed_scales:
-            scale = signed(clipped, scale, spec.format)
+        scale, zero_point = scale_rows(clipped, clipped.min(axis=1), clipped.max(axis=1), spec)
         difference = fake_quantize(clipped, scale, zero_point, spec.format, axis=0) - rows
         error = _output_error(difference, products)
         better = error < least

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
-from onnxq.calibration.signed_scales import signed
-from onnxq.calibration.weight_ranges import Search, extremes, stored_scale
+from onnxq.calibration.signed_scales import scale_rows
+from onnxq.calibration.weight_ranges import Search, extremes
 from onnxq.folding import array_of
-from onnxq.formats import parse_format
 from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
 from onnxq.learning.cache import ActivationCache
@@ -29,7 +28,7 @@ from onnxq.learning.hessian import Hessian, Layer
 from onnxq.learning.own_initializers import own_biases, readers_of, separate_weights
 from onnxq.learning.quantizers import Grid, Quantizer, as_float, read
 from onnxq.learning.walk import FLOAT, QUANTIZED, Walk, inside
-from onnxq.passes.insert_qdq import FORMAT, SIGNED_SCALES, SYMMETRIC
+from onnxq.passes.insert_qdq import spec_of
 
 Array = np.ndarray[Any, Any]
 
@@ -266,14 +265,11 @@ class Network:
         quantize = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
         if quantize is None:
             raise RuntimeError(f"{item.output} is not made by Q/DQ")
-        number_format, _ = parse_format(quantize.metadata_props[FORMAT])
-        symmetric = quantize.metadata_props[SYMMETRIC] == "1"
+        spec = spec_of(quantize)
 
         def rescale(rows: Tensor) -> tuple[Tensor, Tensor]:
-            low, high = self.search(rows.cpu().numpy(), number_format, symmetric)
-            scale, zero_point = stored_scale(low, high, number_format, symmetric)
-            if SIGNED_SCALES in quantize.metadata_props:
-                scale = signed(rows.cpu().numpy(), scale, number_format)
+            values = rows.cpu().numpy()
+            scale, zero_point = scale_rows(values, *self.search(values, spec.format, spec.symmetric), spec)
             return (
                 torch.from_numpy(scale).to(rows.device),
                 torch.from_numpy(np.asarray(zero_point).astype(np.float32)).to(rows.device),

@@ -14,8 +14,7 @@ from onnxq import graph as graphs
 from onnxq.arithmetic import storable_scale
 from onnxq.autograd.interpreter import Replacement, TorchGraph
 from onnxq.autograd.ops.operands import narrowed
-from onnxq.formats import parse_format
-from onnxq.passes.insert_qdq import CLIP, FORMAT, SYMMETRIC
+from onnxq.passes.insert_qdq import CLIP, FORMAT, spec_of
 
 SCALE = 1  # which input of a QuantizeLinear
 
@@ -62,7 +61,8 @@ def find(graph: ir.Graph) -> list[Quantizer]:
         source, scale, zero_point = node.inputs[:3]
         assert source is not None and scale is not None and zero_point is not None
         reader = next(reader for reader, _ in graphs.consumers(node.outputs[0]) if graphs.is_dequantize(reader))
-        number_format, _ = parse_format(node.metadata_props[FORMAT])
+        spec = spec_of(node)
+        number_format = spec.format
         clip = None
         producer = source.producer()
         if producer is not None and CLIP in producer.metadata_props:
@@ -82,7 +82,7 @@ def find(graph: ir.Graph) -> list[Quantizer]:
                 clip=clip,
                 is_weight=graphs.is_constant(source),
                 float_type=number_format.storage if number_format.is_float else None,
-                symmetric=node.metadata_props.get(SYMMETRIC, "1") == "1",
+                symmetric=spec.symmetric,
             )
         )
     return found
