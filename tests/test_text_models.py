@@ -15,6 +15,7 @@ from onnxq.calibration.causality import is_causal, writes_text
 from onnxq.calibration.data import input_specs
 from onnxq.calibration.text import without_padding
 from onnxq.decoders import attention_in_float
+from onnxq.errors import OnnxqError
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'
 MASKED = """
@@ -162,6 +163,18 @@ def test_a_token_of_its_own_size_gets_a_scale_of_its_own(tmp_path: Path) -> None
     assert any((node.name or "").startswith("product_token") for node in result.model.graph)
     plain = onnxq.quantize(tmp_path / "transformer.onnx", sentences(), knobs={"smooth": 0})
     assert result.numbers["sqnr_db"] > plain.numbers["sqnr_db"] + 3
+
+
+def test_a_token_that_is_not_a_number_counts_where_texts_have_it(tmp_path: Path) -> None:
+    """As of a token for padding, whose row is zeros, in a norm that was exported without its epsilon."""
+    model = transformer()
+    array = model.graph.initializers["table"].const_value.numpy().copy()
+    array[30] = np.nan
+    model.graph.initializers["table"].const_value = ir.tensor(array, name="table")
+    path = saved(model, tmp_path)
+    assert onnxq.quantize(path, sentences()).numbers["sqnr_db"] > 25
+    with pytest.raises(OnnxqError, match="NaN"):
+        onnxq.quantize(path, [*sentences(), {"ids": np.full((1, 12), 30)}])
 
 
 def test_networks_that_read_no_text_stay_as_they_were(network: Path, calibration: Path) -> None:

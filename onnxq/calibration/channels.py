@@ -35,9 +35,11 @@ class ChannelStatistics:
         self._count = 0
         self._stride = 1  # every so manieth position is kept
 
-    def update(self, values: Array, axis: int) -> None:
-        """Add a tensor whose channels lie along ``axis``."""
+    def update(self, values: Array, axis: int, only_finite: bool = False) -> None:
+        """Add a tensor whose channels lie along ``axis``; positions with NaN or infinity are left out if so asked."""
         rows = np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis]).astype(np.float32, copy=False)
+        if only_finite:
+            rows = rows[np.isfinite(rows).all(axis=1)]
         if not len(rows):
             return
         other = ChannelStatistics()
@@ -83,6 +85,7 @@ def record_channels(
     samples: int,
     device: str = "cpu",
     on_batch: Callable[[int], None] | None = None,
+    only_finite: bool = False,
 ) -> dict[str, ChannelStatistics]:
     """Run the float graph over the calibration inputs and keep statistics of single channels.
 
@@ -94,6 +97,7 @@ def record_channels(
         samples: Use at most so many.
         device: ``cpu`` or ``cuda``.
         on_batch: Called with the number of samples after each batch.
+        only_finite: Leave positions out that the model makes NaN of.
     """
     found = {name: ChannelStatistics() for name in axes}
     inputs = {spec.name for spec in specs}
@@ -107,7 +111,7 @@ def record_channels(
         feed = inputs_of(batch, specs)
         values = dict(zip(inner, session.run(feed, inner), strict=True)) if inner else {}
         for name, statistics in found.items():
-            statistics.update(values[name] if name in values else feed[name], axes[name])
+            statistics.update(values[name] if name in values else feed[name], axes[name], only_finite)
         done += row_count(feed, specs)
         if on_batch is not None:
             on_batch(done)

@@ -223,10 +223,14 @@ def record(
         )
         rare = _rare_tokens(job) if rare_tokens else None
         if rare is not None:
-            further = record_channels(job.model, axes, rare, job.specs, samples=len(rare), device=job.settings.device)
+            # A model may make NaN of a token that no text has, as of one for padding whose row is zeros.
+            further = record_channels(
+                job.model, axes, rare, job.specs, samples=len(rare), device=job.settings.device, only_finite=True
+            )
             for name, statistics in recorded.items():  # their extremes alone: nobody writes so
-                statistics.low = np.minimum(statistics.low, further[name].low)
-                statistics.high = np.maximum(statistics.high, further[name].high)
+                if further[name].low.size:
+                    statistics.low = np.minimum(statistics.low, further[name].low)
+                    statistics.high = np.maximum(statistics.high, further[name].high)
     return recorded
 
 
