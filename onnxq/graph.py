@@ -165,7 +165,32 @@ def reads_codes(item: WeightedNode) -> bool:
     """Whether the node reads codes of its weight, or of activations; with a float weight it does not."""
     if is_constant(item.weight):
         return False
-    return any(is_dequantized(value) or is_tabulated(value) for value in item.node.inputs[:2])
+    if any(is_dequantized(value) or is_tabulated(value) for value in item.node.inputs[:2]):
+        return True
+    lookup = lookup_behind(item) if item.weight_index is None else None
+    return lookup is not None and lookup.op_type == "GatherBlockQuantized"
+
+
+def lookup_behind(item: WeightedNode) -> ir.Node | None:
+    """What reads the weight of a product in a table of several, as that of an expert is, by a computed index."""
+    for value in item.node.inputs[:2]:
+        for node in nearest_behind(value, is_lookup, lambda node: is_op(node, *DATA_MOVEMENT)):
+            table = node.inputs[0]
+            if table is not None and (rank(table) or 0) > 2:  # others are of rows, as of tokens
+                return node
+    return None
+
+
+def is_lookup(node: ir.Node) -> bool:
+    """Whether a node reads entries along the first axis of a constant table, which ones is computed."""
+    if len(node.inputs) < 2 or not is_constant(node.inputs[0]) or is_constant(node.inputs[1]):
+        return False
+    if node.op_type == "GatherBlockQuantized" and node.domain == ONNXRUNTIME_DOMAIN:
+        return node.attributes.get_int("gather_axis", 0) == 0
+    if is_op(node, "Gather"):
+        return node.attributes.get_int("axis", 0) == 0
+    indices = node.inputs[1].shape if is_op(node, "GatherND") and node.inputs[1] is not None else None
+    return indices is not None and indices[-1] == 1 and node.attributes.get_int("batch_dims", 0) == 0
 
 
 def depthwise_channels(node: ir.Node) -> int | None:

@@ -33,6 +33,7 @@ from onnxq.passes.decompose_attention import DecomposeAttention
 from onnxq.passes.insert_qdq import InsertQDQ
 from onnxq.passes.level_gates import GATED
 from onnxq.passes.lower_packed_blocks import LowerPackedBlocks
+from onnxq.passes.quantize_experts import QuantizeExperts
 from onnxq.passes.quantize_tables import QuantizeTables
 from onnxq.passes.rotate_heads import RotateHeads
 from onnxq.passes.rotate_streams import RotateStreams
@@ -74,6 +75,7 @@ class Job:
         workers: Who shares the work; ``None``: nobody.
         checkpoint: A folder in which recipes that learn keep finished steps, ``None`` to keep nothing.
         embeddings: The format of tables that tokens are looked up in, ``int8``, ``int4`` or ``float``.
+        experts: That of the weights of experts that a router chooses among.
         search: How the range of a weight follows from it, for layers in branches and loops; ``None``: its extremes.
         is_large: Whether the float model is too large for one onnxruntime session (see :mod:`onnxq.parts`).
     """
@@ -99,6 +101,7 @@ class Job:
     checkpoint: Path | None = None
     workers: Workers | None = None
     embeddings: str = "float"
+    experts: str = "float"
     search: Search | None = None
     is_large: bool = field(init=False)
     _float_session: Session | None = None
@@ -281,6 +284,8 @@ class Job:
             self.target.lower(self.model)
             has_tables = self.embeddings != "float"
             has_tables = has_tables and QuantizeTables(self._excluded, self.embeddings)(self.model).modified
+            if self.experts != "float":
+                QuantizeExperts(self._excluded, self.experts)(self.model)
             inside = self._body_layers()
             has_tables |= inside.quantize(self.model, self.search, tables=self.embeddings)
             if has_tables:
@@ -288,7 +293,8 @@ class Job:
             if self.settings.packed_blocks:
                 LowerPackedBlocks()(self.model)
             if self.placement is not None:
-                for name in inside.with_codes:
+                products = (item for item in graphs.weighted_nodes(self.model.graph) if item.weight_index is None)
+                for name in inside.with_codes | {item.node.name or "" for item in products if graphs.reads_codes(item)}:
                     self.placement.left_float.pop(name, None)
                 self.placement.left_float.update(inside.left_float)
             found = [*self.target.lint(self.model), *inside.findings]

@@ -101,9 +101,10 @@ class InPlaceOf:
         inputs: Sequence[ir.Value | None],
         attributes: Mapping[str, Any] | None = None,
         named_after: ir.Node | None = None,
+        domain: str = "",
     ) -> ir.Value:
         """The result of the op that does the node's work and gets its name, or that of another that goes with it."""
-        made = self.op("main", op_type, inputs, attributes)
+        made = self.op("main", op_type, inputs, attributes, domain)
         self._tape.nodes[-1].name = (named_after or self.node).name
         return made
 

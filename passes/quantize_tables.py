@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -11,16 +11,16 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
 from onnxq.arithmetic import dequantize, quantize, scale_and_zero_point
-from onnxq.calibration.signed_scales import signed
+from onnxq.calibration.signed_scales import scale_rows
 from onnxq.calibration.weight_ranges import best_of_few
 from onnxq.folding import array_of, new_initializer
-from onnxq.formats import FORMATS
+from onnxq.formats import FORMATS, NumberFormat
 from onnxq.passes.lower_packed_blocks import pack
 from onnxq.passes.raise_packed_blocks import unpack
-from onnxq.rewriting import InPlaceOf, become
+from onnxq.rewriting import InPlaceOf
+from onnxq.scheme import Spec
 
 FEWEST_NUMBERS = 1 << 14  # of a table; smaller ones, of segments say, are no part of a file
-MIDDLE = 8  # what unsigned codes of 4 bits are counted from
 BLOCK_SIZE = 32  # of a row of 4-bit codes
 
 
@@ -46,7 +46,7 @@ class QuantizeTables(InPlacePass):
     def __init__(self, skipped: Collection[str] = (), name: str = "int8") -> None:
         super().__init__()
         self.skipped = set(skipped)
-        self.write = {"int8": _write_rows, "int4": _write_blocks}[name]
+        self.write = {"int8": _write_rows, "int4": write_blocks}[name]
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite every table that only lookups of rows read, with whatever many indices."""
@@ -104,13 +104,15 @@ class RaiseTables(InPlacePass):
 
 def _looks_up(node: ir.Node) -> bool:
     """Whether a node reads rows of a large constant table of floats, which ones the input says."""
-    if not graphs.is_op(node, "Gather") or node.attributes.get_int("axis", 0) != 0:
+    return graphs.is_op(node, "Gather") and graphs.is_lookup(node) and is_large(node.inputs[0], (2,))
+
+
+def is_large(table: ir.Value | None, axes: Collection[int]) -> bool:
+    """Whether a table of floats has one of these numbers of axes, and so many numbers that codes save something."""
+    if table is None or table.dtype != ir.DataType.FLOAT or table.shape is None or not table.shape.is_static():
         return False
-    table, indices = node.inputs[:2]
-    if table is None or table.dtype != ir.DataType.FLOAT or table.shape is None or len(table.shape) != 2:
-        return False
-    sizes = table.shape.numpy() if table.shape.is_static() else ()
-    return graphs.is_constant(table) and not graphs.is_constant(indices) and int(np.prod(sizes)) >= FEWEST_NUMBERS
+    sizes = table.shape.numpy()
+    return len(sizes) in axes and int(np.prod(sizes)) >= FEWEST_NUMBERS
 
 
 def _write_rows(graph: ir.Graph, table: ir.Value, lookups: list[ir.Node], names: graphs.Names) -> None:
@@ -129,22 +131,43 @@ def _write_rows(graph: ir.Graph, table: ir.Value, lookups: list[ir.Node], names:
         apart.take_over(apart.op("dequantized", "Mul", [number, step]))
 
 
-def _write_blocks(graph: ir.Graph, table: ir.Value, lookups: list[ir.Node], names: graphs.Names) -> None:
-    number_format = FORMATS["int4"]
-    rows = array_of(table)
-    filled = np.pad(rows, [(0, 0), (0, -rows.shape[1] % BLOCK_SIZE)])
-    blocks = filled.reshape(-1, BLOCK_SIZE)
-    scales, _ = scale_and_zero_point(*best_of_few(blocks, number_format, True), number_format, symmetric=True)
-    scales = signed(blocks, scales, number_format).reshape(len(rows), -1)
-    codes = quantize(rows, scales, None, number_format, axis=1, block_size=BLOCK_SIZE).astype(np.int16)
-    packed = pack(codes + MIDDLE, 4)  # in bytes, which a branch may read of the main graph
+def write_blocks(
+    graph: ir.Graph,
+    table: ir.Value,
+    lookups: Sequence[ir.Node],
+    names: graphs.Names,
+    number_format: NumberFormat = FORMATS["int4"],
+    block_size: int = BLOCK_SIZE,
+) -> None:
+    """Write lookups along the first axis of a table as those of codes in blocks along its last.
+
+    Args:
+        graph: Changed in place.
+        table: What all of them read [entries, ..., width], floats.
+        lookups: Gather, or GatherND with one index each.
+        names: The graph's names.
+        number_format: Signed integers of 4 or 8 bits.
+        block_size: Codes that share a scale, a power of two from 16.
+    """
+    spec = Spec(number_format, signed_scales=True)
+    numbers = array_of(table)
+    last = numbers.ndim - 1
+    filled = np.pad(numbers, [*[(0, 0)] * last, (0, -numbers.shape[-1] % block_size)])
+    blocks = filled.reshape(-1, block_size)
+    scales, _ = scale_rows(blocks, *best_of_few(blocks, spec.format, spec.symmetric), spec)
+    scales = scales.reshape(*numbers.shape[:-1], -1)
+    codes = quantize(numbers, scales, None, spec.format, axis=last, block_size=block_size).astype(np.int16)
+    middle = 1 << number_format.bits - 1
+    packed = pack(codes + middle, number_format.bits)  # in bytes, which a branch may read of the main graph
     stored = new_initializer(graph, f"{table.name}_quantized", packed, ir.DataType.UINT8, names)
     steps = new_initializer(graph, f"{table.name}_scale", scales, ir.DataType.FLOAT, names)
     for node in lookups:
-        sizes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK_SIZE, "bits": 4}
-        become(node, "GatherBlockQuantized", [stored, node.inputs[1], steps], graphs.ONNXRUNTIME_DOMAIN)
-        node.attributes.clear()
-        node.attributes.update({key: ir.AttrInt64(key, number) for key, number in sizes.items()})
+        apart, indices = InPlaceOf(graph, node, names), node.inputs[1]
+        if graphs.is_op(node, "GatherND"):
+            indices = apart.op("indices", "Squeeze", [indices, apart.integers("last", [-1])])
+        sizes = {"gather_axis": 0, "quantize_axis": last, "block_size": block_size, "bits": number_format.bits}
+        read = [stored, indices, steps]
+        apart.take_over(apart.main("GatherBlockQuantized", read, sizes, domain=graphs.ONNXRUNTIME_DOMAIN))
     graph.opset_imports.setdefault(graphs.ONNXRUNTIME_DOMAIN, 1)
 
 
@@ -184,15 +207,16 @@ def _of_blocks(node: ir.Node) -> tuple[ir.Node, np.ndarray] | None:
         return None
     codes, scales, *zeros = (array_of(value) for value in constants)
     bits, block_size = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 128)
-    last = node.attributes.get_int("quantize_axis", 1) in (-1, 1)
-    if codes.ndim != 2 or codes.dtype.kind == "f" or node.attributes.get_int("gather_axis", 0) != 0 or not last:
+    last = codes.ndim - 1
+    axes = node.attributes.get_int("gather_axis", 0), node.attributes.get_int("quantize_axis", 1)
+    if codes.ndim < 2 or codes.dtype.kind == "f" or axes[0] != 0 or axes[1] not in (-1, last):
         return None
     zero_point = zeros[0] if zeros else None
     if codes.dtype == np.uint8:
         codes = unpack(codes, bits)
         middle = np.full(scales.shape, 1 << bits - 1)
-        zero_point = middle if zero_point is None else unpack(zero_point, bits)[:, : scales.shape[1]]
-    values = dequantize(codes, scales, zero_point, axis=1, block_size=block_size, dtype=scales.dtype)
+        zero_point = middle if zero_point is None else unpack(zero_point, bits)[..., : scales.shape[last]]
+    values = dequantize(codes, scales, zero_point, axis=last, block_size=block_size, dtype=scales.dtype)
     return node, values
 
 

@@ -80,6 +80,13 @@ def embeddings_format(target: Target, scheme: Scheme, kind: Kind, asked: str | N
     return asked or ("int8" if pays else "float")
 
 
+def experts_format(target: Target, scheme: Scheme) -> str:
+    """What weights of experts are stored in that a router chooses among: ``int8``, ``int4`` or ``float``."""
+    if target.name != "cpu" or not scheme.weights.enabled:
+        return "float"
+    return "int4" if scheme.weights.format.bits <= 4 else "int8"
+
+
 def check_packed(target: Target, scheme: Scheme) -> None:
     """Refuse ``--packed-blocks`` where no product could be written so.
 
