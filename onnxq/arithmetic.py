@@ -10,10 +10,10 @@ calibration and learning see is what runs. Float16 tensors are computed in float
 onnxruntime does. Scales come in the three shapes of QuantizeLinear: one number, one number per index of ``axis``, or
 one number per block of ``block_size`` neighbours along ``axis``.
 
-Where onnxruntime 1.31 disagrees with itself we saturate, as the operator's definition says and as its float32 kernels
-for 8 and 16 bits do (per tensor and per axis; NaN becomes the lowest code there). Its other integer kernels (4 bits,
-blocks, every float16 input) and the reference evaluator of onnx pass through int32: from ``|value / scale| >= 2**31``
-on, and for NaN, they wrap around to the smallest int32, so that +inf becomes the lowest code.
+Where onnxruntime up to 1.31 disagrees with itself we saturate, as the operator's definition says and as its float32
+kernels for 8 and 16 bits do (per tensor and per axis; NaN becomes the lowest code there). Its other integer kernels (4
+bits, blocks, every float16 input) and the reference evaluator of onnx pass through int32: from ``|value / scale| >=
+2**31`` on, and for NaN, they wrap around to the smallest int32, so that +inf becomes the lowest code.
 """
 
 from __future__ import annotations

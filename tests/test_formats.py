@@ -269,10 +269,11 @@ def test_nan_and_infinities_saturate_in_vectors_and_tails(name: str) -> None:
 
 
 def test_we_saturate_where_onnxruntime_wraps_around() -> None:
-    """If this fails, onnxruntime has changed: widen ``saturates`` and correct the docstring of onnxq.arithmetic."""
+    """As its kernels do from 1.32 on."""
     values, zero = np.full((2, 2), np.inf, np.float16), np.zeros((), np.int8)
     scale = np.ones((), np.float16)
-    assert (run("QuantizeLinear", "int8", "float16", "tensor", values, scale, zero) == -128).all()
+    theirs = -128 if ONNXRUNTIME < (1, 32) else 127
+    assert (run("QuantizeLinear", "int8", "float16", "tensor", values, scale, zero) == theirs).all()
     assert (quantize(values, scale, zero, FORMATS["int8"]) == 127).all()
 
 

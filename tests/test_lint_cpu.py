@@ -163,6 +163,8 @@ def test_refused_formats(body, interface, arrays):
     opset = 23 if "w4" in arrays else 21  # the first with FP4
     model = build(body, interface, opset, **arrays)
     assert "C3" in {finding.rule for finding in lint(model) if finding.severity == "error"}
+    if ONNXRUNTIME >= (1, 32) and "f8" in body:
+        pytest.skip("onnxruntime runs FP8 on a CPU from 1.32 on, as floats")
     with pytest.raises(Exception, match="ONNXRuntimeError"):  # a session of ours would have FP8 in place of FP4
         onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
 

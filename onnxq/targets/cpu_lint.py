@@ -71,7 +71,7 @@ def scale_usable(reading: Reading) -> Broken:
 
 
 def format_accepted(reading: Reading) -> Broken:
-    """C3: no FP4; no FP8 or 4-bit activations where onnxruntime would build an integer kernel: it refuses the model."""
+    """C3: no FP4; no FP8 or 4-bit activations where onnxruntime would build an integer kernel: 1.31 refuses."""
     for quantizer in reading.quantizers.values():
         if quantizer.format == ir.DataType.FLOAT4E2M1:
             yield quantizer.node, "expected a format that onnxruntime runs, found float4e2m1"
