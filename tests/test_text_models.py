@@ -177,6 +177,20 @@ def test_a_token_that_is_not_a_number_counts_where_texts_have_it(tmp_path: Path)
         onnxq.quantize(path, [*sentences(), {"ids": np.full((1, 12), 30)}])
 
 
+def test_tokens_that_a_model_does_not_run_on_are_not_asked_of_it(tmp_path: Path) -> None:
+    """Half of the vocabulary has no row in a second table, as where only some tokens may be written."""
+    model = transformer()
+    ids, lookup = model.graph.inputs[0], next(iter(model.graph))
+    small = ir.Value(name="small", const_value=ir.tensor(np.ones((20, 32), np.float32), name="small"))
+    model.graph.register_initializer(small)
+    further = ir.node("Gather", [small, ids], outputs=[ir.Value(name="further")])
+    product = ir.node("Mul", [lookup.outputs[0], further.outputs[0]], outputs=[ir.Value(name="product_of_both")])
+    lookup.outputs[0].replace_all_uses_with(product.outputs[0])
+    product.replace_input_with(0, lookup.outputs[0])
+    model.graph.insert_after(lookup, [further, product])
+    assert onnxq.quantize(saved(model, tmp_path), sentences()).numbers["sqnr_db"] > 25
+
+
 def test_networks_that_read_no_text_stay_as_they_were(network: Path, calibration: Path) -> None:
     results = [onnxq.quantize(network, calibration, knobs={"smooth": smooth}).model for smooth in (0.0, 0.75)]
     first, second = ({name: v.const_value.tobytes() for name, v in m.graph.initializers.items()} for m in results)

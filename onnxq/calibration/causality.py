@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnxq.calibration.data import InputSpec, fixed_batch
 from onnxq.calibration.random_tokens import vocabulary_size
 from onnxq.calibration.text import fixed_length, role_of, text_feed
+from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 
 LENGTH = 8
@@ -40,7 +41,7 @@ def sees_what_follows(model: ir.Model, specs: Sequence[InputSpec], session: Sess
 
     Returns:
         ``None`` where it cannot be tried: of a model that tells segments apart, whose first output is not one row for
-        each token, or that reads what text does not give.
+        each token, that reads what text does not give, or does not run on any token.
     """
     shape = model.graph.outputs[0].shape
     if shape is None or len(shape) != 3 or any(role_of(spec) in ("segments", None) for spec in specs):
@@ -53,7 +54,10 @@ def sees_what_follows(model: ir.Model, specs: Sequence[InputSpec], session: Sess
     other[:, -1] = (tokens[:, -1] + max(known // 2, 1)) % known
     session = session or Session(model)
     name = session.output_names[:1]
-    first, second = (session.run(text_feed(specs, rows), name)[0].astype(np.float64) for rows in (tokens, other))
+    try:
+        first, second = (session.run(text_feed(specs, rows), name)[0].astype(np.float64) for rows in (tokens, other))
+    except OnnxqError:
+        return None
     if first.shape[:2] != tokens.shape or length < 2:
         return None
     moved = np.abs(first - second)[:, :-1].max()

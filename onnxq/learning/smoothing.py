@@ -13,6 +13,7 @@ from onnxq import kinds
 from onnxq.calibration.channels import ChannelStatistics, record_channels
 from onnxq.calibration.random_tokens import RandomTokens, vocabulary_size
 from onnxq.calibration.text import role_of
+from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.learning.channel_scales import TINY, expected_error, migration, output_errors, weight_maxima, weight_specs
 from onnxq.passes.level_gates import LevelGates, gates
@@ -221,17 +222,28 @@ def record(
         recorded = record_channels(
             job.model, axes, job.source, job.specs, samples=total, device=job.settings.device, on_batch=advance
         )
-        rare = _rare_tokens(job) if rare_tokens else None
-        if rare is not None:
-            # A model may make NaN of a token that no text has, as of one for padding whose row is zeros.
-            further = record_channels(
-                job.model, axes, rare, job.specs, samples=len(rare), device=job.settings.device, only_finite=True
-            )
-            for name, statistics in recorded.items():  # their extremes alone: nobody writes so
-                if further[name].low.size:
-                    statistics.low = np.minimum(statistics.low, further[name].low)
-                    statistics.high = np.maximum(statistics.high, further[name].high)
+        further = _of_rare_tokens(job, axes) if rare_tokens else {}
+        for name, statistics in further.items():  # their extremes alone: nobody writes so
+            if statistics.low.size:
+                recorded[name].low = np.minimum(recorded[name].low, statistics.low)
+                recorded[name].high = np.maximum(recorded[name].high, statistics.high)
     return recorded
+
+
+def _of_rare_tokens(job: Job, axes: Mapping[str, int]) -> dict[str, ChannelStatistics]:
+    """Statistics of random tokens; of none where the model does not run on them, as it does on the user's.
+
+    Of a token that no text has, as of one for padding whose row is zeros, it may make NaN too, which does not count.
+    """
+    rare = _rare_tokens(job)
+    if rare is None:
+        return {}
+    try:
+        return record_channels(
+            job.model, axes, rare, job.specs, samples=len(rare), device=job.settings.device, only_finite=True
+        )
+    except OnnxqError:
+        return {}
 
 
 def _rare_tokens(job: Job) -> RandomTokens | None:
