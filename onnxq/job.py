@@ -37,12 +37,13 @@ from onnxq.passes.quantize_experts import QuantizeExperts
 from onnxq.passes.quantize_tables import QuantizeTables
 from onnxq.passes.rotate_heads import RotateHeads
 from onnxq.passes.rotate_streams import RotateStreams
+from onnxq.passes.split_matrices import SplitMatrices
 from onnxq.progress import Progress
 from onnxq.runtime import Session, elements_of
 from onnxq.scheme import Scheme
 from onnxq.serialized import IN_MEMORY_LIMIT_BYTES, serialize
 from onnxq.targets import Placement, Target, scheme_of_ends
-from onnxq.targets.placement import excluded, first_and_last
+from onnxq.targets.placement import excluded, first_and_last, matched
 
 Array = np.ndarray[Any, Any]
 
@@ -118,6 +119,9 @@ class Job:
         """Run the target's rewrites, which keep the function."""
         self.specs = input_specs(self.model)
         self.target.prepare(self.model)
+        if self.target.multiplies_one_matrix:
+            patterns = self.settings.exclude  # which name the product that it was
+            SplitMatrices({name for item in patterns for name in matched(self.model.graph, item)})(self.model)
         if self.settings.rotate:
             self._rotate()
         if self.settings.first_last is not None:

@@ -24,6 +24,7 @@ class Target(Protocol):
     packs_codes: bool  # whether it reads 4-bit constants that are no operand of DequantizeLinear
     quantizes_attention: bool  # whether products of two activations get codes
     quantizes_bodies: bool  # whether layers in branches and loops run on codes
+    multiplies_one_matrix: bool  # whether kernels know no scales for each of several matrices
     computes_in_float16: bool  # whether there are kernels from float16 to codes
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:

@@ -43,6 +43,7 @@ class Cpu:
     packs_codes = True
     quantizes_attention = False
     quantizes_bodies = True
+    multiplies_one_matrix = True
     computes_in_float16 = False
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:

@@ -37,6 +37,7 @@ class TensorRT:
     packs_codes = False
     quantizes_attention = True
     quantizes_bodies = False
+    multiplies_one_matrix = False
     computes_in_float16 = True
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:
