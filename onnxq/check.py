@@ -13,13 +13,13 @@ import numpy as np
 
 from onnxq import graph as graphs
 from onnxq.calibration.data import row_count
-from onnxq.calibration.recording import thinned
 from onnxq.calibration.text import without_padding
+from onnxq.condensed import thinned
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.report.metrics import OutputsSqnr, Sqnr, padded_alike
 from onnxq.report.quality import is_float, nothing_compared, size_warning
-from onnxq.runtime import Feed, Session, integer_kernels, optimized_session, tapped_together
+from onnxq.runtime import TAPPED_VALUES, Feed, Session, integer_kernels, optimized_session
 
 Array = np.ndarray[Any, Any]
 LATENCY_RUNS = 5
@@ -67,7 +67,10 @@ def check(job: Job) -> Check:
         tapped = [name for name in job.recording.first_taps if name in graphs.values(job.model.graph)]
         inputs = {spec.name for spec in job.specs}
         inner = [name for name in tapped if name not in inputs]
-        reference = Session(job.model, taps=inner, optimize=False, device=job.settings.device, arena=False)
+        large = sum(job.recording.first_sizes[name] for name in inner) > TAPPED_VALUES
+        reference = Session(
+            job.model, taps=inner, condense=large, optimize=False, device=job.settings.device, arena=False
+        )
         judged = reference if literal or optimized is None else optimized
         ratio, differing = OutputsSqnr(), dict[str, str]()
         for feed, expected in job.recording.kept:
@@ -113,23 +116,21 @@ def _layer_errors(job: Job, session: Session, names: list[str]) -> list[dict[str
     values = graphs.values(job.model.graph)
     expected = job.recording.first_taps
     layers = []
-    for group in tapped_together(values[name] for name in names):
-        tapped = [value.name or "" for value in group]
-        for name, found in zip(tapped, session.run(job.recording.first_feed, tapped), strict=True):
-            if _is_silent(job, name, expected[name]):
-                continue
-            ratio = Sqnr()
-            if is_float(found):
-                ratio.update(*padded_alike(expected[name], thinned(found)))
-            producer = values[name].producer()
-            layers.append(
-                {
-                    "name": (producer.name if producer is not None else name) or name,
-                    "op": producer.op_type if producer is not None else "input",
-                    "value": name,
-                    "sqnr_db": _decibels(ratio.value),
-                }
-            )
+    for name, values_found in zip(names, session.run(job.recording.first_feed, names), strict=True):
+        if _is_silent(job, name, expected[name]):
+            continue
+        ratio, found = Sqnr(), thinned(values_found)
+        if is_float(found):
+            ratio.update(*padded_alike(expected[name], found))
+        producer = values[name].producer()
+        layers.append(
+            {
+                "name": (producer.name if producer is not None else name) or name,
+                "op": producer.op_type if producer is not None else "input",
+                "value": name,
+                "sqnr_db": _decibels(ratio.value),
+            }
+        )
     return sorted(layers, key=lambda layer: (layer["sqnr_db"], layer["name"]))
 
 

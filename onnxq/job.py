@@ -203,15 +203,29 @@ class Job:
     def _open_float_session(self, taps: Sequence[str]) -> Session:
         inputs = {spec.name for spec in self.specs}
         tapped = [name for name in taps if name not in inputs]
-        serialized = serialize(self.model, tapped, by_path=self.workers is None)
-        values = graphs.values(self.model.graph)
-        elements = sum(elements_of(values[name]) for name in tapped)
+        elements = self._elements_of(tapped)
+        axes = bias_correction.channel_axes(self.model.graph) if self._wants_means else {}
+        serialized = serialize(
+            self.model, tapped, by_path=self.workers is None, condense=elements > TAPPED_AT_ONCE, mean_axes=axes
+        )
         pays = elements <= TAPPED_AT_ONCE and len(self.source) > RUNS_AT_ONCE
         at_once = RUNS_AT_ONCE if pays else 1
         self._float_session = Session(serialized, device=self.settings.device, at_once=at_once)
         if self.workers is not None:
             self._shared = self.workers.share(serialized, self.settings.device)
         return self._float_session
+
+    def _elements_of(self, tapped: Sequence[str]) -> int:
+        """How many numbers these values have together for one sample, whose sizes tell what the model leaves free."""
+        values = graphs.values(self.model.graph)
+        if any(not isinstance(size, int) for name in tapped for size in (values[name].shape or ("",))[1:]):
+            fixed, sample = self.model.clone(), next(iter(self.source))
+            for value in fixed.graph.inputs:
+                if value.name in sample:
+                    value.shape = ir.Shape(np.shape(sample[value.name]))
+            shapes.infer(fixed)
+            values = graphs.values(fixed.graph)
+        return sum(elements_of(values[name]) for name in tapped)
 
     def observe(self, taps: Collection[str]) -> dict[str, Statistics]:
         """Statistics of values of the float graph, before :meth:`insert`, of which :meth:`record` then needs no run.

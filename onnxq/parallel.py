@@ -80,7 +80,9 @@ class SharedModel:
         names = json.loads((place / "names.json").read_text())
         large = {name: np.load(place / f"{index}.npy", mmap_mode="r") for index, name in enumerate(names["large"])}
         proto = onnx.ModelProto.FromString((place / "model.onnx").read_bytes())
-        return Serialized(proto, large, names["appended"], weight_bytes=names["weight_bytes"])
+        return Serialized(
+            proto, large, names["appended"], weight_bytes=names["weight_bytes"], condensed=names["condensed"]
+        )
 
 
 _SESSIONS: dict[str, Session] = {}
@@ -112,7 +114,10 @@ class Workers:
             return SharedModel(key, self.threads, device, optimize, reference=[self._ray.put(model)])
         folder = Path(self._folders.enter_context(tempfile.TemporaryDirectory(prefix="onnxq-shared-")))
         (folder / "model.onnx").write_bytes(model.model.SerializeToString())
-        names = {"large": list(model.large), "appended": model.appended, "weight_bytes": model.weight_bytes}
+        names = {
+            "large": list(model.large), "appended": model.appended, "weight_bytes": model.weight_bytes,
+            "condensed": model.condensed,
+        }  # fmt: skip
         (folder / "names.json").write_text(json.dumps(names))
         for index, array in enumerate(model.large.values()):
             np.save(folder / f"{index}.npy", array)

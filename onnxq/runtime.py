@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from onnxq import cuda, custom_ops, machine
+from onnxq.condensed import condensed
 from onnxq.errors import LESS_MEMORY, OnnxqError, ran_out_of_memory
 from onnxq.parts import Parts
 from onnxq.serialized import Serialized, serialize
@@ -56,6 +58,7 @@ class Session:
     Args:
         model: A model, the path of one, or its bytes.
         taps: Names of inner values to return after the model's own outputs.
+        condense: Whether these are reduced where they are made, to :class:`Condensed` ones.
         optimize: ``False`` runs every node literally (the reference for Q/DQ), ``True`` runs what is deployed.
         device: ``cpu`` or ``cuda``.
         threads: Threads inside an op; 0 lets onnxruntime choose.
@@ -76,6 +79,7 @@ class Session:
         model: ir.Model | Serialized | str | os.PathLike[str],
         *,
         taps: Sequence[str] = (),
+        condense: bool = False,
         optimize: bool = True,
         device: str = "cpu",
         threads: int = 0,
@@ -103,9 +107,10 @@ class Session:
         _check_device(device)
         self._keep_alive: list[Array] = []
         self._appended = 0
+        self._condensed: dict[str, tuple[list[str], int | None]] = {}
         self.in_parts = False
         try:
-            self._session = self._opened(model, taps, options, device)
+            self._session = self._opened(model, taps, condense, options, device)
         except OnnxqError:
             raise
         except Exception as error:
@@ -118,11 +123,16 @@ class Session:
         self.input_names = [value.name for value in self._session.get_inputs()]
         self.output_names = [value.name for value in self._session.get_outputs()]
         self.own_output_names = self.output_names[: len(self.output_names) - self._appended]
+        if self._condensed:
+            results = {name for names, _ in self._condensed.values() for name in names}
+            kept = [name for name in self.output_names if name not in results]
+            self.output_names = [*kept, *self._condensed]
 
     def _opened(
         self,
         model: ir.Model | Serialized | str | os.PathLike[str],
         taps: Sequence[str],
+        condense: bool,
         options: onnxruntime.SessionOptions,
         device: str,
     ) -> Any:
@@ -140,8 +150,10 @@ class Session:
             model = read(model)  # which may run without its plugins, and with FP8 for FP4
             if large:
                 shapes.infer(model)
-        serialized = serialize(model, taps) if isinstance(model, ir.Model) else model
-        self._appended = serialized.appended
+        serialized = serialize(model, taps, condense=condense) if isinstance(model, ir.Model) else model
+        self._appended, self._condensed = serialized.appended, serialized.condensed
+        if self._condensed:  # else what only reduces comes last, and all values wait for it
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         if serialized.folder:
             options.add_session_config_entry(EXTERNAL_FOLDER, serialized.folder)
         self._keep_alive = list(serialized.large.values())
@@ -172,10 +184,14 @@ class Session:
 
         return Parts(serialized.model, open_part)
 
-    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[Array]:
-        """Run one batch and return the named outputs (all, taps last, if none are named)."""
+    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[Any]:
+        """Run one batch and return the named outputs (all, taps last, if none are named).
+
+        Arrays; of condensed taps :class:`Condensed` ones.
+        """
+        results = self._results_of(outputs)
         try:
-            result: list[Array] = self._session.run(outputs, dict(feed))
+            result: list[Any] = self._session.run(results, dict(feed))
         except Exception as error:
             shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feed.items())
             hint = "check that the data has the shapes that the model was exported for"
@@ -183,7 +199,26 @@ class Session:
                 f"expected the model to run on {shapes}, found an error in onnxruntime ({_one_line(error)})",
                 hint=LESS_MEMORY if ran_out_of_memory(error) else hint,
             ) from error
-        return result
+        return result if results is outputs else self._packed(outputs, result)
+
+    def _results_of(self, outputs: Sequence[str] | None) -> Sequence[str] | None:
+        """The outputs that hold the named ones."""
+        if not self._condensed:
+            return outputs
+        names = self.output_names if outputs is None else outputs
+        return [result for name in names for result in self._condensed.get(name, ([name], None))[0]]
+
+    def _packed(self, outputs: Sequence[str] | None, results: Iterable[Array]) -> list[Any]:
+        """What was found as the outputs that were named."""
+        following = iter(results)
+        packed: list[Any] = []
+        for name in self.output_names if outputs is None else outputs:
+            if name in self._condensed:
+                names, axis = self._condensed[name]
+                packed.append(condensed(list(itertools.islice(following, len(names))), axis))
+            else:
+                packed.append(next(following))
+        return packed
 
     def run_each(self, batches: Iterable[Batch], outputs: Sequence[str] | None = None) -> Iterator[Run]:
         """Every batch with the named outputs for it, in order, while the next ones are run.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxq import condensed as condensing
 from onnxq import dynamic_fp4
 from onnxq.graph import values as named_values
 from onnxq.plugins import without_plugins
@@ -30,9 +31,10 @@ class Serialized:
     Attributes:
         model: The model.
         large: The initializers that are not in it, by name.
-        appended: How many of its outputs, at the end, are taps.
+        appended: How many of its outputs, at the end, are taps, or results of such.
         folder: Where initializers lie that are in neither: ``model`` names their files, relative to it.
         weight_bytes: Of all initializers, as float32: literal runs unpack codes, all of them before the first layer.
+        condensed: Taps that are outputs in condensed form, the names of these, and the axis of their means.
     """
 
     model: onnx.ModelProto
@@ -40,6 +42,7 @@ class Serialized:
     appended: int
     folder: str = ""
     weight_bytes: int = 0
+    condensed: dict[str, tuple[list[str], int | None]] = field(default_factory=dict)
 
     @property
     def is_large(self) -> bool:
@@ -47,7 +50,14 @@ class Serialized:
         return self.weight_bytes > IN_MEMORY_LIMIT_BYTES
 
 
-def serialize(model: ir.Model, taps: Sequence[str] = (), *, by_path: bool = True) -> Serialized:
+def serialize(
+    model: ir.Model,
+    taps: Sequence[str] = (),
+    *,
+    by_path: bool = True,
+    condense: bool = False,
+    mean_axes: Mapping[str, int] | None = None,
+) -> Serialized:
     """The model with ``taps`` as further outputs, and the large initializers left out of it.
 
     Models below 512 MiB keep everything inside but what lies outside their file. Larger ones leave out all large
@@ -58,14 +68,25 @@ def serialize(model: ir.Model, taps: Sequence[str] = (), *, by_path: bool = True
         taps: Names of inner values that become its last outputs.
         by_path: Whether what lies in files beside the model is named by its path, so that onnxruntime maps it by
             itself and nothing is copied; ``False`` where another process or machine reads the result.
+        condense: Whether taps are reduced in the graph, of which a run then returns :class:`Condensed` ones.
+        mean_axes: Of condensed taps, the axes of the channels whose means are wanted.
     """
     model = without_plugins(model)
+    model = model.clone() if condense else model
     graph = model.graph
     own = {value.name for value in graph.outputs}
-    wanted = [name for name in taps if name not in own]
-    if wanted:
-        known = named_values(graph)
-        graph.outputs.extend(known[name] for name in wanted)
+    known = named_values(graph) if taps else {}
+    further = {name: [known[name]] for name in taps if name not in own}
+    condensed: dict[str, tuple[list[str], int | None]] = {}
+    if condense:
+        axes = mean_axes or {}
+        reduced = condensing.condense(
+            graph, [value for (value,) in further.values() if condensing.can_be_condensed(value)], axes
+        )
+        further |= reduced
+        condensed = {name: ([value.name or "" for value in values], axes.get(name)) for name, values in reduced.items()}
+    wanted = [value for values in further.values() for value in values]
+    graph.outputs.extend(wanted)
     large: dict[str, Array] = {}
     kept: dict[str, ir.TensorProtocol] = {}
     try:
@@ -103,7 +124,8 @@ def serialize(model: ir.Model, taps: Sequence[str] = (), *, by_path: bool = True
         if wanted:
             for _ in wanted:
                 graph.outputs.pop()  # one by one: deleting a slice would leave the values marked as outputs
-    return Serialized(proto, large, len(wanted), folder and str(Path(folder).resolve()), weight_bytes)
+    place = folder and str(Path(folder).resolve())
+    return Serialized(proto, large, len(wanted), place, weight_bytes, condensed)
 
 
 def _as_float8(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from onnxq.arithmetic import fake_quantize, scale_and_zero_point
+from onnxq.condensed import Condensed
 from onnxq.errors import OnnxqError
 from onnxq.formats import NumberFormat
 
@@ -56,16 +57,22 @@ class Statistics:
         self._pending: list[Array] = []
         self._pending_values = 0
 
-    def update(self, values: Array, sampled: int = 4096) -> None:
+    def update(self, values: Array | Condensed, sampled: int = 4096) -> None:
         """Add one batch of values, of which about ``sampled`` go into the histogram."""
+        if isinstance(values, Condensed):
+            self._add(values.lows, values.highs, values.part, sampled)
+            return
         flat = np.asarray(values, np.float32).reshape(-1)
         if flat.size == 0:
             return
         rows = flat.reshape(values.shape[0] if values.ndim > 1 else 1, -1)
-        lows, highs = rows.min(axis=1), rows.max(axis=1)
+        self._add(rows.min(axis=1), rows.max(axis=1), flat, sampled)
+
+    def _add(self, lows: Array, highs: Array, flat: Array, sampled: int) -> None:
+        """Add the extremes of rows, and what the histogram takes numbers of."""
         self.low = float(np.minimum(self.low, lows.min()))  # unlike Python's min, keeps a NaN
         self.high = float(np.maximum(self.high, highs.max()))
-        self.rows += len(rows)
+        self.rows += len(lows)
         self.sum_of_lows += float(lows.sum(dtype=np.float64))
         self.sum_of_highs += float(highs.sum(dtype=np.float64))
         stride = max(1, flat.size // max(sampled, 1)) | 1  # odd, so that rows of even width are not aliased

@@ -12,6 +12,7 @@ import numpy as np
 
 from onnxq.calibration.data import STEP_KEY, InputSpec, Source, batches, inputs_of, row_count
 from onnxq.calibration.observers import Statistics
+from onnxq.condensed import Condensed, thinned
 from onnxq.errors import OnnxqError
 from onnxq.parallel import SharedModel, Workers
 from onnxq.runtime import Session
@@ -25,7 +26,6 @@ SAMPLED_VALUES = 1 << 18  # per tensor over the whole run
 SHARD_SAMPLES = 64  # have statistics of their own, which then merge
 SHARD_BYTES = 64 << 20
 THREADS = 2  # numpy lets go of the interpreter lock while it reduces
-KEPT_VALUES = 1 << 15
 KEPT_SAMPLES = 8  # float outputs kept to check the result against
 
 
@@ -38,6 +38,7 @@ class Recording:
         kept: The first feeds and the float model's outputs for them.
         first_feed: The first sample alone.
         first_taps: Part of each tapped value for it (see :func:`thinned`).
+        first_sizes: How many numbers each has.
         channel_means: E[x] per channel, by the name of the tapped value.
         mean_samples: How many samples those are the means of.
         samples: How many samples were run.
@@ -47,6 +48,7 @@ class Recording:
     kept: list[tuple[dict[str, Array], list[Array]]] = field(default_factory=list)
     first_feed: dict[str, Array] = field(default_factory=dict)
     first_taps: dict[str, Array] = field(default_factory=dict)
+    first_sizes: dict[str, int] = field(default_factory=dict)
     channel_means: dict[str, Array] = field(default_factory=dict)
     mean_samples: int = 0
     samples: int = 0
@@ -55,6 +57,7 @@ class Recording:
         """Add what another pass over the same data gave of other values."""
         self.statistics |= other.statistics
         self.first_taps |= other.first_taps
+        self.first_sizes |= other.first_sizes
         self.channel_means |= other.channel_means
         self.kept, self.first_feed = other.kept, other.first_feed
         self.mean_samples, self.samples = other.mean_samples, other.samples
@@ -138,6 +141,7 @@ def record(
     outputs = session.run(first, plan.wanted)
     tapped_bytes = sum(value.nbytes for value in outputs)
     recording.first_taps = {name: thinned(value) for name, value in zip(plan.wanted, outputs, strict=True)}
+    recording.first_sizes = {name: value.size for name, value in zip(plan.wanted, outputs, strict=True)}
     del outputs
     size = max(1, min(LARGEST_BATCH, TAPPED_BYTES_PER_BATCH // max(tapped_bytes, 1)))
     batch_bytes = size * sum(value.nbytes for value in first.values())
@@ -234,16 +238,9 @@ def _rows_of(
     return {name: value[chosen] for name, value in feed.items()}, [output[chosen] for output in outputs]
 
 
-def thinned(values: Array) -> Array:
-    """An evenly spaced part of the values, few enough to keep for every tap.
-
-    A copy, because an output keeps the whole memory arena of its session alive.
-    """
-    flat = values.reshape(-1)
-    return flat[:: max(1, flat.size // KEPT_VALUES)].copy()
-
-
-def _channel_mean(values: Array, axis: int) -> Array:
+def _channel_mean(values: Array | Condensed, axis: int) -> Array:
+    if isinstance(values, Condensed):
+        return np.asarray(values.means[axis], np.float64)
     axis %= values.ndim
     if axis == values.ndim - 1:
         return np.asarray(values.reshape(-1, values.shape[-1]).mean(axis=0, dtype=np.float64))
@@ -251,7 +248,7 @@ def _channel_mean(values: Array, axis: int) -> Array:
     return np.asarray(rows.reshape(-1, values.shape[axis]).mean(axis=0, dtype=np.float64))
 
 
-def _observe(work: Sequence[tuple[Statistics, Array, int]]) -> None:
+def _observe(work: Sequence[tuple[Statistics, Array | Condensed, int]]) -> None:
     for statistics, values, sampled in work:
         statistics.update(values, sampled)
 

@@ -101,7 +101,7 @@ class FeatureNetwork:
 
     def __call__(self, images: Array) -> Array:
         """Features [samples, …] of images."""
-        return self.session.run({self.session.input_names[0]: images}, [self.output])[0]
+        return np.asarray(self.session.run({self.session.input_names[0]: images}, [self.output])[0])
 
 
 def _as_floats(images: Array) -> Array:
