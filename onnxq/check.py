@@ -67,7 +67,7 @@ def check(job: Job) -> Check:
         tapped = [name for name in job.recording.first_taps if name in graphs.values(job.model.graph)]
         inputs = {spec.name for spec in job.specs}
         inner = [name for name in tapped if name not in inputs]
-        large = sum(job.recording.first_sizes[name] for name in inner) > TAPPED_VALUES
+        large = inner if sum(job.recording.first_sizes[name] for name in inner) > TAPPED_VALUES else ()
         reference = Session(
             job.model, taps=inner, condense=large, optimize=False, device=job.settings.device, arena=False
         )

@@ -17,7 +17,7 @@ from onnxq import graph as graphs
 from onnxq import shapes
 from onnxq.body_layers import BodyLayers
 from onnxq.calibration import bias_correction
-from onnxq.calibration.data import InputSpec, Source, input_specs
+from onnxq.calibration.data import InputSpec, Source, batches, input_specs, inputs_of
 from onnxq.calibration.observers import Range, Statistics
 from onnxq.calibration.recording import KEPT_SAMPLES, MEAN_SAMPLES, Recording, record
 from onnxq.calibration.weight_ranges import Search
@@ -39,7 +39,7 @@ from onnxq.passes.rotate_heads import RotateHeads
 from onnxq.passes.rotate_streams import RotateStreams
 from onnxq.passes.split_matrices import SplitMatrices
 from onnxq.progress import Progress
-from onnxq.runtime import Session, elements_of
+from onnxq.runtime import Session, elements_in
 from onnxq.scheme import Scheme
 from onnxq.serialized import IN_MEMORY_LIMIT_BYTES, serialize
 from onnxq.targets import Placement, Target, scheme_of_ends
@@ -203,29 +203,17 @@ class Job:
     def _open_float_session(self, taps: Sequence[str]) -> Session:
         inputs = {spec.name for spec in self.specs}
         tapped = [name for name in taps if name not in inputs]
-        elements = self._elements_of(tapped)
+        first = inputs_of(next(batches(self.source, self.specs, batch_size=1, samples=1)), self.specs)
+        elements = elements_in(self.model, tapped, first)
         axes = bias_correction.channel_axes(self.model.graph) if self._wants_means else {}
-        serialized = serialize(
-            self.model, tapped, by_path=self.workers is None, condense=elements > TAPPED_AT_ONCE, mean_axes=axes
-        )
+        large = tapped if elements > TAPPED_AT_ONCE else ()
+        serialized = serialize(self.model, tapped, by_path=self.workers is None, condense=large, mean_axes=axes)
         pays = elements <= TAPPED_AT_ONCE and len(self.source) > RUNS_AT_ONCE
         at_once = RUNS_AT_ONCE if pays else 1
         self._float_session = Session(serialized, device=self.settings.device, at_once=at_once)
         if self.workers is not None:
             self._shared = self.workers.share(serialized, self.settings.device)
         return self._float_session
-
-    def _elements_of(self, tapped: Sequence[str]) -> int:
-        """How many numbers these values have together for one sample, whose sizes tell what the model leaves free."""
-        values = graphs.values(self.model.graph)
-        if any(not isinstance(size, int) for name in tapped for size in (values[name].shape or ("",))[1:]):
-            fixed, sample = self.model.clone(), next(iter(self.source))
-            for value in fixed.graph.inputs:
-                if value.name in sample:
-                    value.shape = ir.Shape(np.shape(sample[value.name]))
-            shapes.infer(fixed)
-            values = graphs.values(fixed.graph)
-        return sum(elements_of(values[name]) for name in tapped)
 
     def observe(self, taps: Collection[str]) -> dict[str, Statistics]:
         """Statistics of values of the float graph, before :meth:`insert`, of which :meth:`record` then needs no run.

@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from onnxq import cuda, custom_ops, machine
+from onnxq import cuda, custom_ops, machine, shapes
+from onnxq import graph as graphs
 from onnxq.condensed import condensed
 from onnxq.errors import LESS_MEMORY, OnnxqError, ran_out_of_memory
 from onnxq.parts import Parts
@@ -58,7 +59,7 @@ class Session:
     Args:
         model: A model, the path of one, or its bytes.
         taps: Names of inner values to return after the model's own outputs.
-        condense: Whether these are reduced where they are made, to :class:`Condensed` ones.
+        condense: Which of these are reduced where they are made, to :class:`Condensed` ones.
         optimize: ``False`` runs every node literally (the reference for Q/DQ), ``True`` runs what is deployed.
         device: ``cpu`` or ``cuda``.
         threads: Threads inside an op; 0 lets onnxruntime choose.
@@ -79,7 +80,7 @@ class Session:
         model: ir.Model | Serialized | str | os.PathLike[str],
         *,
         taps: Sequence[str] = (),
-        condense: bool = False,
+        condense: Collection[str] = (),
         optimize: bool = True,
         device: str = "cpu",
         threads: int = 0,
@@ -132,12 +133,11 @@ class Session:
         self,
         model: ir.Model | Serialized | str | os.PathLike[str],
         taps: Sequence[str],
-        condense: bool,
+        condense: Collection[str],
         options: onnxruntime.SessionOptions,
         device: str,
     ) -> Any:
         if not isinstance(model, ir.Model | Serialized):
-            from onnxq import shapes
             from onnxq.model import is_large, read
 
             large = is_large(model)
@@ -193,10 +193,10 @@ class Session:
         try:
             result: list[Any] = self._session.run(results, dict(feed))
         except Exception as error:
-            shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feed.items())
+            sizes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feed.items())
             hint = "check that the data has the shapes that the model was exported for"
             raise OnnxqError(
-                f"expected the model to run on {shapes}, found an error in onnxruntime ({_one_line(error)})",
+                f"expected the model to run on {sizes}, found an error in onnxruntime ({_one_line(error)})",
                 hint=LESS_MEMORY if ran_out_of_memory(error) else hint,
             ) from error
         return result if results is outputs else self._packed(outputs, result)
@@ -342,6 +342,30 @@ def tapped_together(values: Iterable[ir.Value]) -> Iterator[list[ir.Value]]:
 def elements_of(value: ir.Value) -> int:
     """How many elements one sample of a value has, as far as its shape is known."""
     return math.prod(length if isinstance(length, int) else 1 for length in value.shape or ())
+
+
+def elements_in(model: ir.Model, names: Sequence[str], feed: Feed) -> int:
+    """How many numbers inner values have together when the model reads ``feed``; a size that is not known counts as 1.
+
+    Args:
+        model: A model with shapes.
+        names: Names of values.
+        feed: What it reads, whose sizes tell what the model leaves free.
+    """
+    values = graphs.values(model.graph)
+    if any(not isinstance(size, int) for name in names for size in (values[name].shape or ("",))[1:]):
+        fixed = model.clone()
+        for value in fixed.graph.inputs:
+            if (read := feed.get(value.name or "")) is not None:
+                value.shape = ir.Shape(read.shape)
+        shapes.infer(fixed)
+        values = graphs.values(fixed.graph)
+    rows = max((len(array) for array in feed.values() if array.ndim), default=1)
+    first = [(values[name].shape or (1,))[:1] for name in names]
+    return sum(
+        elements_of(values[name]) * (1 if axes and isinstance(axes[0], int) else rows)
+        for name, axes in zip(names, first, strict=True)
+    )
 
 
 def run_all(session: Session, feeds: Iterable[Feed]) -> list[Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def serialize(
     taps: Sequence[str] = (),
     *,
     by_path: bool = True,
-    condense: bool = False,
+    condense: Collection[str] = (),
     mean_axes: Mapping[str, int] | None = None,
 ) -> Serialized:
     """The model with ``taps`` as further outputs, and the large initializers left out of it.
@@ -68,7 +68,7 @@ def serialize(
         taps: Names of inner values that become its last outputs.
         by_path: Whether what lies in files beside the model is named by its path, so that onnxruntime maps it by
             itself and nothing is copied; ``False`` where another process or machine reads the result.
-        condense: Whether taps are reduced in the graph, of which a run then returns :class:`Condensed` ones.
+        condense: Taps that are reduced in the graph, of which a run then returns :class:`Condensed` ones.
         mean_axes: Of condensed taps, the axes of the channels whose means are wanted.
     """
     model = without_plugins(model)
@@ -81,7 +81,9 @@ def serialize(
     if condense:
         axes = mean_axes or {}
         reduced = condensing.condense(
-            graph, [value for (value,) in further.values() if condensing.can_be_condensed(value)], axes
+            graph,
+            [known[name] for name in further if name in condense and condensing.can_be_condensed(known[name])],
+            axes,
         )
         further |= reduced
         condensed = {name: ([value.name or "" for value in values], axes.get(name)) for name, values in reduced.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq.condensed import Condensed
 from onnxq.report.metrics import OutputsSqnr, Sqnr
 from onnxq.report.quality import is_float
-from onnxq.runtime import Session
+from onnxq.runtime import Session, elements_in
 
 Array = np.ndarray[Any, Any]
 
@@ -20,6 +22,7 @@ ACTIVATIONS = (
     "Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Gelu", "Elu", "Selu",
     "Softplus", "Mish", "Swish",
 )  # fmt: skip
+COMPARED_AT_ONCE = 1 << 27  # numbers of one graph's inner values that are held at once; of more, parts are compared
 ABSORBED = ("Relu", "Clip")  # a QuantizeLinear saturates where these do, and quantizers then drop them
 
 
@@ -119,16 +122,29 @@ def measure(
     outputs = [value.name or "" for value in original.graph.outputs]
     names = outputs + [layer.value for layer in layers]
     quantized_names = outputs + [layer.quantized_value for layer in layers]
-    float_session = Session(original, taps=_unique(names), optimize=False, device=device)
-    quantized_session = Session(quantized, taps=_unique(quantized_names), optimize=False, device=device)
     total = OutputsSqnr({name: Sqnr() for name in outputs})
     inner = [Sqnr() for _ in layers]
     sums = [*total.each.values(), *inner]
+    sessions: tuple[Session, Session] | None = None
     for feed in feeds:
-        expected = dict(zip(_unique(names), float_session.run(feed, _unique(names)), strict=True))
-        found = dict(zip(_unique(quantized_names), quantized_session.run(feed, _unique(quantized_names)), strict=True))
+        if sessions is None:
+            large = _large(original, quantized, layers, feed)
+            sessions = (
+                Session(original, taps=_unique(names), condense=large.keys(), optimize=False, device=device),
+                Session(
+                    quantized, taps=_unique(quantized_names), condense=large.values(), optimize=False, device=device
+                ),
+            )
+        expected, found = (
+            dict(zip(_unique(wanted), session.run(feed, _unique(wanted)), strict=True))
+            for session, wanted in zip(sessions, (names, quantized_names), strict=True)
+        )
         for sqnr, name, quantized_name in zip(sums, names, quantized_names, strict=True):
-            reference, rounded = expected[name], _own_channels(found[quantized_name], expected[name])
+            reference, rounded = expected[name], found[quantized_name]
+            if isinstance(reference, Condensed) and isinstance(rounded, Condensed):
+                reference, rounded = reference.part, rounded.part
+            else:
+                rounded = _own_channels(rounded, reference)
             if is_float(reference) and is_float(rounded) and reference.shape == rounded.shape:
                 sqnr.update(reference, rounded)
     rows: list[dict[str, Any]] = [
@@ -137,6 +153,24 @@ def measure(
         if sqnr.value is not None
     ]
     return total, sorted(rows, key=lambda row: float(row["sqnr_db"]))
+
+
+def _large(
+    original: ir.Model, quantized: ir.Model, layers: Sequence[Layer], feed: Mapping[str, Array]
+) -> dict[str, str]:
+    """Values to compare a part of, in the float graph and their partners: those of one shape, if all are too many."""
+    if elements_in(original, [layer.value for layer in layers], feed) <= COMPARED_AT_ONCE:
+        return {}
+    values, partners = graphs.values(original.graph), graphs.values(quantized.graph)
+    pairs = {(layer.value, layer.quantized_value) for layer in layers}
+    several = {value for value, count in Counter(value for value, _ in pairs).items() if count > 1}
+    outputs = {value.name for value in original.graph.outputs}
+    return {
+        value: partner
+        for value, partner in pairs
+        if value not in several | outputs and partner not in outputs
+        if values[value].shape is not None and values[value].shape == partners[partner].shape
+    }
 
 
 def _own_channels(rounded: Array, reference: Array) -> Array:
