@@ -6,7 +6,7 @@ a few of them at a time takes as many runs. Reduced where they are made, they ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class Condensed:
         highs: The largest.
         part: Evenly spaced numbers, as :func:`thinned` takes them.
         size: How many numbers the value has.
-        means: Of each channel [channels], by the axis that they lie along.
+        means: Of each channel [channels], by the axis that they may lie along (see :func:`mean_axes`); if asked for.
     """
 
     lows: Array
@@ -57,10 +57,15 @@ def thinned(values: Array | Condensed) -> Array:
     return flat[:: max(1, flat.size // KEPT_VALUES) | 1].copy()
 
 
-def condensed(values: Sequence[Array], axis: int | None) -> Condensed:
-    """The results of :func:`condense` as one."""
+def condensed(values: Sequence[Array], axes: Sequence[int]) -> Condensed:
+    """The results of :func:`condense` as one, the last of them means along these axes."""
     lows, highs, part, size, *means = values
-    return Condensed(lows, highs, part, int(size), {} if axis is None else {axis: means[0]})
+    return Condensed(lows, highs, part, int(size), dict(zip(axes, means, strict=True)))
+
+
+def mean_axes(rank: int) -> tuple[int, ...]:
+    """The axes that a layer's input channels may lie along in a value of so many axes."""
+    return (1, -1) if rank > 2 else (0, -1) if rank == 2 else ()
 
 
 def can_be_condensed(value: ir.Value) -> bool:
@@ -68,20 +73,23 @@ def can_be_condensed(value: ir.Value) -> bool:
     return value.producer() is not None and graphs.is_float(value) and value.shape is not None
 
 
-def condense(graph: ir.Graph, taps: Sequence[ir.Value], axes: Mapping[str, int]) -> dict[str, list[ir.Value]]:
+def condense(graph: ir.Graph, taps: Sequence[ir.Value], means: bool) -> dict[str, tuple[list[ir.Value], list[int]]]:
     """Add to a graph what reduces values right after they are made.
 
     Args:
         graph: Changed in place.
         taps: The values (see :func:`can_be_condensed`).
-        axes: By name, the axis of the channels whose means are wanted.
+        means: Whether means of channels are wanted too.
 
     Returns:
-        For each value its results, in the order that :func:`condensed` wants.
+        By the value's name its results, in the order that :func:`condensed` wants, and the axes of the means.
     """
-    names = graphs.Names(graph)
-    reduce = _Reduction(graph, names)
-    return {value.name or "": reduce(value, axes.get(value.name or "")) for value in taps}
+    reduce = _Reduction(graph, graphs.Names(graph))
+    found = {}
+    for value in taps:
+        axes = list(mean_axes(graphs.rank(value) or 0)) if means else []
+        found[value.name or ""] = reduce(value, axes), axes
+    return found
 
 
 class _Reduction:
@@ -101,7 +109,7 @@ class _Reduction:
             for name, number in (numbers | {"one_row": [1, -1]}).items()
         }
 
-    def __call__(self, value: ir.Value, axis: int | None) -> list[ir.Value]:
+    def __call__(self, value: ir.Value, axes: Sequence[int]) -> list[ir.Value]:
         tape, known = ir.tape.Tape(), self._constants
         producer, rank = value.producer(), graphs.rank(value) or 0
         assert producer is not None
@@ -119,9 +127,9 @@ class _Reduction:
             tape.op("Slice", [flat, known["first"], known["end"], known["first"], step]),
             size,
         ]
-        if axis is not None:
-            others = [place for place in range(rank) if place != axis % rank]
-            over = new_initializer(self.graph, f"{value.name}_others", np.array(others, np.int64), ir.DataType.INT64)
+        for axis in axes:
+            others = np.array([place for place in range(rank) if place != axis % rank], np.int64)
+            over = new_initializer(self.graph, f"{value.name}_others", others, ir.DataType.INT64, self.names)
             made.append(tape.op("ReduceMean", [source, over], {"keepdims": 0}))
         for index, node in enumerate(tape.nodes):
             node.name = self.names.free(f"{value.name}_condensed_{index}")

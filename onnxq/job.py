@@ -205,9 +205,10 @@ class Job:
         tapped = [name for name in taps if name not in inputs]
         first = inputs_of(next(batches(self.source, self.specs, batch_size=1, samples=1)), self.specs)
         elements = elements_in(self.model, tapped, first)
-        axes = bias_correction.channel_axes(self.model.graph) if self._wants_means else {}
         large = tapped if elements > TAPPED_AT_ONCE else ()
-        serialized = serialize(self.model, tapped, by_path=self.workers is None, condense=large, mean_axes=axes)
+        serialized = serialize(
+            self.model, tapped, by_path=self.workers is None, condense=large, means=self._wants_means
+        )
         pays = elements <= TAPPED_AT_ONCE and len(self.source) > RUNS_AT_ONCE
         at_once = RUNS_AT_ONCE if pays else 1
         self._float_session = Session(serialized, device=self.settings.device, at_once=at_once)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Serialized:
         appended: How many of its outputs, at the end, are taps, or results of such.
         folder: Where initializers lie that are in neither: ``model`` names their files, relative to it.
         weight_bytes: Of all initializers, as float32: literal runs unpack codes, all of them before the first layer.
-        condensed: Taps that are outputs in condensed form, the names of these, and the axis of their means.
+        condensed: Taps that are outputs in condensed form, the names of these, and the axes of their means.
     """
 
     model: onnx.ModelProto
@@ -42,7 +42,7 @@ class Serialized:
     appended: int
     folder: str = ""
     weight_bytes: int = 0
-    condensed: dict[str, tuple[list[str], int | None]] = field(default_factory=dict)
+    condensed: dict[str, tuple[list[str], list[int]]] = field(default_factory=dict)
 
     @property
     def is_large(self) -> bool:
@@ -56,7 +56,7 @@ def serialize(
     *,
     by_path: bool = True,
     condense: Collection[str] = (),
-    mean_axes: Mapping[str, int] | None = None,
+    means: bool = False,
 ) -> Serialized:
     """The model with ``taps`` as further outputs, and the large initializers left out of it.
 
@@ -69,7 +69,7 @@ def serialize(
         by_path: Whether what lies in files beside the model is named by its path, so that onnxruntime maps it by
             itself and nothing is copied; ``False`` where another process or machine reads the result.
         condense: Taps that are reduced in the graph, of which a run then returns :class:`Condensed` ones.
-        mean_axes: Of condensed taps, the axes of the channels whose means are wanted.
+        means: Whether means of channels are wanted of condensed taps too.
     """
     model = without_plugins(model)
     model = model.clone() if condense else model
@@ -77,16 +77,12 @@ def serialize(
     own = {value.name for value in graph.outputs}
     known = named_values(graph) if taps else {}
     further = {name: [known[name]] for name in taps if name not in own}
-    condensed: dict[str, tuple[list[str], int | None]] = {}
+    condensed: dict[str, tuple[list[str], list[int]]] = {}
     if condense:
-        axes = mean_axes or {}
-        reduced = condensing.condense(
-            graph,
-            [known[name] for name in further if name in condense and condensing.can_be_condensed(known[name])],
-            axes,
-        )
-        further |= reduced
-        condensed = {name: ([value.name or "" for value in values], axes.get(name)) for name, values in reduced.items()}
+        taken = [known[name] for name in further if name in condense and condensing.can_be_condensed(known[name])]
+        for name, (results, axes) in condensing.condense(graph, taken, means).items():
+            further[name] = results
+            condensed[name] = [value.name or "" for value in results], axes
     wanted = [value for values in further.values() for value in values]
     graph.outputs.extend(wanted)
     large: dict[str, Array] = {}
