@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.calibration.data import InputSpec, Source, batches, inputs_of, row_count
-from onnxq.calibration.recording import TAPPED_BYTES_PER_BATCH
+from onnxq.calibration.recording import bytes_of_one, rows_at_once
 from onnxq.runtime import Session
 
 Array = np.ndarray[Any, Any]
@@ -103,9 +103,7 @@ def record_channels(
     inputs = {spec.name for spec in specs}
     inner = [name for name in axes if name not in inputs]
     session = Session(model, taps=inner, device=device)
-    first = inputs_of(next(batches(source, specs, batch_size=1, samples=1)), specs)
-    tapped_bytes = sum(value.nbytes for value in session.run(first, inner)) if inner else 0
-    size = max(1, min(LARGEST_BATCH, TAPPED_BYTES_PER_BATCH // max(tapped_bytes, 1)))
+    size = rows_at_once(bytes_of_one(session, inner, source, specs), LARGEST_BATCH)
     done = 0
     for batch in batches(source, specs, batch_size=size, samples=samples):
         feed = inputs_of(batch, specs)

@@ -20,6 +20,7 @@ from onnxq.runtime import Session
 Array = np.ndarray[Any, Any]
 
 TAPPED_BYTES_PER_BATCH = 16 << 20  # bounds memory, and keeps a batch's activations near the caches
+HELD_BYTES_PER_BATCH = 256 << 20  # where more is computed of a batch than what runs it
 LARGEST_BATCH = 16
 MEAN_SAMPLES = 16  # channel means settle soon, and cost as much as the extremes of all values
 SAMPLED_VALUES = 1 << 18  # per tensor over the whole run
@@ -143,7 +144,7 @@ def record(
     recording.first_taps = {name: thinned(value) for name, value in zip(plan.wanted, outputs, strict=True)}
     recording.first_sizes = {name: value.size for name, value in zip(plan.wanted, outputs, strict=True)}
     del outputs
-    size = max(1, min(LARGEST_BATCH, TAPPED_BYTES_PER_BATCH // max(tapped_bytes, 1)))
+    size = rows_at_once(tapped_bytes)
     batch_bytes = size * sum(value.nbytes for value in first.values())
     in_shard = max(1, min(SHARD_SAMPLES // size, SHARD_BYTES // max(batch_bytes, 1)))
     drawn = batches(source, specs, batch_size=size, samples=samples)
@@ -160,6 +161,17 @@ def record(
             if on_batch is not None:
                 on_batch(recording.samples)
     return recording
+
+
+def rows_at_once(tapped_bytes: int, most: int = LARGEST_BATCH, limit: int = TAPPED_BYTES_PER_BATCH) -> int:
+    """How many samples run together, so that the values that a run returns stay within a limit."""
+    return max(1, min(most, limit // max(tapped_bytes, 1)))
+
+
+def bytes_of_one(session: Session, names: Sequence[str], source: Source, specs: Sequence[InputSpec]) -> int:
+    """What the named values of the first sample take."""
+    first = inputs_of(next(batches(source, specs, batch_size=1, samples=1)), specs)
+    return sum(value.nbytes for value in session.run(first, names)) if names else 0
 
 
 def _shards(drawn: Iterator[dict[str, Array]], size: int) -> Iterator[Iterator[dict[str, Array]]]:

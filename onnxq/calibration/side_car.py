@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.calibration.archives import read_arrays
 from onnxq.calibration.data import Source, batches, input_specs, inputs_of, row_count
+from onnxq.calibration.recording import HELD_BYTES_PER_BATCH, bytes_of_one, rows_at_once
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 from onnxq.serialized import serialize
@@ -55,7 +56,8 @@ def record(
             hint="give --data where the model is quantized",
         )
     session, moments, done = Session(serialize(model, names)), _Moments(), 0
-    for batch in batches(source, specs, batch_size=BATCH, samples=samples):
+    size = rows_at_once(bytes_of_one(session, names, source, specs), BATCH, HELD_BYTES_PER_BATCH)
+    for batch in batches(source, specs, batch_size=size, samples=samples):
         feed = inputs_of(batch, specs)
         for name, value in zip(names, session.run(feed, names), strict=True):
             moments.add(name, value)

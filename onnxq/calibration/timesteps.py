@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxq.calibration.data import STEP_KEY, InputSpec, Source, batches, fixed_batch, inputs_of
 from onnxq.calibration.observers import Statistics
+from onnxq.calibration.recording import HELD_BYTES_PER_BATCH, bytes_of_one, rows_at_once
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 
@@ -91,7 +92,8 @@ def record(
 
     found: dict[str, StepStatistics] = {}
     done = 0
-    for batch in batches(source, specs, batch_size=BATCH, samples=samples):
+    size = rows_at_once(bytes_of_one(session, inner, source, specs), BATCH, HELD_BYTES_PER_BATCH)
+    for batch in batches(source, specs, batch_size=size, samples=samples):
         if STEP_KEY not in batch:
             raise OnnxqError(
                 f"expected samples that say under {STEP_KEY!r} which step of the sampler they are of, found none",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnxq.calibration.data import batches, inputs_of, row_count
+from onnxq.calibration.recording import HELD_BYTES_PER_BATCH, bytes_of_one, rows_at_once
 from onnxq.job import Job
 from onnxq.passes.normalise_attention import Operand
 from onnxq.runtime import Session
@@ -22,7 +23,8 @@ def token_deviations(job: Job, items: Sequence[Operand]) -> dict[str, float]:
         return {}
     session = Session(job.model, taps=names, device=job.settings.device)
     sums, rows = dict.fromkeys(names, 0.0), 0
-    for batch in batches(job.source, job.specs, batch_size=ROWS, samples=SAMPLES):
+    size = rows_at_once(bytes_of_one(session, names, job.source, job.specs), ROWS, HELD_BYTES_PER_BATCH)
+    for batch in batches(job.source, job.specs, batch_size=size, samples=SAMPLES):
         feed = inputs_of(batch, job.specs)
         count = row_count(feed, job.specs)
         for name, value in zip(names, session.run(feed, names), strict=True):

@@ -10,6 +10,7 @@ import torch
 
 from onnxq import graph as graphs
 from onnxq.calibration.data import batches, inputs_of, row_count
+from onnxq.calibration.recording import HELD_BYTES_PER_BATCH, bytes_of_one, rows_at_once
 from onnxq.job import Job
 from onnxq.learning.hessian import Hessian, Layer, layer
 from onnxq.runtime import Session
@@ -80,7 +81,8 @@ def output_errors(job: Job, weights: Sequence[FloatWeight], samples: int) -> dic
     session = Session(job.model, taps=taps, device=job.settings.device)
     done = 0
     with job.progress.stage("outputs", "Recording inputs of layers", samples) as advance:
-        for batch in batches(job.source, job.specs, batch_size=BATCH, samples=samples):
+        size = rows_at_once(bytes_of_one(session, taps, job.source, job.specs), BATCH, HELD_BYTES_PER_BATCH)
+        for batch in batches(job.source, job.specs, batch_size=size, samples=samples):
             feed = inputs_of(batch, job.specs)
             values = dict(zip(taps, session.run(feed, taps), strict=True)) | feed
             for reader, hessian in shared.values():
