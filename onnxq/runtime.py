@@ -35,6 +35,7 @@ PROVIDERS: dict[str, list[Any]] = {
     "cuda": [(cuda.PROVIDER, cuda.OPTIONS), "CPUExecutionProvider"],
 }
 PATIENCE_SECONDS, FEWEST_RUNS = 10.0, 3  # of timing, and what it takes then in any case
+LARGEST_VALUE = 1 << 28  # numbers of one inner value of all samples of a run
 TAPPED_VALUES = 2 << 20  # numbers of inner values that are returned at once
 SPINNING = "session.intra_op.allow_spinning"
 # What onnxruntime says where its layout for convolutions lost a value that is an output too, as taps are.
@@ -349,6 +350,15 @@ def tapped_together(values: Iterable[ir.Value]) -> Iterator[list[ir.Value]]:
 def elements_of(value: ir.Value) -> int:
     """How many elements one sample of a value has, as far as its shape is known."""
     return math.prod(length if isinstance(length, int) else 1 for length in value.shape or ())
+
+
+def rows_that_fit(graph: ir.Graph, most: int) -> int:
+    """How many samples run at once, so that no inner value takes more than a GiB, as far as shapes are known.
+
+    Scores of attention over a picture of 64² latents are half of one, for each sample.
+    """
+    largest = max((elements_of(value) for node in graph for value in node.outputs), default=1)
+    return max(1, min(most, LARGEST_VALUE // max(largest, 1)))
 
 
 def elements_in(model: ir.Model, names: Sequence[str], feed: Feed) -> int:

@@ -61,6 +61,39 @@ def test_biases_take_back_the_mean_error(fashion: tuple[Path, Path], recipe: str
     assert mean_errors[1] < 0.2 * mean_errors[0]  # the rest comes from behind nonlinearities
 
 
+@pytest.mark.parametrize("recipe", ["adaround", "qdrop"])
+def test_a_step_in_parts_learns_the_same(
+    fashion: tuple[Path, Path], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where what gradients need of a block does not fit, those of a few samples at a time are added up."""
+    knobs = QUICK | {"iterations": 10, **({"drop": 0.0} if recipe == "qdrop" else {})}
+    options = {"recipe": recipe, "weights": "int4", "activations": "int8", "samples": 32, "knobs": knobs}
+    found, drawn = [], []
+    inputs = reconstruction._Block._inputs
+
+    def counted(self: reconstruction._Block, index: np.ndarray, area: object) -> dict[str, torch.Tensor]:
+        drawn[-1].append(len(index))
+        return inputs(self, index, area)
+
+    monkeypatch.setattr(reconstruction._Block, "_inputs", counted)
+    for kept in (1 << 29, 1 << 16):
+        monkeypatch.setattr(reconstruction, "KEPT_FOR_GRADIENTS", kept)
+        drawn.append([])
+        found.append(onnxq.quantize(*fashion, **options))
+    assert set(drawn[0]) == {8} and set(drawn[1]) & {1, 2} and sum(drawn[0]) == sum(drawn[1])
+    weights = [
+        {
+            name: v.const_value.numpy().astype(int)
+            for name, v in item.model.graph.initializers.items()
+            if "quant" in name
+        }
+        for item in found
+    ]
+    same = [np.mean(weights[0][name] == weights[1][name]) for name in weights[0]]
+    assert len(same) > 5 and min(same) > 0.97
+    assert sqnr(found[1]) == pytest.approx(sqnr(found[0]), abs=0.5)
+
+
 PROJECTION = """<ir_version: 10, opset_import: ["" : 21]>
 projection (float[N,6,32] x) => (float[N,6,16] y)
 {

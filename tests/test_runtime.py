@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from conftest import add_weights
+from conftest import MODELS, add_weights
 
+from onnxq import model as models
+from onnxq.diffusion import denoiser as denoisers
 from onnxq.errors import OnnxqError
-from onnxq.runtime import LOST_OUTPUT, Session
+from onnxq.runtime import LOST_OUTPUT, Session, rows_that_fit
 from onnxq.serialized import serialize
 
 TEXT = """<ir_version: 10, opset_import: ["": 21]>
@@ -90,3 +95,44 @@ def test_a_tap_that_onnxruntime_loses_is_returned() -> None:
         Session(model, taps=["a"]).run({"x": x}), Session(model, taps=["a"], optimize=False).run({"x": x}), strict=True
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+SCORES = """
+<ir_version: 10, opset_import: ["" : 21]>
+attention (float[N,4,2048,8] q) => (float[N,4,2048,8] y)
+{
+    k = Transpose <perm = [0, 1, 3, 2]> (q)
+    scores = MatMul (q, k)
+    shares = Softmax (scores)
+    y = MatMul (shares, q)
+}
+"""
+
+
+def test_as_many_rows_run_at_once_as_the_largest_value_lets(tmp_path: Path) -> None:
+    model = models.load(models.save(add_weights(SCORES, {}), tmp_path / "attention.onnx"))
+    assert rows_that_fit(model.graph, 1000) == 2**28 // (4 * 2048**2) == 16
+    assert rows_that_fit(model.graph, 4) == 4
+
+
+def test_a_denoiser_predicts_the_same_in_parts() -> None:
+    model = models.load(MODELS / "fashion_unet_guided.onnx")
+    denoiser = denoisers.find(model)
+    assert denoiser.most_rows > 1000  # small pictures run together
+    generator = np.random.default_rng(0)
+    feed = {}
+    for spec in denoiser.specs:
+        rows = generator.standard_normal((7, *spec.row_shape)) if spec.dtype.kind == "f" else np.full(7, 3)
+        feed[spec.name] = rows.astype(spec.dtype)
+    seen: list[int] = []
+
+    class Counted(Session):
+        def run(self, feed: Any, outputs: Any = None) -> list[Any]:
+            seen.append(len(feed[denoiser.sample.name]))
+            return super().run(feed, outputs)
+
+    session = Counted(model)
+    expected = denoiser.predict(session, feed)
+    found = dataclasses.replace(denoiser, most_rows=3).predict(session, feed)
+    assert seen == [7, 3, 3, 3] and found.shape == expected.shape == (7, *denoiser.noise_shape)
+    np.testing.assert_allclose(found, expected, atol=1e-4)

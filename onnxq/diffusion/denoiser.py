@@ -13,9 +13,10 @@ from onnxq.calibration.data import Array, InputSpec, fixed_batch, input_specs
 from onnxq.diffusion.timestep_input import becomes_waves, is_called_timestep, table_rows
 from onnxq.errors import OnnxqError
 from onnxq.kinds import channel_axis
-from onnxq.runtime import Feed
+from onnxq.runtime import Feed, rows_that_fit
 
 UNCONDITIONAL = ".unconditional"  # behind a condition's name: its one row for guidance
+MOST_ROWS = 1 << 12
 USUAL_LATENT_SIDE = 64  # of a sample whose size neither the model nor the user says
 
 
@@ -58,6 +59,7 @@ class Denoiser:
             dropped. Others beside them hold what the picture is made from, as the mask of inpainting.
         channel_axis: Their axis; 2 in a video whose frames come first, the last one in a sample of tokens.
         timestep_rows: Rows of the table that the timestep picks from, where there is one.
+        most_rows: Samples that run at once.
     """
 
     specs: tuple[InputSpec, ...]
@@ -68,6 +70,7 @@ class Denoiser:
     channels: int
     channel_axis: int = 1
     timestep_rows: int | None = None
+    most_rows: int = MOST_ROWS
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -102,14 +105,11 @@ class Denoiser:
         Raises:
             OnnxqError: its output is none of the sample's shape.
         """
-        fixed = fixed_batch(self.specs)
         whole, total = self.whole, len(feed[self.sample.name])
+        rows = fixed_batch(self.specs) or -(-total // -(-total // self.most_rows))  # parts of nearly the same size
         parts = []
-        for start in range(0, total, fixed or total):
-            part = {
-                name: array if name in whole else batch_rows(array, start, fixed or total)
-                for name, array in feed.items()
-            }
+        for start in range(0, total, rows):
+            part = {name: array if name in whole else batch_rows(array, start, rows) for name, array in feed.items()}
             parts.append(session.run(part, [self.output])[0])
         predicted, wanted = np.concatenate([np.atleast_1d(part) for part in parts]), feed[self.sample.name].shape
         axis = self.channel_axis
@@ -163,7 +163,8 @@ def find(model: ir.Model) -> Denoiser:
             hint=f"give {sample.example(USUAL_LATENT_SIDE)} with your sizes, or export it with only its batch free",
         )
     noisy = min(channels, predicted or channels)
-    return Denoiser(tuple(specs), sample, timestep, conditions, output, noisy, axis, tables[timestep.name])
+    table, rows = tables[timestep.name], rows_that_fit(model.graph, MOST_ROWS)
+    return Denoiser(tuple(specs), sample, timestep, conditions, output, noisy, axis, table, rows)
 
 
 def find_sample(model: ir.Model) -> InputSpec | None:

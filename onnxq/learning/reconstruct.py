@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,9 @@ from onnxq.learning.own_initializers import own_biases, readers_of, separate_wei
 from onnxq.learning.quantizers import Grid, Quantizer, as_float
 from onnxq.learning.rounding import LearnedRounding
 from onnxq.learning.walk import FLOAT, QUANTIZED, Area, Walk, inside
+from onnxq.runtime import elements_of
+
+KEPT_FOR_GRADIENTS = 1 << 29  # numbers inside a block; about as many again are kept of how they were rounded
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ class _Block:
     ) -> None:
         self.graph, self.walk, self.block, self.options = graph, walk, block, options
         self.windows = walk.windows(block, inside(graph, block), options.window)
+        self.rows = options.batch if self.windows is not None else _rows_with_gradients(graph, block, options.batch)
         seed = zlib.crc32(block.name.encode()) ^ job.settings.seed
         self.generator = torch.Generator(graph.device).manual_seed(seed)
         self.choice = np.random.default_rng(seed)
@@ -221,16 +225,18 @@ class _Block:
     def _optimise(self) -> None:
         options, output = self.options, self.block.output
 
-        def error() -> Tensor:
+        def errors() -> Iterator[Tensor]:
             index = np.sort(self.choice.choice(self.walk.samples, min(options.batch, self.walk.samples), replace=False))
             window = None if self.windows is None else self.windows.draw(self.choice)
-            given = self._inputs(index, None if window is None else window.read) | self.biases
-            found = self.graph.run(given, [output], replaced=self.replaced)[output]
-            target = self.walk.target(self.block, index, None if window is None else window.expected)
-            found = found if window is None else window.exact(found)
-            return output_error(found, target.to(found.device), options.power)
+            for part in np.array_split(index, -(-len(index) // self.rows)):
+                given = self._inputs(part, None if window is None else window.read) | self.biases
+                found = self.graph.run(given, [output], replaced=self.replaced)[output]
+                target = self.walk.target(self.block, part, None if window is None else window.expected)
+                found = found if window is None else window.exact(found)
+                error = output_error(found, target.to(found.device), options.power)
+                yield error if len(part) == len(index) else error * (len(part) / len(index))
 
-        descend(error, self.roundings, self.steps, options, self._trained_biases())
+        descend(errors, self.roundings, self.steps, options, self._trained_biases())
 
     def _trained_biases(self) -> list[Tensor]:
         return [bias for bias in self.biases.values() if bias.requires_grad]
@@ -247,8 +253,15 @@ class _Block:
         return given
 
 
+def _rows_with_gradients(graph: TorchGraph, block: Block, most: int) -> int:
+    """How many samples a block learns on at once: what their gradients are computed from has to fit into memory."""
+    names = inside(graph, block)
+    values = [value for node in graph.model.graph for value in node.outputs if value.name in names]
+    return max(1, min(most, KEPT_FOR_GRADIENTS // max(sum(map(elements_of, values)), 1)))
+
+
 def descend(
-    error: Callable[[], Tensor],
+    errors: Callable[[], Iterable[Tensor]],
     roundings: Sequence[LearnedRounding],
     steps: Sequence[LearnedStep],
     options: Reconstruction,
@@ -257,7 +270,8 @@ def descend(
     """Adam on an error and the penalty that makes every rounding decide.
 
     Args:
-        error: The error on a batch of its own choice.
+        errors: The error on a batch of its own choice, in parts that add up to it. The gradients of each are taken
+            before the next is computed.
         roundings: The weights' variables.
         steps: The activations' step sizes, if they are learned.
         options: Iterations, rates and penalty.
@@ -277,15 +291,15 @@ def descend(
         progress = iteration / options.iterations
         for group, rate in zip(optimizer.param_groups[1:], first_rates[1:], strict=True):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * progress))
-        loss = error()
+        optimizer.zero_grad(set_to_none=True)
+        for loss in errors():
+            torch.autograd.backward(loss)
         if iteration >= warm_up and roundings:
             done = (iteration - warm_up) / max(1, options.iterations - warm_up)
             start, end = options.sharpness
             sharpness = end + 0.5 * (start - end) * (1 + math.cos(math.pi * done))
             penalties = [item.penalty(sharpness) for item in roundings]
-            loss = loss + options.regularisation * torch.stack(penalties).sum()
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+            torch.autograd.backward(options.regularisation * torch.stack(penalties).sum())
         optimizer.step()
 
 

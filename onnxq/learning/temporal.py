@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ def reconstruct_temporal(
     soft = exact | {item.grid.quantizer.output: Replacement((), item.weight) for item in roundings}
     choice = np.random.default_rng(zlib.crc32(b"temporal") ^ job.settings.seed)
 
-    def error() -> Tensor:
+    def errors() -> Iterator[Tensor]:
         rows = np.sort(choice.choice(len(inputs), min(options.batch, len(inputs)), replace=False))
         with torch.no_grad():
             wanted = features(graph, region.features, inputs, exact, rows)
@@ -133,10 +133,10 @@ def reconstruct_temporal(
             torch.stack([output_error(value, target[name]) for name, value in group.items()]).sum()
             for group, target in zip(found, wanted, strict=True)
         ]
-        return torch.stack(parts).mean()
+        yield torch.stack(parts).mean()
 
     with job.progress.stage("temporal", "Reconstructing temporal features"):
-        descend(error, roundings, [], options)
+        descend(errors, roundings, [], options)
         found_quantizers.store(graph, {item.grid.quantizer.source: item.decided()[0] for item in roundings})
     return settled
 

@@ -17,7 +17,7 @@ from onnxq.errors import OnnxqError
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.quantizers import Quantizer, as_float
 from onnxq.learning.windows import Windows, windows_of
-from onnxq.runtime import Session
+from onnxq.runtime import Session, rows_that_fit
 
 FLOAT, QUANTIZED = "float ", "quantized "
 Area = tuple[slice, slice]
@@ -46,7 +46,8 @@ class Walk:
         self._float = as_float(quantizers)
         # Weights of finished blocks lie on their grid: as they are, they are what the codes will mean.
         self._quantized = as_float(item for item in quantizers if item.is_weight)
-        self.chunk = ROWS
+        self.most_rows = rows_that_fit(graph.model.graph, ROWS)
+        self.chunk = self.most_rows
         self._axes: dict[str, int] = {}  # where each value has its batch
         self._shared: dict[str, Tensor] = {}  # what has none, as positions: the same for all samples
         self.keeps_inputs = False  # the network's own, until the last block
@@ -65,7 +66,7 @@ class Walk:
             self.graph.shared = whole - differing
         self.samples = samples
         start = 0
-        for batch in batches(source, specs, batch_size=ROWS, samples=samples):
+        for batch in batches(source, specs, batch_size=self.most_rows, samples=samples):
             feed = inputs_of(batch, specs)
             rows = min(row_count(feed, specs), samples - start)  # a last batch may be filled by repeating rows
             for name, array in feed.items():
@@ -81,7 +82,7 @@ class Walk:
             start += rows
         self.samples = start  # an incomplete last batch of an export with a fixed batch is left out
         fixed = fixed_batch(specs) or 1
-        self.chunk = -(-ROWS // fixed) * fixed
+        self.chunk = -(-self.most_rows // fixed) * fixed
 
     def inputs(
         self, block: Block, index: np.ndarray | slice, kind: str = QUANTIZED, area: Area | None = None
