@@ -104,18 +104,18 @@ def test_a_residual_stream_behind_a_convolution_stays_float(tmp_path: Path) -> N
     assert sqnr_db(expected, found) > 25
 
 
-def test_several_matrices_have_one_scale(tmp_path: Path) -> None:
-    """onnxruntime knows scales per column of a single matrix alone."""
+def test_more_matrices_than_become_products_have_one_scale(tmp_path: Path) -> None:
+    """onnxruntime knows scales per column of a single matrix alone; up to 64 are a product each."""
     text = """
     <ir_version: 10, opset_import: ["" : 21]>
-    experts (float[N,1,20,64] x) => (float[N,4,20,32] y)
+    experts (float[N,1,20,64] x) => (float[N,65,20,32] y)
     {
         [up] u = MatMul (x, w1)
         [act] a = Relu (u)
         [down] y = MatMul (a, w2)
     }
     """
-    ir.save(add_weights(text, {"w1": (4, 64, 48), "w2": (4, 48, 32)}), tmp_path / "model.onnx")
+    ir.save(add_weights(text, {"w1": (65, 64, 48), "w2": (65, 48, 32)}), tmp_path / "model.onnx")
     x = np.random.default_rng(0).standard_normal((8, 1, 20, 64)).astype(np.float32)
     result = onnxq.quantize(tmp_path / "model.onnx", [{"x": x}], target="cpu")
     assert result.numbers["quantized_nodes"] == 2
