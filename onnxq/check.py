@@ -22,7 +22,7 @@ from onnxq.report.quality import is_float, nothing_compared, size_warning
 from onnxq.runtime import TAPPED_VALUES, Feed, Session, integer_kernels, optimized_session
 
 Array = np.ndarray[Any, Any]
-LATENCY_RUNS, PATIENCE_SECONDS = 5, 5.0
+LATENCY_RUNS, PATIENCE_SECONDS = 5, 5.0  # whichever comes first
 SILENCE = 64  # times less than its range, and an activation has two or three of 255 codes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq.condensed import Condensed
+from onnxq.condensed import Condensed, thinned
 from onnxq.report.metrics import OutputsSqnr, Sqnr
 from onnxq.report.quality import is_float
 from onnxq.runtime import Session, elements_in
@@ -141,8 +140,8 @@ def measure(
         )
         for sqnr, name, quantized_name in zip(sums, names, quantized_names, strict=True):
             reference, rounded = expected[name], found[quantized_name]
-            if isinstance(reference, Condensed) and isinstance(rounded, Condensed):
-                reference, rounded = reference.part, rounded.part
+            if isinstance(reference, Condensed) or isinstance(rounded, Condensed):
+                reference, rounded = thinned(reference), thinned(rounded)
             else:
                 rounded = _own_channels(rounded, reference)
             if is_float(reference) and is_float(rounded) and reference.shape == rounded.shape:
@@ -162,13 +161,10 @@ def _large(
     if elements_in(original, [layer.value for layer in layers], feed) <= COMPARED_AT_ONCE:
         return {}
     values, partners = graphs.values(original.graph), graphs.values(quantized.graph)
-    pairs = {(layer.value, layer.quantized_value) for layer in layers}
-    several = {value for value, count in Counter(value for value, _ in pairs).items() if count > 1}
-    outputs = {value.name for value in original.graph.outputs}
+    pairs = {layer.value: layer.quantized_value for layer in layers}
     return {
         value: partner
-        for value, partner in pairs
-        if value not in several | outputs and partner not in outputs
+        for value, partner in pairs.items()
         if values[value].shape is not None and values[value].shape == partners[partner].shape
     }
 
