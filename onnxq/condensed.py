@@ -65,12 +65,12 @@ def condensed(values: Sequence[Array], axes: Sequence[int]) -> Condensed:
 
 def mean_axes(rank: int) -> tuple[int, ...]:
     """The axes that a layer's input channels may lie along in a value of so many axes."""
-    return (1, -1) if rank > 2 else (0, -1) if rank == 2 else ()
+    return (1, -1) if rank > 2 else (0, -1)
 
 
 def can_be_condensed(value: ir.Value) -> bool:
-    """Whether an op makes the value, of floats and of known rank."""
-    return value.producer() is not None and graphs.is_float(value) and value.shape is not None
+    """Whether an op makes the value, of floats in rows."""
+    return value.producer() is not None and graphs.is_float(value) and (graphs.rank(value) or 0) > 1
 
 
 def condense(graph: ir.Graph, taps: Sequence[ir.Value], means: bool) -> dict[str, tuple[list[ir.Value], list[int]]]:
@@ -106,7 +106,7 @@ class _Reduction:
         }
         self._constants = {
             name: new_initializer(graph, f"condensed_{name}", np.asarray(number, np.int64), ir.DataType.INT64, names)
-            for name, number in (numbers | {"one_row": [1, -1]}).items()
+            for name, number in numbers.items()
         }
 
     def __call__(self, value: ir.Value, axes: Sequence[int]) -> list[ir.Value]:
@@ -116,7 +116,7 @@ class _Reduction:
         source = value
         if value.dtype != ir.DataType.FLOAT:
             source = tape.op("Cast", [value], {"to": ir.DataType.FLOAT})
-        rows = tape.op("Reshape", [source, known["rows" if rank > 1 else "one_row"]])
+        rows = tape.op("Reshape", [source, known["rows"]])
         flat = tape.op("Reshape", [source, known["all"]])
         size = tape.op("Size", [value])
         step = tape.op("BitwiseOr", [tape.op("Div", [size, known["kept"]]), known["one"]])  # thinned's, odd

@@ -84,6 +84,13 @@ def test_a_small_value_is_kept_whole(network: ir.Model) -> None:
     np.testing.assert_array_equal(found.part, whole.reshape(-1))
 
 
+def test_a_vector_comes_as_it_is() -> None:
+    text = '<ir_version: 10, opset_import: ["" : 21]> g (float[8] x) => (float[8] y) { h = Exp(x) y = Relu(h) }'
+    feed = {"x": np.ones(8, np.float32)}
+    (found,) = Session(ir.from_onnx_text(text), taps=["h"], condense=["h"]).run(feed, ["h"])
+    np.testing.assert_allclose(found, np.exp(feed["x"]))
+
+
 def test_statistics_are_nearly_those_of_whole_values(network: ir.Model) -> None:
     specs, data = input_specs(network), [{"x": row} for row in pictures(16)]
     recordings = []
