@@ -62,9 +62,9 @@ def _split(graph: ir.Graph, item: graphs.WeightedNode, weight: ir.Value, names: 
     matrices = array_of(weight)
     count = len(matrices)
     rows = _before_expand(item.activation)
-    if rows.shape is None:
+    rank = graphs.rank(rows) or 0
+    if rows.shape is None or rank < 2:
         return False
-    rank = len(rows.shape)
     of_each = rank > 2 and rows.shape[-3] == count
     if rank > 2 and not of_each and rows.shape[-3] != 1:
         return False

@@ -80,6 +80,14 @@ def test_what_cannot_be_split_stays(tmp_path: Path) -> None:
     assert products(model)[0] == "up"  # how many matrices of rows there are is not known before it runs
     model = models.load(network(OWN_ROWS, tmp_path))
     assert not SplitMatrices({"up", "down"})(model).modified
+    vector = (
+        "float[32] x",
+        "[up] v1 = MatMul (x, w) axis = Constant <value_ints = [1]> () u = Unsqueeze (v1, axis)",
+        (),
+    )
+    model = models.load(network(vector, tmp_path))
+    SplitMatrices()(model)
+    assert products(model)[0] == "up"
     twice = ("float[3,M,32] x", "[up] t = MatMul (x, w) [again] a = MatMul (x, w) u = Add (t, a)", (3, 5, 32))
     model = models.load(network(twice, tmp_path))
     SplitMatrices()(model)

@@ -209,7 +209,7 @@ def _why_product_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     if not scheme.activations.enabled:
         return "both operands are activations, which stay in float"
     if graphs.lookup_behind(item) is not None:
-        return "it reads the weights of experts, of which codes would be made anew in every run"
+        return "its matrix is looked up, as weights of experts are: codes would be made of it anew in every run"
     for value in item.node.inputs[:2]:
         dimensions = None if value is None else graphs.rank(value)
         if value is None or not graphs.is_float(value) or dimensions is None or dimensions < 2:
