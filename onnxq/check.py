@@ -19,7 +19,8 @@ from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.report.metrics import OutputsSqnr, Sqnr, padded_alike
 from onnxq.report.quality import is_float, nothing_compared, size_warning
-from onnxq.runtime import TAPPED_VALUES, Feed, Session, integer_kernels, optimized_session
+from onnxq.runtime import Feed, Session, integer_kernels, optimized_session
+from onnxq.value_sizes import TAPPED_VALUES
 
 Array = np.ndarray[Any, Any]
 LATENCY_RUNS, PATIENCE_SECONDS = 5, 5.0  # whichever comes first

@@ -14,7 +14,8 @@ import onnx_ir as ir
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.passes.change_precision import ChangePrecision
-from onnxq.runtime import Feed, Session, tapped_together
+from onnxq.runtime import Feed, Session
+from onnxq.value_sizes import tapped_together
 
 LARGEST = 2.0**14  # a quarter of what float16 holds: other inputs reach further than those that were seen
 ANGLES = ("Sin", "Cos")

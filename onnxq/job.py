@@ -39,11 +39,12 @@ from onnxq.passes.rotate_heads import RotateHeads
 from onnxq.passes.rotate_streams import RotateStreams
 from onnxq.passes.split_matrices import SplitMatrices
 from onnxq.progress import Progress
-from onnxq.runtime import Session, elements_in
+from onnxq.runtime import Session
 from onnxq.scheme import Scheme
 from onnxq.serialized import IN_MEMORY_LIMIT_BYTES, serialize
-from onnxq.targets import Placement, Target, scheme_of_ends
+from onnxq.targets import Placement, Target, experts_format, scheme_of_ends
 from onnxq.targets.placement import excluded, first_and_last, matched
+from onnxq.value_sizes import elements_in
 
 Array = np.ndarray[Any, Any]
 
@@ -76,7 +77,6 @@ class Job:
         workers: Who shares the work; ``None``: nobody.
         checkpoint: A folder in which recipes that learn keep finished steps, ``None`` to keep nothing.
         embeddings: The format of tables that tokens are looked up in, ``int8``, ``int4`` or ``float``.
-        experts: That of the weights of experts that a router chooses among.
         search: How the range of a weight follows from it, for layers in branches and loops; ``None``: its extremes.
         is_large: Whether the float model is too large for one onnxruntime session (see :mod:`onnxq.parts`).
     """
@@ -102,7 +102,6 @@ class Job:
     checkpoint: Path | None = None
     workers: Workers | None = None
     embeddings: str = "float"
-    experts: str = "float"
     search: Search | None = None
     is_large: bool = field(init=False)
     _float_session: Session | None = None
@@ -291,8 +290,9 @@ class Job:
             self.target.lower(self.model)
             has_tables = self.embeddings != "float"
             has_tables = has_tables and QuantizeTables(self._excluded, self.embeddings)(self.model).modified
-            if self.experts != "float":
-                QuantizeExperts(self._excluded, self.experts)(self.model)
+            experts = experts_format(self.target, self.scheme)
+            if experts != "float":
+                QuantizeExperts(self._excluded, experts)(self.model)
             inside = self._body_layers()
             has_tables |= inside.quantize(self.model, self.search, tables=self.embeddings)
             if has_tables:

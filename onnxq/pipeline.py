@@ -150,7 +150,7 @@ def quantize(
             recipe = _with_range_rule(recipe, source, {**entry.knobs, **settings.knobs})
             with progress.stage("load", "Loading"):
                 job = Job(loaded, target, scheme, settings, source, progress, warnings=warnings, path=path)
-                job.embeddings, job.experts = embeddings, targets.experts_format(target, scheme)
+                job.embeddings = embeddings
                 job.checkpoint, job.workers = None if output is None else checkpoint_folder(Path(output)), workers
             recipe.run(job)
         checked = check(job)

@@ -17,7 +17,8 @@ from onnxq.diffusion import subgraphs
 from onnxq.diffusion.router import Router
 from onnxq.errors import OnnxqError
 from onnxq.recipes import diffusion
-from onnxq.runtime import Session, elements_of
+from onnxq.runtime import Session
+from onnxq.value_sizes import elements_of
 
 OPTIONS = {"steps": 8, "weights": "int4", "activations": "int8", "exclude": ["first", "last"]}
 KNOBS = {"trajectories": 8, "kept_steps": 8, "iterations": 300}

@@ -17,8 +17,9 @@ from conftest import MODELS, add_weights
 from onnxq import model as models
 from onnxq.diffusion import denoiser as denoisers
 from onnxq.errors import OnnxqError
-from onnxq.runtime import LOST_OUTPUT, Session, rows_that_fit
+from onnxq.runtime import LOST_OUTPUT, Session
 from onnxq.serialized import serialize
+from onnxq.value_sizes import rows_that_fit
 
 TEXT = """<ir_version: 10, opset_import: ["": 21]>
 g (float[n, 8] x) => (float[n, 8] y) { h = Exp(x)  y = Relu(h) }

@@ -41,7 +41,7 @@ def sees_what_follows(model: ir.Model, specs: Sequence[InputSpec], session: Sess
 
     Returns:
         ``None`` where it cannot be tried: of a model that tells segments apart, whose first output is not one row for
-        each token, that reads what text does not give, or does not run on any token.
+        each token, that reads what text does not give, or does not run on random tokens.
     """
     shape = model.graph.outputs[0].shape
     if shape is None or len(shape) != 3 or any(role_of(spec) in ("segments", None) for spec in specs):

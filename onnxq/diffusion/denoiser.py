@@ -13,7 +13,8 @@ from onnxq.calibration.data import Array, InputSpec, fixed_batch, input_specs
 from onnxq.diffusion.timestep_input import becomes_waves, is_called_timestep, table_rows
 from onnxq.errors import OnnxqError
 from onnxq.kinds import channel_axis
-from onnxq.runtime import Feed, rows_that_fit
+from onnxq.runtime import Feed
+from onnxq.value_sizes import rows_that_fit
 
 UNCONDITIONAL = ".unconditional"  # behind a condition's name: its one row for guidance
 MOST_ROWS = 1 << 12

@@ -31,7 +31,7 @@ from onnxq.learning.own_initializers import own_biases, readers_of, separate_wei
 from onnxq.learning.quantizers import Grid, Quantizer, as_float
 from onnxq.learning.rounding import LearnedRounding
 from onnxq.learning.walk import FLOAT, QUANTIZED, Area, Walk, inside
-from onnxq.runtime import elements_of
+from onnxq.value_sizes import elements_of
 
 KEPT_FOR_GRADIENTS = 1 << 29  # numbers inside a block; about as many again are kept of how they were rounded
 

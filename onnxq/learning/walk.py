@@ -17,7 +17,8 @@ from onnxq.errors import OnnxqError
 from onnxq.learning.cache import ActivationCache
 from onnxq.learning.quantizers import Quantizer, as_float
 from onnxq.learning.windows import Windows, windows_of
-from onnxq.runtime import Session, rows_that_fit
+from onnxq.runtime import Session
+from onnxq.value_sizes import rows_that_fit
 
 FLOAT, QUANTIZED = "float ", "quantized "
 Area = tuple[slice, slice]

@@ -25,8 +25,9 @@ from onnxq.learning.reconstruct import reconstruct
 from onnxq.learning.reconstruction_knobs import BlockKnobs
 from onnxq.passes.cache_temporal_features import CacheTemporalFeatures
 from onnxq.recipes.ptqd import Ptqd
-from onnxq.runtime import Session, elements_of
+from onnxq.runtime import Session
 from onnxq.scheme import Scheme
+from onnxq.value_sizes import elements_of
 
 WIDE_BITS = 8
 

@@ -13,7 +13,8 @@ from onnxq import graph as graphs
 from onnxq.condensed import Condensed, thinned
 from onnxq.report.metrics import OutputsSqnr, Sqnr
 from onnxq.report.quality import is_float
-from onnxq.runtime import Session, elements_in
+from onnxq.runtime import Session
+from onnxq.value_sizes import elements_in
 
 Array = np.ndarray[Any, Any]
 
