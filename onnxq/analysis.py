@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq import custom_ops, targets
-from onnxq import graph as graphs
+from onnxq import custom_ops, layer_nodes, targets
 from onnxq import model as models
 from onnxq.calibration import observers, sizes, weight_ranges
 from onnxq.calibration.recording import record
@@ -167,7 +166,7 @@ class _Study:
 
     def __init__(self, job: Job, layers: list[Layer]) -> None:
         self.job = job
-        self.nodes = {item.node.name or "": item for item in graphs.weighted_nodes(job.model.graph)}
+        self.nodes = {item.node.name or "": item for item in layer_nodes.weighted_nodes(job.model.graph)}
         self.samples = min(len(job.source), job.settings.samples or len(job.source))
         taps = activations_of(job.model.graph, layers)
         inputs = {spec.name for spec in job.specs}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 
 
 def attention_products(graph: ir.Graph) -> Iterator[ir.Node]:
@@ -57,12 +58,12 @@ def dividing_products(graph: ir.Graph) -> set[ir.Node]:
 
 def _is_product(node: ir.Node) -> bool:
     """Whether the node multiplies two activations."""
-    item = graphs.weighted(node)
+    item = layer_nodes.weighted(node)
     return item is not None and item.weight_index is None
 
 
 def _is_layer(node: ir.Node) -> bool:
-    item = graphs.weighted(node)
+    item = layer_nodes.weighted(node)
     return item is not None and item.weight_index is not None
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class BiasPlace:
         self.node.replace_input_with(self.index, value)
 
 
-def bias_place(item: graphs.WeightedNode) -> BiasPlace | None:
+def bias_place(item: layer_nodes.WeightedNode) -> BiasPlace | None:
     """Where a layer's bias is: its own input, or a constant in an Add that alone reads its output.
 
     ``None`` where there is no place: for a MatMul without such an Add, a Gemm that scales its product or its bias, and

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.calibration.causality import is_causal
 from onnxq.calibration.data import InputSpec
 
@@ -35,7 +36,7 @@ def attention_in_float(model: ir.Model, specs: Sequence[InputSpec]) -> list[str]
 
 def is_product(node: ir.Node) -> bool:
     """Whether the node multiplies two activations, or is an Attention, which does so twice."""
-    item = graphs.weighted(node)
+    item = layer_nodes.weighted(node)
     return graphs.is_op(node, "Attention") or (item is not None and item.weight_index is None)
 
 
@@ -52,6 +53,6 @@ def _layers_behind(value: ir.Value | None) -> Iterator[ir.Node]:
     """The nearest products and convolutions that a value comes from."""
     return graphs.nearest_behind(
         value,
-        lambda node: graphs.weighted(node) is not None or is_product(node),
+        lambda node: layer_nodes.weighted(node) is not None or is_product(node),
         lambda node: not graphs.is_op(node, "Shape", "Size"),  # what counts tokens for positions and masks
     )

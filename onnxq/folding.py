@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 
 Array = np.ndarray[Any, Any]
 
@@ -76,7 +77,7 @@ def _through(node: ir.Node, axis: int, factor: Array, index: int = 0) -> list[Ch
 
 
 def _fold_into_product(node: ir.Node, axis: int, last: bool, factor: Array) -> list[Change] | None:
-    item = graphs.weighted(node)
+    item = layer_nodes.weighted(node)
     if item is None or item.weight_index is None or item.weight is None or item.weight.shape is None:
         return None
     if item.weight.shape[item.channel_axis] != factor.size:
@@ -184,7 +185,7 @@ def _constants(node: ir.Node, indices: Sequence[int], factor: Array) -> list[Cha
     return changes
 
 
-def along_reads(layer: graphs.WeightedNode, scale: Array, shape: Sequence[int]) -> Array:
+def along_reads(layer: layer_nodes.WeightedNode, scale: Array, shape: Sequence[int]) -> Array:
     """The scale of each channel that a layer reads, in a shape that broadcasts over its weight of this ``shape``."""
     if layer.node.op_type != "Conv":
         axis = layer.reduction_axis % len(shape)

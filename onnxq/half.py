@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.errors import OnnxqError
 from onnxq.passes.change_precision import ChangePrecision
 from onnxq.runtime import Feed, Session
@@ -67,7 +68,7 @@ def _behind_angles(graph: ir.Graph) -> set[str]:
     open_ = [node for node in graph if graphs.is_op(node, *ANGLES)]
     while open_:
         node = open_.pop()
-        if node.name in found or graphs.weighted(node) is not None:
+        if node.name in found or layer_nodes.weighted(node) is not None:
             continue
         found.add(node.name or "")
         open_ += [maker for value in node.inputs if value is not None and (maker := value.producer()) is not None]

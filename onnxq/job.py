@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxq import graph as graphs
-from onnxq import shapes
+from onnxq import layer_nodes, shapes
 from onnxq.body_layers import BodyLayers
 from onnxq.calibration import bias_correction
 from onnxq.calibration.data import InputSpec, Source, batches, input_specs, inputs_of
@@ -240,8 +239,8 @@ class Job:
             axes = bias_correction.channel_axes(self.model.graph) if self._wants_means else {}
             self.recording = self._run_float(self._taps, axes)
         if getattr(self.source, "is_made_up", False):
-            last = graphs.last_sums(self.model.graph)
-            short = last | graphs.pooled_features(self.model.graph, last)
+            last = layer_nodes.last_sums(self.model.graph)
+            short = last | layer_nodes.pooled_features(self.model.graph, last)
             for name in short & self.recording.statistics.keys():
                 self.recording.statistics[name].is_short = True
         return self.recording.statistics
@@ -300,8 +299,10 @@ class Job:
             if self.settings.packed_blocks:
                 LowerPackedBlocks()(self.model)
             if self.placement is not None:
-                products = (item for item in graphs.weighted_nodes(self.model.graph) if item.weight_index is None)
-                for name in inside.with_codes | {item.node.name or "" for item in products if graphs.reads_codes(item)}:
+                products = (item for item in layer_nodes.weighted_nodes(self.model.graph) if item.weight_index is None)
+                for name in inside.with_codes | {
+                    item.node.name or "" for item in products if layer_nodes.reads_codes(item)
+                }:
                     self.placement.left_float.pop(name, None)
                 self.placement.left_float.update(inside.left_float)
             found = [*self.target.lint(self.model), *inside.findings]
@@ -321,13 +322,13 @@ def quantized_counts(graph: ir.Graph) -> tuple[int, int]:
     A layer with float weights reads none, also where what it reads had codes for its neighbours. What scales the
     channels of a gate is no layer of the user's. Layers in branches and loops count where they read codes.
     """
-    total = quantized = sum(map(graphs.multiplies_integers, graph.all_nodes()))
-    for item in graphs.weighted_nodes(graph):
+    total = quantized = sum(map(layer_nodes.multiplies_integers, graph.all_nodes()))
+    for item in layer_nodes.weighted_nodes(graph):
         if GATED not in item.node.metadata_props:
             total += 1
-            quantized += graphs.reads_codes(item)
-    inside = (graphs.weighted(node) for node in graph.all_nodes() if node.graph is not graph)
-    with_codes = sum(item is not None and graphs.reads_codes(item) for item in inside)
+            quantized += layer_nodes.reads_codes(item)
+    inside = (layer_nodes.weighted(node) for node in graph.all_nodes() if node.graph is not graph)
+    with_codes = sum(item is not None and layer_nodes.reads_codes(item) for item in inside)
     return quantized + with_codes, total + with_codes
 
 

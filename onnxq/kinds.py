@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.attention import attention_products
 from onnxq.calibration.batch_axis import whole_inputs
 from onnxq.calibration.data import input_specs
@@ -42,7 +43,7 @@ def kind_of(model: ir.Model) -> Kind:
     takes_tokens = bool(inputs) and inputs[0].dtype in integers and any(graphs.rank(value) == 2 for value in inputs)
     if takes_tokens and any(graphs.is_float(value) and graphs.rank(value) in (2, 3) for value in outputs):
         return Kind.LANGUAGE
-    attends = any(graphs.is_op(node, "Attention") or graphs.is_fused_attention(node) for node in model.graph)
+    attends = any(graphs.is_op(node, "Attention") or layer_nodes.is_fused_attention(node) for node in model.graph)
     attends = attends or next(attention_products(model.graph), None) is not None
     return Kind.TRANSFORMER if attends else Kind.CNN
 

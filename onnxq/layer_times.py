@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.runtime import Feed, Session
 
 KERNEL = "_kernel_time"
@@ -22,7 +22,7 @@ MINIMUM_RUNS = 5
 
 def owners_of(graph: ir.Graph) -> dict[str, str]:
     """The layer that each node, and each value, belongs to: itself, or the last layer before it; ``""`` before any."""
-    layers = {item.node for item in graphs.weighted_nodes(graph)}
+    layers = {item.node for item in layer_nodes.weighted_nodes(graph)}
     owners: dict[str, str] = {}
     order: dict[str, int] = {"": -1}
     for node in graph:

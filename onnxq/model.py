@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import Sequential
 
-from onnxq import constant_folding, identities, plugins, shapes
+from onnxq import constant_folding, identities, layer_nodes, plugins, shapes
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.passes.expand_fusions import ExpandFusions, claim_simplified_norms
@@ -323,7 +323,8 @@ def check_float(model: ir.Model) -> None:
         (
             f"node {node.name!r}, {node.op_type}"
             for node in model.graph.all_nodes()
-            if node.op_type in graphs.QDQ or node.op_type in graphs.QUANTIZED_OPS  # onnxruntime has a Q/DQ of its own
+            if node.op_type in graphs.QDQ
+            or node.op_type in layer_nodes.QUANTIZED_OPS  # onnxruntime has a Q/DQ of its own
         ),
         f"by onnxq, recipe {get_metadata(model)['recipe']}" if "recipe" in get_metadata(model) else None,
     )

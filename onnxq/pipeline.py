@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 import onnxq
-from onnxq import custom_ops, kinds, plugins, recipes, targets
+from onnxq import custom_ops, kinds, layer_nodes, plugins, recipes, targets
 from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq.calibration import observers, side_car, sizes, weight_ranges
@@ -210,10 +210,10 @@ def _numbers(job: Job, path: Path, checked: Check, recipe: Any, kind: kinds.Kind
     quantized, weighted = quantized_counts(job.model.graph)
     warnings = list(job.warnings)
     left_float = {} if job.placement is None else job.placement.left_float
-    beyond = list(graphs.layers_without_codes(job.model.graph))
+    beyond = list(layer_nodes.layers_without_codes(job.model.graph))
     weighted += len(beyond)
     aside = plugins.aside(job.model)
-    behind = [] if aside is None else list(graphs.weighted_nodes(aside.graph))
+    behind = [] if aside is None else list(layer_nodes.weighted_nodes(aside.graph))
     weighted += len(behind)
     if aside is not None and behind:
         warnings.append(

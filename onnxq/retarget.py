@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes, targets
 from onnxq import model as models
-from onnxq import targets
 from onnxq.bodies import bodies
 from onnxq.calibration import calibrate, observers
 from onnxq.errors import CheckError, OnnxqError
@@ -126,7 +126,7 @@ def _bring(model: ir.Model, target: Target, *, is_body: bool = False) -> _Part:
     _keep_weight_scales(model.graph, stripped.weights)
     part.quantized_nodes = [
         item.node.name or ""
-        for item in graphs.weighted_nodes(model.graph)
+        for item in layer_nodes.weighted_nodes(model.graph)
         if any(graphs.is_dequantized(value) for value in item.node.inputs[:2])
     ]
     part.left_float = placement.left_float

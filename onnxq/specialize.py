@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq import model as models
 from onnxq.calibration import sizes
 from onnxq.errors import OnnxqError
@@ -80,7 +81,9 @@ def specialize(model: ir.Model, values: Mapping[str, str], shapes: Mapping[str, 
     unread = [value for value in model.graph.inputs if value.name in read and not _is_read(value)]
     for value in unread:
         model.graph.inputs.remove(value)
-    return Specialized([value.name or "" for value in unread], [name for name, _ in graphs.layers_inside(model.graph)])
+    return Specialized(
+        [value.name or "" for value in unread], [name for name, _ in layer_nodes.layers_inside(model.graph)]
+    )
 
 
 def _fix_sizes(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> None:

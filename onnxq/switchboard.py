@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.calibration import calibrate
 from onnxq.calibration.observers import Observer, Statistics
 from onnxq.calibration.weight_ranges import Search
@@ -123,7 +124,7 @@ def layers_of(graph: ir.Graph, scheme_of: Callable[[ir.Node], Scheme], left_floa
     """The layers that a target would quantize: products whose name is not among those left in float."""
     return [
         Layer(item.node.name or "", scheme_of(item.node))
-        for item in graphs.weighted_nodes(graph)
+        for item in layer_nodes.weighted_nodes(graph)
         if (item.node.name or "") not in left_float
     ]
 
@@ -131,7 +132,7 @@ def layers_of(graph: ir.Graph, scheme_of: Callable[[ir.Node], Scheme], left_floa
 def _sites(graph: ir.Graph, layers: Sequence[Layer]) -> list[Site]:
     schemes = {layer.name: layer.scheme for layer in layers}
     sites = []
-    for item in graphs.weighted_nodes(graph):
+    for item in layer_nodes.weighted_nodes(graph):
         scheme = schemes.get(item.node.name or "")
         if scheme is None:
             continue

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.folding import array_of, new_initializer
 from onnxq.rotation import replace_constant
 from onnxq.weights.low_rank import Factors
@@ -38,7 +39,7 @@ class AddLowRank(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the layers."""
         modified = False
-        for item in list(graphs.weighted_nodes(model.graph)):
+        for item in list(layer_nodes.weighted_nodes(model.graph)):
             factors = self.factors.get(item.node.name or "")
             if factors is not None and takes_low_rank(item):
                 _add(model.graph, item, factors)
@@ -46,7 +47,7 @@ class AddLowRank(InPlacePass):
         return PassResult(model, modified)
 
 
-def takes_low_rank(item: graphs.WeightedNode) -> bool:
+def takes_low_rank(item: layer_nodes.WeightedNode) -> bool:
     """Whether the layer multiplies rows by its own constant float matrix from the right."""
     node, weight = item.node, item.weight
     if node.op_type not in ("MatMul", "Gemm") or item.weight_index != 1 or weight is None:
@@ -56,7 +57,7 @@ def takes_low_rank(item: graphs.WeightedNode) -> bool:
     return array_of(weight).ndim == 2
 
 
-def _add(graph: ir.Graph, item: graphs.WeightedNode, factors: Factors) -> None:
+def _add(graph: ir.Graph, item: layer_nodes.WeightedNode, factors: Factors) -> None:
     node, output = item.node, item.node.outputs[0]
     weight = array_of(item.weight).astype(np.float64)
     product = factors.product if item.channel_axis == 0 else factors.product.T

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.folding import along_reads, rename_rescaled
 
 Array = np.ndarray[Any, Any]
@@ -63,21 +64,21 @@ class _Pair:
         bias: The first layer's bias, or ``None``.
     """
 
-    first: graphs.WeightedNode
-    second: graphs.WeightedNode
+    first: layer_nodes.WeightedNode
+    second: layer_nodes.WeightedNode
     bias: ir.Value | None
 
 
 def _pairs(graph: ir.Graph) -> list[_Pair]:
     found = []
-    for first in graphs.weighted_nodes(graph):
+    for first in layer_nodes.weighted_nodes(graph):
         pair = _pair(first)
         if pair is not None:
             found.append(pair)
     return found
 
 
-def _pair(first: graphs.WeightedNode) -> _Pair | None:
+def _pair(first: layer_nodes.WeightedNode) -> _Pair | None:
     if not _can_scale(first):
         return None
     bias = first.node.inputs[2] if len(first.node.inputs) > 2 else None
@@ -93,7 +94,7 @@ def _pair(first: graphs.WeightedNode) -> _Pair | None:
         elif reader.op_type == "PRelu" and not graphs.is_constant(reader.inputs[1]):
             return None
         node = reader
-    second = None if reader is None else graphs.weighted(reader)
+    second = None if reader is None else layer_nodes.weighted(reader)
     if second is None or not _can_scale(second) or second.activation is not node.outputs[0]:
         return None
     if (first.node.op_type == "Conv") != (second.node.op_type == "Conv") or channels != _channels_read(second):
@@ -105,7 +106,7 @@ def _pair(first: graphs.WeightedNode) -> _Pair | None:
     return _Pair(first, second, bias)
 
 
-def _can_scale(item: graphs.WeightedNode) -> bool:
+def _can_scale(item: layer_nodes.WeightedNode) -> bool:
     """Whether the layer's weight is its own float constant on the right."""
     if item.node.op_type not in LAYERS or item.weight_index != 1 or item.weight is None or not _own(item.weight):
         return False
@@ -130,7 +131,7 @@ def _per_channel(bias: ir.Value, channels: int | None) -> bool:
     return _size(bias, -1) == channels and bias.const_value.size == channels
 
 
-def _channels_read(item: graphs.WeightedNode) -> int | None:
+def _channels_read(item: layer_nodes.WeightedNode) -> int | None:
     size = _size(item.weight, item.reduction_axis)
     return None if size is None else size * item.node.attributes.get_int("group", 1)
 
@@ -157,7 +158,7 @@ def _ranges(weight: Array, axis: int) -> Array:
     return largest
 
 
-def _ranges_read(weight: Array, item: graphs.WeightedNode) -> Array:
+def _ranges_read(weight: Array, item: layer_nodes.WeightedNode) -> Array:
     """The largest weight that reads each channel: of a grouped convolution, those of its group alone."""
     if item.node.op_type != "Conv":
         return _ranges(weight, item.reduction_axis)

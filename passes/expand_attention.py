@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.folding import array_of
 from onnxq.passes.decompose_attention import WrittenAttention
 from onnxq.rewriting import InPlaceOf, is_read, operand
@@ -33,7 +34,7 @@ class ExpandAttention(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Expand every node of a known form, in the graph's order."""
-        found = [node for node in model.graph if graphs.is_fused_attention(node)]
+        found = [node for node in model.graph if layer_nodes.is_fused_attention(node)]
         names, modified = graphs.Names(model.graph) if found else None, False
         for node in found:
             made = InPlaceOf(model.graph, node, names)
@@ -44,7 +45,7 @@ class ExpandAttention(InPlacePass):
 
 def with_attention_apart(model: ir.Model) -> ir.Model:
     """The model, or, if it has such attention, a copy without, in which all values keep their names."""
-    if not any(graphs.is_fused_attention(node) for node in model.graph):
+    if not any(layer_nodes.is_fused_attention(node) for node in model.graph):
         return model
     copy = model.clone()
     return copy if ExpandAttention()(copy).modified else model
@@ -62,7 +63,7 @@ def _width(value: ir.Value | None) -> int | None:
             return int(array_of(operand(node, 1))[value.index() or 0])
         if graphs.is_op(node, "Add", "MatMul") and node is not None:
             value = next((other for other in node.inputs if other is not None and graphs.is_constant(other)), None)
-        elif node is not None and graphs.is_fused_attention(node) and node.op_type == "RotaryEmbedding":
+        elif node is not None and layer_nodes.is_fused_attention(node) and node.op_type == "RotaryEmbedding":
             value = node.inputs[0]
         else:
             return None

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.folding import array_of, new_initializer
 from onnxq.weights.residuals import Order
 
@@ -50,7 +51,7 @@ class ExpandResiduals(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the layers."""
         modified = False
-        for item in list(graphs.weighted_nodes(model.graph)):
+        for item in list(layer_nodes.weighted_nodes(model.graph)):
             orders = self.orders.get(item.node.name or "", [])
             if len(orders) > 1 and is_expandable(item):
                 _Layer(model.graph, item).rewrite(orders, self.form)
@@ -58,7 +59,7 @@ class ExpandResiduals(InPlacePass):
         return PassResult(model, modified)
 
 
-def is_expandable(item: graphs.WeightedNode) -> bool:
+def is_expandable(item: layer_nodes.WeightedNode) -> bool:
     """Whether the layer has a constant weight on the right, of known shape, and a bias that is constant if any."""
     weight = item.weight
     if item.weight_index != 1 or not graphs.is_constant(weight) or weight is None or weight.shape is None:
@@ -74,7 +75,7 @@ def is_expandable(item: graphs.WeightedNode) -> bool:
 class _Layer:
     """One layer on its way to the sum."""
 
-    def __init__(self, graph: ir.Graph, item: graphs.WeightedNode) -> None:
+    def __init__(self, graph: ir.Graph, item: layer_nodes.WeightedNode) -> None:
         self.graph, self.item, self.node = graph, item, item.node
         assert item.weight is not None and item.weight.dtype is not None
         self.weight, self.dtype = item.weight, item.weight.dtype
@@ -183,6 +184,6 @@ def _widened(value: ir.Value, axis: int, size: int) -> ir.Shape | None:
 def _size(value: ir.Value, axis: int) -> int:
     node = value.producer()
     assert node is not None
-    item = graphs.weighted(node)
+    item = layer_nodes.weighted(node)
     assert item is not None
     return int(array_of(item.weight).shape[item.channel_axis])

@@ -7,6 +7,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.errors import OnnxqError
 
 
@@ -37,7 +38,7 @@ class FoldBatchNorm(InPlacePass):
         if count:
             for node in model.graph:
                 original = names.get(node.outputs[0].name or "")
-                if original is not None and graphs.is_op(node, *graphs.WEIGHTED_OPS):
+                if original is not None and graphs.is_op(node, *layer_nodes.WEIGHTED_OPS):
                     node.name = original
             common_passes.RemoveUnusedNodesPass()(model)
         return PassResult(model, bool(count))
@@ -51,7 +52,7 @@ def _check_sizes(graph: ir.Graph) -> None:
         sizes = {value.const_value.size for value in node.inputs[1:5] if value is not None and value.const_value}
         source = node.inputs[0].producer() if node.inputs[0] is not None else None
         if source is not None and graphs.is_op(source, "Conv", "ConvTranspose", "Gemm"):
-            item = graphs.weighted(source)
+            item = layer_nodes.weighted(source)
             if item is not None and item.weight is not None and item.weight.shape is not None:
                 channels = item.weight.shape[item.channel_axis]
                 groups = source.attributes.get_int("group", 1) if source.op_type == "ConvTranspose" else 1
@@ -67,7 +68,7 @@ def _check_sizes(graph: ir.Graph) -> None:
 def _names_by_final_output(graph: ir.Graph) -> dict[str, str]:
     """The name of each weighted node, keyed by its output and by that of the BatchNormalization after it."""
     names: dict[str, str] = {}
-    for item in graphs.weighted_nodes(graph):
+    for item in layer_nodes.weighted_nodes(graph):
         output = item.node.outputs[0]
         names[output.name or ""] = item.node.name or ""
         for reader, _ in graphs.consumers(output):

@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.biases import BiasPlace, bias_place
 from onnxq.folding import array_of, new_initializer
 
@@ -29,7 +30,7 @@ class KeepBiasesApart(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite every bias that qualifies."""
-        places = [place for item in graphs.weighted_nodes(model.graph) if (place := fused_bias(item)) is not None]
+        places = [place for item in layer_nodes.weighted_nodes(model.graph) if (place := fused_bias(item)) is not None]
         for place in places:
             bias = place.value
             assert bias is not None and bias.dtype is not None
@@ -39,7 +40,7 @@ class KeepBiasesApart(InPlacePass):
         return PassResult(model, bool(places))
 
 
-def fused_bias(item: graphs.WeightedNode) -> BiasPlace | None:
+def fused_bias(item: layer_nodes.WeightedNode) -> BiasPlace | None:
     """Where a product of codes has a bias that would be fused with it once all dimensions are fixed."""
     node = item.node
     if node.op_type != "MatMul" or not all(graphs.is_dequantized(value) for value in node.inputs):

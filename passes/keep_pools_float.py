@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.passes.keep_layers_float import for_each_channel
 
 
@@ -55,5 +56,5 @@ def _comes_from_codes(value: ir.Value | None) -> bool:
         node = None if node.inputs[0] is None else node.inputs[0].producer()
     if node is None:
         return False
-    item = graphs.weighted(node)
+    item = layer_nodes.weighted(node)
     return any(map(graphs.is_dequantized, node.inputs if item is None else [item.weight]))

@@ -8,6 +8,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.arithmetic import quantize, scale_and_zero_point
 from onnxq.folding import array_of, new_initializer
 from onnxq.formats import FORMATS
@@ -40,7 +41,7 @@ class LowerIntegerProducts(InPlacePass):
         """Rewrite every MatMul and Gemm with a matrix of bytes."""
         modified = False
         names = graphs.Names(model.graph)
-        for item in list(graphs.weighted_nodes(model.graph)):
+        for item in list(layer_nodes.weighted_nodes(model.graph)):
             if _has_integers(item.node):
                 _lower(model.graph, item.node, names)
                 modified = True

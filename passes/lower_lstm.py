@@ -10,6 +10,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.folding import array_of, new_initializer
 from onnxq.rewriting import become
 
@@ -62,7 +63,7 @@ class RaiseLstm(InPlacePass):
         found = [
             node
             for node in model.graph
-            if graphs.is_integer_lstm(node) and all(graphs.is_constant(node.inputs[index]) for index in WEIGHTS)
+            if layer_nodes.is_integer_lstm(node) and all(graphs.is_constant(node.inputs[index]) for index in WEIGHTS)
         ]
         for node in found:
             _raise(model.graph, node)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.folding import new_initializer
 
 SMALLEST = 1e-12  # a token of zeros is divided by it
@@ -42,7 +43,7 @@ class NormaliseTokens(InPlacePass):
         """Rewrite the products."""
         divided: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         modified = False
-        for item in list(graphs.weighted_nodes(model.graph)):
+        for item in list(layer_nodes.weighted_nodes(model.graph)):
             if item.node.name not in self.names or not is_tokenwise(item):
                 continue
             value = item.activation
@@ -55,7 +56,7 @@ class NormaliseTokens(InPlacePass):
         return PassResult(model, modified)
 
 
-def is_tokenwise(item: graphs.WeightedNode) -> bool:
+def is_tokenwise(item: layer_nodes.WeightedNode) -> bool:
     """Whether a scale for each row of the activation passes through the product."""
     if item.weight_index != 1 or item.node.op_type not in ("MatMul", "Gemm"):
         return False

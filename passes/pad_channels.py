@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.folding import POOLING, array_of, new_initializer
 from onnxq.passes.split_shortcuts import ELEMENTWISE
 from onnxq.rewriting import dequantize_apart
@@ -49,7 +50,7 @@ class PadChannels(InPlacePass):
 
 def _pad_around(graph: ir.Graph, node: ir.Node) -> bool:
     """Pad the channels of a node if it is a depthwise convolution that has some left over; whether that was done."""
-    channels = graphs.depthwise_channels(node)
+    channels = layer_nodes.depthwise_channels(node)
     if channels is None or channels % LANES == 0 or not all(map(graphs.is_dequantized, node.inputs[:2])):
         return False
     region = _region(node, channels)
@@ -172,7 +173,7 @@ def _region(seed: ir.Node, channels: int) -> _Region | None:
                     region.paddings[item] = None
                 else:
                     return None
-            if graphs.depthwise_channels(node) is not None:
+            if layer_nodes.depthwise_channels(node) is not None:
                 region.depthwise[node] = None
     return region
 
@@ -220,7 +221,7 @@ def _scales(pair: ir.Node) -> Iterable[_Padding]:
 
 def _tied_by_convolution(node: ir.Node, value: ir.Value) -> list[ir.Value | _Padding] | None:
     """Its weight and bias; of one in groups there would be several places to grow."""
-    is_depthwise = graphs.depthwise_channels(node) is not None
+    is_depthwise = layer_nodes.depthwise_channels(node) is not None
     if not is_depthwise and node.attributes.get_int("group", 1) > 1:
         return None
     found = _data(node) if is_depthwise else []

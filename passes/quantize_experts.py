@@ -9,6 +9,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.formats import FORMATS
 from onnxq.passes.quantize_tables import is_large, write_blocks
 
@@ -43,8 +44,8 @@ class QuantizeExperts(InPlacePass):
         """Rewrite every table that only products of experts read."""
         names = graphs.Names(model.graph)
         tables: dict[ir.Value, set[ir.Node]] = {}
-        for item in graphs.weighted_nodes(model.graph):
-            lookup = graphs.lookup_behind(item) if item.weight_index is None else None
+        for item in layer_nodes.weighted_nodes(model.graph):
+            lookup = layer_nodes.lookup_behind(item) if item.weight_index is None else None
             table = None if lookup is None else lookup.inputs[0]
             if lookup is None or table is None or {item.node.name, lookup.name} & self.skipped:
                 continue

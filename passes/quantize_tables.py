@@ -10,6 +10,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.arithmetic import dequantize, quantize, scale_and_zero_point
 from onnxq.calibration.signed_scales import scale_rows
 from onnxq.calibration.weight_ranges import best_of_few
@@ -104,7 +105,7 @@ class RaiseTables(InPlacePass):
 
 def _looks_up(node: ir.Node) -> bool:
     """Whether a node reads rows of a large constant table of floats, which ones the input says."""
-    return graphs.is_op(node, "Gather") and graphs.is_lookup(node) and is_large(node.inputs[0], (2,))
+    return graphs.is_op(node, "Gather") and layer_nodes.is_lookup(node) and is_large(node.inputs[0], (2,))
 
 
 def is_large(table: ir.Value | None, axes: Collection[int]) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.folding import array_of
 
 NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
@@ -39,7 +40,7 @@ class Gain:
     node: ir.Node
     scale_index: int
     shift: tuple[ir.Node, int] | None
-    readers: tuple[graphs.WeightedNode, ...]
+    readers: tuple[layer_nodes.WeightedNode, ...]
     values: tuple[ir.Value, ...]
 
 
@@ -59,7 +60,7 @@ class Stream:
     channels: int
     values: set[ir.Value] = field(default_factory=set)
     written: list[tuple[ir.Node, int, int]] = field(default_factory=list)
-    readers: list[graphs.WeightedNode] = field(default_factory=list)
+    readers: list[layer_nodes.WeightedNode] = field(default_factory=list)
     gains: list[Gain] = field(default_factory=list)
     has_means: bool = False
 
@@ -115,7 +116,7 @@ def _is_layer_output(value: ir.Value | None) -> bool:
     node = None if value is None else value.producer()
     if graphs.is_op(node, "Add") and node is not None and any(graphs.is_constant(item) for item in node.inputs):
         return any(_is_layer_output(item) for item in node.inputs)
-    item = None if node is None else graphs.weighted(node)
+    item = None if node is None else layer_nodes.weighted(node)
     return item is not None and item.weight_index == 1 and item.node.op_type in ("MatMul", "Gemm")
 
 
@@ -124,7 +125,7 @@ def _before(stream: Stream, value: ir.Value) -> list[ir.Value]:
     node = value.producer()
     if node is None or value is not node.outputs[0]:
         raise BrokenStreamError(node, value)
-    item = graphs.weighted(node)
+    item = layer_nodes.weighted(node)
     if item is not None and _is_matrix(item) and item.node.op_type in ("MatMul", "Gemm"):
         stream.written.append((node, 1, item.channel_axis))
         if len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -167,7 +168,7 @@ def _before(stream: Stream, value: ir.Value) -> list[ir.Value]:
 def _behind(stream: Stream, value: ir.Value, node: ir.Node, index: int) -> list[ir.Value]:
     """What of the stream a node makes from a value; layers and norms that take it in are noted down."""
     output = node.outputs[0]
-    item = graphs.weighted(node)
+    item = layer_nodes.weighted(node)
     if item is not None and item.activation is value and _is_matrix(item):
         stream.readers.append(item)
         return []
@@ -219,7 +220,7 @@ def _note_gain(stream: Stream, node: ir.Node, index: int, shift: tuple[ir.Node, 
         if value.is_graph_output():
             raise BrokenStreamError(None, value)
         for reader, position in graphs.consumers(value):
-            item = graphs.weighted(reader)
+            item = layer_nodes.weighted(reader)
             if item is not None and item.activation_index == position and _is_matrix(item):
                 readers.append(item)
             elif position == 0 and _is_along_rows(reader, reader.outputs[0]):
@@ -229,7 +230,7 @@ def _note_gain(stream: Stream, node: ir.Node, index: int, shift: tuple[ir.Node, 
     stream.gains.append(Gain(node, index, shift, tuple(readers), tuple({node.outputs[0], *waiting})))
 
 
-def _is_matrix(item: graphs.WeightedNode) -> bool:
+def _is_matrix(item: layer_nodes.WeightedNode) -> bool:
     """Whether the layer multiplies rows by its own constant matrix from the right."""
     if item.weight_index != 1 or item.weight is None or not graphs.is_constant(item.weight):
         return False

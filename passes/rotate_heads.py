@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.attention import attention_products
 from onnxq.folding import array_of
 from onnxq.rotation import rotate_constant, rotation
@@ -87,7 +88,7 @@ def _layer_before(value: ir.Value, size: int, between: list[ir.Value]) -> list[t
         node = value.producer()
         if len(set(readers)) != 1 or value.is_graph_output() or node is None:
             return None
-        item = graphs.weighted(node)
+        item = layer_nodes.weighted(node)
         if item is not None:
             return None if not _is_layer(item, size) else [*constants, (node, 1, item.channel_axis), *_bias(item)]
         if graphs.is_op(node, "Add"):
@@ -114,7 +115,7 @@ def _layer_behind(value: ir.Value, size: int, between: list[ir.Value]) -> list[t
         if len(readers) != 1 or value.is_graph_output():
             return None
         node, index = readers[0]
-        item = graphs.weighted(node)
+        item = layer_nodes.weighted(node)
         if item is not None:
             fits = item.activation_index == index == 0 and _is_layer(item, size)
             return [(node, 1, item.reduction_axis)] if fits else None
@@ -136,7 +137,7 @@ def _keeps_runs(node: ir.Node, size: int) -> bool:
     return before is not None and after is not None and before % size == 0 and after % size == 0
 
 
-def _is_layer(item: graphs.WeightedNode, size: int) -> bool:
+def _is_layer(item: layer_nodes.WeightedNode, size: int) -> bool:
     if item.node.op_type not in ("MatMul", "Gemm") or item.weight_index != 1 or item.weight is None:
         return False
     if item.node.attributes.get_int("transA", 0) or not graphs.is_constant(item.weight):
@@ -148,7 +149,7 @@ def _is_layer(item: graphs.WeightedNode, size: int) -> bool:
     return bias is None or (graphs.is_constant(bias) and array_of(bias).shape[-1:] == (shape[item.channel_axis],))
 
 
-def _bias(item: graphs.WeightedNode) -> list[tuple[ir.Node, int, int]]:
+def _bias(item: layer_nodes.WeightedNode) -> list[tuple[ir.Node, int, int]]:
     bias = item.node.inputs[2] if len(item.node.inputs) > 2 else None
     return [] if bias is None else [(item.node, 2, len(array_of(bias).shape) - 1)]
 

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.folding import array_of, new_initializer
 from onnxq.passes.residual_stream import BrokenStreamError, Gain, Stream, explore, starts
 from onnxq.rotation import Array, replace_constant, rotate_constant, rotation
@@ -93,7 +94,7 @@ def _fold_gain(graph: ir.Graph, gain: Gain) -> None:
         replace_constant(graph, node, index, np.zeros_like(array_of(node.inputs[index])))
 
 
-def _add_bias(graph: ir.Graph, item: graphs.WeightedNode, bias: Array) -> None:
+def _add_bias(graph: ir.Graph, item: layer_nodes.WeightedNode, bias: Array) -> None:
     """Add to a layer's output, in the bias that it has or in one of its own."""
     node, output = item.node, item.node.outputs[0]
     dtype = output.dtype or ir.DataType.FLOAT

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.arithmetic import dequantize
 from onnxq.folding import array_of, new_initializer
 from onnxq.passes.insert_qdq import SYMMETRIC
@@ -62,21 +63,21 @@ class ShiftToSymmetric(InPlacePass):
         return PassResult(model, bool(self.shifted))
 
 
-def shiftable_readers(quantize: ir.Node) -> list[graphs.WeightedNode]:
+def shiftable_readers(quantize: ir.Node) -> list[layer_nodes.WeightedNode]:
     """The layers that read an activation quantizer, or none if one of its readers has no bias to take a shift back."""
     found = []
     for pair, _ in graphs.consumers(quantize.outputs[0]):
         if not graphs.is_dequantize(pair) or pair.outputs[0].is_graph_output():
             return []
         for reader, index in graphs.consumers(pair.outputs[0]):
-            item = graphs.weighted(reader)
+            item = layer_nodes.weighted(reader)
             if item is None or index != item.activation_index or not _is_shiftable(item):
                 return []
             found.append(item)
     return found
 
 
-def _is_shiftable(item: graphs.WeightedNode) -> bool:
+def _is_shiftable(item: layer_nodes.WeightedNode) -> bool:
     node = item.node
     weight = None if item.weight is None else _source(item.weight)
     if item.weight_index != 1 or weight is None or not graphs.is_constant(weight) or weight.const_value is None:
@@ -101,7 +102,7 @@ def _source(weight: ir.Value) -> ir.Value | None:
     return value
 
 
-def _numbers(item: graphs.WeightedNode) -> Array:
+def _numbers(item: layer_nodes.WeightedNode) -> Array:
     """The layer's weight as its codes mean it."""
     assert item.weight is not None
     producer = item.weight.producer()
@@ -119,7 +120,7 @@ def _numbers(item: graphs.WeightedNode) -> Array:
     ).astype(np.float64)
 
 
-def _shift(graph: ir.Graph, quantize: ir.Node, layers: Sequence[graphs.WeightedNode]) -> str:
+def _shift(graph: ir.Graph, quantize: ir.Node, layers: Sequence[layer_nodes.WeightedNode]) -> str:
     value, scale, zero_point = quantize.inputs[:3]
     assert value is not None
     name, dtype = value.name or "", value.dtype or ir.DataType.FLOAT
@@ -149,7 +150,7 @@ def _shift(graph: ir.Graph, quantize: ir.Node, layers: Sequence[graphs.WeightedN
     return name
 
 
-def _pads(layer: graphs.WeightedNode) -> tuple[int, ...]:
+def _pads(layer: layer_nodes.WeightedNode) -> tuple[int, ...]:
     return tuple(layer.node.attributes.get_ints("pads", ())) if layer.node.op_type == "Conv" else ()
 
 
@@ -184,7 +185,7 @@ def _padded(graph: ir.Graph, value: ir.Value, pads: tuple[int, ...], number: ir.
     return node.outputs[0]
 
 
-def _take_back(graph: ir.Graph, layer: graphs.WeightedNode, shift: float) -> None:
+def _take_back(graph: ir.Graph, layer: layer_nodes.WeightedNode, shift: float) -> None:
     """Subtract what the layer makes of the shift, in its bias or behind it."""
     node, weight = layer.node, layer.weight
     assert weight is not None and weight.dtype is not None

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.folding import Change, along_reads, array_of, fold, multiply, new_initializer, rename_rescaled
 
 Array = np.ndarray[Any, Any]
@@ -30,7 +31,7 @@ class Group:
     """
 
     value: ir.Value
-    layers: tuple[graphs.WeightedNode, ...]
+    layers: tuple[layer_nodes.WeightedNode, ...]
     axis: int
     channels: int
 
@@ -39,7 +40,7 @@ class Group:
         """The value's name."""
         return self.value.name or ""
 
-    def kernel(self, layer: graphs.WeightedNode) -> Array:
+    def kernel(self, layer: layer_nodes.WeightedNode) -> Array:
         """The layer's weight as [output channels, channels that each reads, taps of the kernel]."""
         weight = array_of(layer.weight)
         if layer.node.op_type == "Conv":
@@ -47,14 +48,14 @@ class Group:
         moved: Array = np.moveaxis(weight, layer.reduction_axis, -1)
         return moved.reshape(-1, self.channels, 1)
 
-    def channels_read(self, layer: graphs.WeightedNode, outputs: int) -> Array:
+    def channels_read(self, layer: layer_nodes.WeightedNode, outputs: int) -> Array:
         """Which of the value's channels each output channel reads, [output channels, channels that each reads]."""
         count = layer.node.attributes.get_int("group", 1) if layer.node.op_type == "Conv" else 1
         by_group = np.arange(self.channels).reshape(count, -1)
         read: Array = np.repeat(by_group, outputs // count, axis=0)
         return read
 
-    def matrix(self, layer: graphs.WeightedNode) -> Array:
+    def matrix(self, layer: layer_nodes.WeightedNode) -> Array:
         """The layer's weight as [output channels, channels of the value]; a kernel as its largest magnitudes."""
         kernel = self.kernel(layer)
         if layer.node.op_type != "Conv":
@@ -72,8 +73,8 @@ def groups(graph: ir.Graph, convolutions: bool = False) -> list[Group]:
         graph: A float graph.
         convolutions: Whether convolutions count as layers.
     """
-    found: dict[tuple[int, int], list[graphs.WeightedNode]] = {}
-    for item in graphs.weighted_nodes(graph):
+    found: dict[tuple[int, int], list[layer_nodes.WeightedNode]] = {}
+    for item in layer_nodes.weighted_nodes(graph):
         if item.node.op_type == "ConvTranspose" or (item.node.op_type == "Conv" and not convolutions):
             continue
         if item.weight is None or not graphs.is_constant(item.weight) or item.weight.const_value is None:
@@ -91,7 +92,7 @@ def groups(graph: ir.Graph, convolutions: bool = False) -> list[Group]:
     return result
 
 
-def _channel_axis(item: graphs.WeightedNode) -> int:
+def _channel_axis(item: layer_nodes.WeightedNode) -> int:
     rank = graphs.rank(item.activation)
     if item.node.op_type == "Conv":
         return 1

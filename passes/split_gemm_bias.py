@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 
 
 class SplitGemmBias(InPlacePass):
@@ -27,7 +28,7 @@ class SplitGemmBias(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite every Gemm with a bias and every two-dimensional MatMul; weights may be behind Q/DQ already."""
         modified, names = False, graphs.Names(model.graph)
-        for item in list(graphs.weighted_nodes(model.graph)):
+        for item in list(layer_nodes.weighted_nodes(model.graph)):
             node = item.node
             if item.weight is None or item.weight_index != 1:
                 continue

@@ -9,6 +9,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.folding import array_of, new_initializer
 from onnxq.rewriting import InPlaceOf
 
@@ -42,7 +43,7 @@ class SplitMatrices(InPlacePass):
         """Split every MatMul with a constant [matrices, k, n] whose rows are known to be split alike, or shared."""
         names = graphs.Names(model.graph)
         modified = False
-        for item in list(graphs.weighted_nodes(model.graph)):
+        for item in list(layer_nodes.weighted_nodes(model.graph)):
             weight = item.weight
             if weight is not None and item.node.name not in self.skipped and _is_batch(item, weight):
                 modified |= _split(model.graph, item, weight, names)
@@ -51,14 +52,14 @@ class SplitMatrices(InPlacePass):
         return PassResult(model, modified)
 
 
-def _is_batch(item: graphs.WeightedNode, weight: ir.Value) -> bool:
-    if not graphs.multiplies_several(item.node) or not graphs.is_constant(weight) or weight.dtype is None:
+def _is_batch(item: layer_nodes.WeightedNode, weight: ir.Value) -> bool:
+    if not layer_nodes.multiplies_several(item.node) or not graphs.is_constant(weight) or weight.dtype is None:
         return False
     shape = None if graphs.only_reader(weight) is None else weight.shape
     return shape is not None and shape.is_static() and len(shape) == 3 and 1 < shape.numpy()[0] <= MOST_MATRICES
 
 
-def _split(graph: ir.Graph, item: graphs.WeightedNode, weight: ir.Value, names: graphs.Names) -> bool:
+def _split(graph: ir.Graph, item: layer_nodes.WeightedNode, weight: ir.Value, names: graphs.Names) -> bool:
     matrices = array_of(weight)
     count = len(matrices)
     rows = _before_expand(item.activation)

@@ -12,6 +12,7 @@ import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.folding import array_of, new_initializer
 
 Array = np.ndarray[Any, Any]
@@ -38,7 +39,7 @@ class Shortcut:
         sizes: The channels of each part.
     """
 
-    layer: graphs.WeightedNode
+    layer: layer_nodes.WeightedNode
     between: tuple[ir.Node, ...]
     joined: ir.Value
     parts: tuple[ir.Value, ...]
@@ -65,7 +66,7 @@ def find_shortcuts(graph: ir.Graph) -> list[Shortcut]:
     A normalization in between mixes the parts, so that such a layer is none of them; grouped convolutions are left out.
     """
     order = {node: index for index, node in enumerate(graph)}
-    found = [_shortcut(item, order) for item in graphs.weighted_nodes(graph)]
+    found = [_shortcut(item, order) for item in layer_nodes.weighted_nodes(graph)]
     return [shortcut for shortcut in found if shortcut is not None]
 
 
@@ -111,7 +112,7 @@ class SplitShortcuts(InPlacePass):
         return PassResult(model, bool(self.split))
 
 
-def _shortcut(item: graphs.WeightedNode, order: dict[ir.Node, int]) -> Shortcut | None:
+def _shortcut(item: layer_nodes.WeightedNode, order: dict[ir.Node, int]) -> Shortcut | None:
     weight = item.weight
     if item.node.op_type == "ConvTranspose" or item.weight_index != 1 or not graphs.is_constant(weight):
         return None
@@ -132,7 +133,7 @@ def _shortcut(item: graphs.WeightedNode, order: dict[ir.Node, int]) -> Shortcut 
     return Shortcut(item, chain, concat.outputs[0], tuple(parts), tuple(sizes))
 
 
-def _channel_axis(item: graphs.WeightedNode) -> int:
+def _channel_axis(item: layer_nodes.WeightedNode) -> int:
     return 1 if item.node.op_type == "Conv" else (graphs.rank(item.activation) or 0) - 1
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import InPlacePass, PassResult
 
-from onnxq import block_scales, dynamic_fp4
+from onnxq import block_scales, dynamic_fp4, layer_nodes
 from onnxq import graph as graphs
 from onnxq.arithmetic import dequantize
 from onnxq.errors import OnnxqError
@@ -103,7 +103,7 @@ class StripQDQ(InPlacePass):
         for node in graph:
             if _is_dynamic_pair(node):
                 continue
-            if node.op_type in graphs.QUANTIZED_OPS or node.op_type.startswith("QLinear"):
+            if node.op_type in layer_nodes.QUANTIZED_OPS or node.op_type.startswith("QLinear"):
                 raise OnnxqError(
                     f"expected Q/DQ pairs around float ops, found {node.op_type} {node.name!r}",
                     hint="write the model in Q/DQ form (onnxruntime: quant_format=QuantFormat.QDQ)",

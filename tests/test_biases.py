@@ -10,7 +10,7 @@ import pytest
 from conftest import add_weights
 
 import onnxq
-from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.biases import bias_place
 from onnxq.calibration import bias_correction
 from onnxq.runtime import Session
@@ -39,7 +39,7 @@ def model_of(body: str) -> ir.Model:
 
 @pytest.mark.parametrize("body", PLACES)
 def test_biases_are_found_where_they_can_be_changed(body: str) -> None:
-    (item,) = graphs.weighted_nodes(model_of(body).graph)
+    (item,) = layer_nodes.weighted_nodes(model_of(body).graph)
     place = bias_place(item)
     assert (None if place is None else (place.node.op_type, place.index)) == PLACES[body]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import NETWORK, SHAPES, add_weights
 
-from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq import model as models
 from onnxq.autograd.blocks import cut
 from onnxq.autograd.interpreter import TorchGraph
@@ -18,7 +18,7 @@ REAL = ("resnet20_cifar10", "r20vit_hybrid_cifar10", "squeezenet_v1_1", "mobilen
 
 
 def layers_of(model: ir.Model) -> list[str]:
-    return [item.node.name for item in graphs.weighted_nodes(model.graph) if item.weight_index is not None]
+    return [item.node.name for item in layer_nodes.weighted_nodes(model.graph) if item.weight_index is not None]
 
 
 def test_a_residual_unit_is_one_block() -> None:

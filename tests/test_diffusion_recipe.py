@@ -12,6 +12,7 @@ from test_denoiser_recipes import NETWORK, SHAPES, held_out_error
 
 import onnxq
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq import model as models
 from onnxq.diffusion import subgraphs
 from onnxq.diffusion.router import Router
@@ -61,12 +62,12 @@ def test_layers_that_make_most_of_the_error_keep_eight_bits(denoiser: Path, weig
     wide = result.numbers.get("wide_layers", [])
     assert bool(wide) == (weights == "int4" and gain_db > 0)
     assert any("of the weights) keep 8 bits" in warning for warning in result.numbers["warnings"]) == bool(wide)
-    layers = [item for item in graphs.weighted_nodes(result.model.graph) if graphs.is_dequantized(item.weight)]
+    layers = [item for item in layer_nodes.weighted_nodes(result.model.graph) if graphs.is_dequantized(item.weight)]
     codes = {item.node.name: item.weight.producer().inputs[0].const_value.numpy() for item in layers}
     of_eight = {name for name, array in codes.items() if np.abs(array.astype(int)).max() > 8}
     assert of_eight == (codes.keys() if weights == "int8" else set(wide))
     if wide:
-        total = sum(elements_of(item.weight) for item in graphs.weighted_nodes(result.model.graph))
+        total = sum(elements_of(item.weight) for item in layer_nodes.weighted_nodes(result.model.graph))
         assert result.numbers["wide_share"] == pytest.approx(sum(codes[name].size for name in wide) / total)
 
 

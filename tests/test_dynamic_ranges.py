@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import onnxq
 from onnxq import graph as graphs
+from onnxq import layer_nodes, retarget, targets
 from onnxq import model as models
-from onnxq import retarget, targets
 from onnxq.autograd.interpreter import TorchGraph
 from onnxq.calibration import calibrate
 from onnxq.cli import app
@@ -152,7 +152,7 @@ def test_what_has_no_kernel_is_refused(network: Path, options: dict[str, Any], w
 def test_the_float_model_comes_back(network: Path, tmp_path: Path) -> None:
     onnxq.quantize(network, recipe="int8-dynamic", output=tmp_path / "codes.onnx")
     model = retarget.strip(tmp_path / "codes.onnx")
-    assert not any(graphs.is_dequantize(node) or node.op_type in graphs.QUANTIZED_OPS for node in model.graph)
+    assert not any(graphs.is_dequantize(node) or node.op_type in layer_nodes.QUANTIZED_OPS for node in model.graph)
     assert sqnr_db(run(network, feeds()[0]), run(model, feeds()[0])) > 40  # weights are rounded, activations are not
 
 
@@ -194,7 +194,7 @@ def test_integer_convolutions_of_onnxruntime_are_read(tmp_path: Path) -> None:
     feed = {"x": np.random.default_rng(4).normal(size=(4, 16, 8, 8)).astype(np.float32)}
     assert {"ConvInteger", "MatMulInteger"} <= {node.op_type for node in models.load(theirs).graph}
     model = retarget.strip(theirs)
-    assert not any(node.op_type in graphs.QUANTIZED_OPS for node in model.graph)
+    assert not any(node.op_type in layer_nodes.QUANTIZED_OPS for node in model.graph)
     assert sqnr_db(run(path, feed), run(model, feed)) > 35
 
 
@@ -240,5 +240,5 @@ def test_codes_that_onnxruntime_makes_of_constants_are_worked_out(tmp_path: Path
     assert [node.op_type for node in ir.load(theirs).graph].count("DynamicQuantizeLinear") == 3
     feed = {"x": np.random.default_rng(4).normal(size=(4, 16, 8, 8)).astype(np.float32)}
     model = retarget.strip(theirs)
-    assert not any(node.op_type in graphs.QUANTIZED_OPS for node in model.graph)
+    assert not any(node.op_type in layer_nodes.QUANTIZED_OPS for node in model.graph)
     assert sqnr_db(run(source, feed), run(model, feed)) > 35

@@ -10,8 +10,7 @@ import onnxruntime
 import pytest
 from fused_ops import FUSED, Fused
 
-from onnxq import graph as graphs
-from onnxq import shapes
+from onnxq import layer_nodes, shapes
 from onnxq.passes.expand_attention import ExpandAttention
 from onnxq.passes.expand_fusions import ExpandFusions, claim_simplified_norms
 
@@ -43,7 +42,7 @@ def test_weights_inside_attention_become_a_layer() -> None:
     fused = next(fused for fused in FUSED if fused.name == "Attention_mask")
     model = fused.model()
     ExpandFusions()(model)
-    layers = list(graphs.weighted_nodes(model.graph))
+    layers = list(layer_nodes.weighted_nodes(model.graph))
     assert [(layer.node.op_type, layer.weight.name) for layer in layers if layer.weight] == [("MatMul", "w_qkv")]
     assert [node.op_type for node in model.graph] == ["MatMul", "Add", "Split", "MultiHeadAttention"]
 

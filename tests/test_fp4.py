@@ -16,8 +16,7 @@ import torch
 from conftest import add_weights
 
 import onnxq
-from onnxq import block_scales, retarget
-from onnxq import graph as graphs
+from onnxq import block_scales, layer_nodes, retarget
 from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.autograd.ops.quantization import quantize_blocks
 from onnxq.calibration import weight_ranges
@@ -194,7 +193,7 @@ def test_a_transposed_activation_is_fp8(tmp_path: Path) -> None:
     arrays = [{"x": np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)}]
     result = onnxq.quantize(tmp_path / "products.onnx", arrays, recipe="fp4")
     assert not result.numbers["left_float"]
-    layers = {item.node.name: item for item in graphs.weighted_nodes(result.model.graph)}
+    layers = {item.node.name: item for item in layer_nodes.weighted_nodes(result.model.graph)}
     makers = {name: item.activation.producer().inputs[0].producer().op_type for name, item in layers.items()}
     assert makers == {"first": "QuantizeLinear", "second": "TRT_FP4DynamicQuantize"}
 

@@ -12,7 +12,7 @@ import torch
 from conftest import NETWORK, SHAPES, add_weights
 from torch.nn import functional
 
-from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq import model as models
 from onnxq.calibration.data import Iterables
 from onnxq.config import make_settings
@@ -211,7 +211,7 @@ def test_im2col_makes_a_convolution_a_product(attributes: str, arguments: dict, 
 
 def layers_of(text: str, shapes: dict[str, tuple[int, ...]]) -> list[Layer]:
     model = add_weights(text, shapes)
-    return [found for item in graphs.weighted_nodes(model.graph) if (found := layer(item)) is not None]
+    return [found for item in layer_nodes.weighted_nodes(model.graph) if (found := layer(item)) is not None]
 
 
 def test_hessians_of_products_merge() -> None:

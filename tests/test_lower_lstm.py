@@ -12,6 +12,7 @@ from conftest import add_weights, sqnr_db
 
 import onnxq
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq import model as models
 from onnxq.errors import OnnxqError
 from onnxq.passes.lower_lstm import LowerLstm, RaiseLstm
@@ -72,7 +73,7 @@ def test_the_kernel_reads_the_codes_that_were_stored(weights: str, tmp_path: Pat
     lowered = quantized(network("bidirectional", ", b"), tmp_path, weights=weights).model
     feed = samples(1)[0]
     found = Session(lowered).run(feed)
-    node = next(node for node in lowered.graph if graphs.is_integer_lstm(node))
+    node = next(node for node in lowered.graph if layer_nodes.is_integer_lstm(node))
     assert np.abs(node.inputs[1].const_value.numpy()).max() == 127  # narrower ones would lie in bytes all the same
     RaiseLstm()(lowered)
     assert graphs.is_op(node, "LSTM")
@@ -84,7 +85,7 @@ def test_strip_gives_a_float_lstm_back(tmp_path: Path) -> None:
     result = quantized(network("forward", ", b"), tmp_path)
     stripped = result.model
     StripQDQ()(stripped)
-    assert not any(graphs.is_integer_lstm(node) or graphs.is_dequantize(node) for node in stripped.graph)
+    assert not any(layer_nodes.is_integer_lstm(node) or graphs.is_dequantize(node) for node in stripped.graph)
     feed = samples(1)[0]
     expected = Session(network("forward", ", b")).run(feed)
     assert all(sqnr_db(a, b) > 30 for a, b in zip(expected, Session(stripped).run(feed), strict=True))

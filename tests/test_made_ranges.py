@@ -14,7 +14,7 @@ import pytest
 from conftest import MODELS, add_weights
 
 import onnxq
-from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq import model as models
 from onnxq.calibration.data import RANGE_RULE_KEY
 
@@ -183,6 +183,6 @@ def test_only_what_last_layers_read_is_a_feature() -> None:
         """,
         {"first": (8, 3, 3, 3), "between": (8, 8, 1, 1), "head": (4, 8, 1, 1), "last": (8, 10)},
     ).graph
-    last = graphs.last_sums(graph)
+    last = layer_nodes.last_sums(graph)
     assert last == {"classes", "boxes"}
-    assert graphs.pooled_features(graph, last) == {"pooled", "flat"}
+    assert layer_nodes.pooled_features(graph, last) == {"pooled", "flat"}

@@ -151,10 +151,12 @@ def test_attention_is_seen_behind_a_guard_against_nan_and_behind_qdq() -> None:
 
 def test_compressed_weights_are_folded(shared_data: Path) -> None:
     from onnxq import graph as graphs
+    from onnxq import layer_nodes
 
     loaded = models.load(shared_data / "models" / "ppocrv6_rec_tiny.onnx")
-    assert all(item.weight is None or graphs.is_constant(item.weight) for item in graphs.weighted_nodes(loaded.graph))
-    assert sum(item.weight_index is None for item in graphs.weighted_nodes(loaded.graph)) == 0
+    found = list(layer_nodes.weighted_nodes(loaded.graph))
+    assert all(item.weight is None or graphs.is_constant(item.weight) for item in found)
+    assert sum(item.weight_index is None for item in found) == 0
 
 
 def test_results_of_models_with_external_data_need_no_other_file(

@@ -11,9 +11,8 @@ import pytest
 from conftest import add_weights, sqnr_db
 
 import onnxq
-from onnxq import graph as graphs
+from onnxq import layer_nodes, retarget
 from onnxq import model as models
-from onnxq import retarget
 from onnxq.passes.quantize_experts import QuantizeExperts
 from onnxq.passes.quantize_tables import RaiseTables
 from onnxq.runtime import Session
@@ -65,7 +64,9 @@ def experts(tmp_path: Path) -> Path:
 
 def tables(model: ir.Model) -> list[ir.DataType | None]:
     """What the experts' weights are stored in, in the order of the products."""
-    return [value.dtype for node in model.graph if graphs.is_lookup(node) and (value := node.inputs[0]) is not None]
+    return [
+        value.dtype for node in model.graph if layer_nodes.is_lookup(node) and (value := node.inputs[0]) is not None
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from conftest import DATA, MODELS, add_weights
 
 import onnxq
-from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq import model as models
 from onnxq.errors import OnnxqError
 from onnxq.folding import array_of
@@ -48,7 +48,7 @@ def per_channel(name: str) -> Spec:
 
 def residuals(model: ir.Model, spec: Spec) -> dict[str, Residuals]:
     layers = {}
-    for item in graphs.weighted_nodes(model.graph):
+    for item in layer_nodes.weighted_nodes(model.graph):
         rows = np.moveaxis(array_of(item.weight), item.channel_axis, 0)
         groups = item.node.attributes.get_int("group", 1)
         layers[item.node.name] = Residuals(rows.reshape(len(rows), -1), spec, groups if groups > 1 else len(rows))

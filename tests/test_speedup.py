@@ -13,6 +13,7 @@ from conftest import MODELS, add_weights
 from test_cli_errors import assert_two_lines, run
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.errors import OnnxqError
 from onnxq.layer_times import layer_times_ms, owners_of
 from onnxq.learning import speedup
@@ -121,7 +122,9 @@ def test_a_real_network_is_timed(
     assert chosen <= {FLOAT, "int8/uint8"} and "int8/uint8" in chosen
     assert found["speedup"] == pytest.approx(found["speedup_ms"]["float"] / found["speedup_ms"]["quantized"])
     written = ir.load(output)
-    on_codes = {item.node.name for item in graphs.weighted_nodes(written.graph) if graphs.is_dequantized(item.weight)}
+    on_codes = {
+        item.node.name for item in layer_nodes.weighted_nodes(written.graph) if graphs.is_dequantized(item.weight)
+    }
     assert on_codes == {name for name, label in found["layer_formats"].items() if label != FLOAT}
     assert all(min(times.values()) > 0 for times in found["layer_ms"].values())  # every kernel found its layer
 
@@ -145,7 +148,9 @@ def test_a_layer_that_its_neighbours_leave_in_float_is_said_to_be(
     formats = json.loads(numbers.read_text())["layer_formats"]
     assert formats["node_conv2d_13"] == FLOAT and formats["node_conv2d_8"] == "int8/uint8"
     on_codes = {
-        item.node.name for item in graphs.weighted_nodes(ir.load(output).graph) if graphs.is_dequantized(item.weight)
+        item.node.name
+        for item in layer_nodes.weighted_nodes(ir.load(output).graph)
+        if graphs.is_dequantized(item.weight)
     }
     assert on_codes == {name for name, label in formats.items() if label != FLOAT}
 

@@ -12,6 +12,7 @@ from conftest import add_weights
 
 import onnxq
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq import model as models
 from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration.channels import ChannelStatistics
@@ -84,7 +85,7 @@ def test_the_function_stays(name: str) -> None:
     expected = Session(model, optimize=False).run(feed)[0]
     rewrite = SplitShortcuts()
     assert rewrite(model).modified and rewrite.split == {"l": ("l", "l_part1", "l_part2")}
-    layers = list(graphs.weighted_nodes(model.graph))
+    layers = list(layer_nodes.weighted_nodes(model.graph))
     assert len(layers) == 3 and sum(len(item.node.inputs) > 2 for item in layers) == ("bias" in weights)
     np.testing.assert_allclose(Session(model, optimize=False).run(feed)[0], expected, rtol=1e-5, atol=1e-5)
     assert not SplitShortcuts()(model).modified
@@ -214,7 +215,7 @@ def test_each_part_keeps_its_own_scale(tmp_path: Path, target: str) -> None:
     ir.save(rewritten(bimodal(100), "two_op", 100), tmp_path / "model.onnx")
     result = onnxq.quantize(tmp_path / "model.onnx", [inputs(100)], target=target)
     scales = []
-    for item in graphs.weighted_nodes(result.model.graph):
+    for item in layer_nodes.weighted_nodes(result.model.graph):
         producer = item.activation.producer()
         assert producer is not None and graphs.is_dequantize(producer) and producer.inputs[1] is not None
         assert producer.inputs[1].const_value is not None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 
 MERGES = ("Add", "Mul", "Concat")
 MOST_LAYERS = 6  # a residual unit or a transformer layer's half; more is a whole stage, or a UNet's bottom
@@ -67,7 +68,7 @@ class _Cut:
         self.index = {inner: position for position, node in enumerate(self.nodes) for inner in inside[node]}
         self.layers = {
             self.index[item.node]
-            for item in graphs.weighted_nodes(graph)
+            for item in layer_nodes.weighted_nodes(graph)
             if item.weight_index is not None and graphs.is_constant(item.weight)
         }
         self.layer_bits = _bits(self.layers)

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.arithmetic import fake_quantize
 from onnxq.biases import BiasPlace, bias_place
 from onnxq.folding import array_of
@@ -31,7 +32,7 @@ Rounding = Callable[[ir.Node, Array], Array]  # from a weight's quantizer and th
 def channel_axes(graph: ir.Graph) -> dict[str, int]:
     """The axis of input channels of each float value that a quantized layer reads, by value name."""
     axes = {}
-    for item in graphs.weighted_nodes(graph):
+    for item in layer_nodes.weighted_nodes(graph):
         source = _source(item)
         if source is not None and item.weight is not None:
             is_transposed = item.node.op_type == "Gemm" and item.node.attributes.get_int("transA", 0) == 1
@@ -44,12 +45,12 @@ def read_in_float(graph: ir.Graph, sites: Sequence[Site]) -> set[ir.Value]:
     coded = {site.value for site in sites}
     return {
         item.activation
-        for item in graphs.weighted_nodes(graph)
+        for item in layer_nodes.weighted_nodes(graph)
         if item.weight in coded and item.activation not in coded and _has_bias(item)
     }
 
 
-def _has_bias(item: graphs.WeightedNode) -> bool:
+def _has_bias(item: layer_nodes.WeightedNode) -> bool:
     """Whether there is a bias to correct, or a place for one."""
     place = bias_place(item)
     return place is not None and (place.value is None or graphs.is_constant(place.value))
@@ -64,7 +65,7 @@ def correct_biases(model: ir.Model, means: Mapping[str, Array], rounding: Roundi
         rounding: How the weight quantizers of the model round; by default each by its scale, which is set.
     """
     corrected = 0
-    for item in list(graphs.weighted_nodes(model.graph)):
+    for item in list(layer_nodes.weighted_nodes(model.graph)):
         source = _source(item)
         quantize = _weight_quantizer(item)
         if source is None or quantize is None or source not in means:
@@ -77,7 +78,7 @@ def correct_biases(model: ir.Model, means: Mapping[str, Array], rounding: Roundi
 
 def corrected_apart(model: ir.Model, means: Mapping[str, Array]) -> dict[str, Array]:
     """What :func:`correct_biases` makes of biases, by initializer; the model keeps its own, new ones are zeros."""
-    places = [place for item in graphs.weighted_nodes(model.graph) if (place := bias_place(item)) is not None]
+    places = [place for item in layer_nodes.weighted_nodes(model.graph) if (place := bias_place(item)) is not None]
     before = [array_of(place.value) if graphs.is_constant(place.value) else None for place in places]
     correct_biases(model, means)
     corrected = {}
@@ -92,7 +93,7 @@ def corrected_apart(model: ir.Model, means: Mapping[str, Array]) -> dict[str, Ar
     return corrected
 
 
-def _source(item: graphs.WeightedNode) -> str | None:
+def _source(item: layer_nodes.WeightedNode) -> str | None:
     """The float value behind the layer's activation quantizer."""
     producer = item.activation.producer()
     if producer is None or not graphs.is_dequantize(producer):
@@ -101,7 +102,7 @@ def _source(item: graphs.WeightedNode) -> str | None:
     return None if quantize is None else quantize.metadata_props.get(STATISTICS)
 
 
-def _weight_quantizer(item: graphs.WeightedNode) -> ir.Node | None:
+def _weight_quantizer(item: layer_nodes.WeightedNode) -> ir.Node | None:
     dequantize = None if item.weight is None else item.weight.producer()
     if dequantize is None or not graphs.is_dequantize(dequantize) or dequantize.inputs[0] is None:
         return None
@@ -111,7 +112,7 @@ def _weight_quantizer(item: graphs.WeightedNode) -> ir.Node | None:
     return quantize
 
 
-def _shift(item: graphs.WeightedNode, quantize: ir.Node, means: Array, rounding: Rounding) -> Array | None:
+def _shift(item: layer_nodes.WeightedNode, quantize: ir.Node, means: Array, rounding: Rounding) -> Array | None:
     """(W' − W)·E[x] per output channel, with W' as the quantizer makes it."""
     weight_value = quantize.inputs[0]
     assert weight_value is not None and weight_value.const_value is not None
@@ -135,7 +136,7 @@ def rounded_weight(quantize: ir.Node, weight: Array) -> Array:
     )
 
 
-def mean_shift(item: graphs.WeightedNode, error: Array, means: Array) -> Array | None:
+def mean_shift(item: layer_nodes.WeightedNode, error: Array, means: Array) -> Array | None:
     """The mean of what an error in a layer's weight adds to each output channel.
 
     Args:
@@ -160,7 +161,7 @@ def mean_shift(item: graphs.WeightedNode, error: Array, means: Array) -> Array |
     return None
 
 
-def _add_to_bias(graph: ir.Graph, item: graphs.WeightedNode, shift: Array) -> bool:
+def _add_to_bias(graph: ir.Graph, item: layer_nodes.WeightedNode, shift: Array) -> bool:
     """Add ``shift`` to the layer's bias, which may be an Add after it; a Conv or Gemm without one gets one."""
     place = bias_place(item)
     if place is None:

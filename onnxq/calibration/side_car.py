@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.calibration.archives import read_arrays
 from onnxq.calibration.data import Source, batches, input_specs, inputs_of, row_count
 from onnxq.calibration.recording import HELD_BYTES_PER_BATCH, bytes_of_one, rows_at_once
@@ -30,7 +31,7 @@ BATCH = 4  # few, because every tapped value of a batch is in memory at once
 
 def tapped(graph: ir.Graph) -> list[str]:
     """The values whose statistics a side-car holds: outputs of convolutions with constant weights, in graph order."""
-    layers = (item.node for item in graphs.weighted_nodes(graph) if graphs.is_constant(item.weight))
+    layers = (item.node for item in layer_nodes.weighted_nodes(graph) if graphs.is_constant(item.weight))
     found = [node.outputs[0] for node in layers if graphs.is_op(node, "Conv", "ConvTranspose")]
     return [value.name or "" for value in found if graphs.is_float(value)]
 

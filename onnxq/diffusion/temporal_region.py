@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 
 CONSTANT, SHAPE, TEMPORAL, OTHER = range(4)
 SHAPE_OPS = ("Shape", "Size")
@@ -47,7 +48,7 @@ class TemporalRegion:
     @property
     def layers(self) -> list[str]:
         """Names of its Conv, Gemm and MatMul nodes with a constant weight."""
-        found = (graphs.weighted(node) for node in self.nodes)
+        found = (layer_nodes.weighted(node) for node in self.nodes)
         return [item.node.name or "" for item in found if item is not None and item.weight_index is not None]
 
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.calibration.data import Array, InputSpec, fixed_batch
 from onnxq.diffusion.denoiser import Denoiser
 from onnxq.diffusion.temporal_region import TemporalRegion
@@ -124,7 +125,7 @@ def worth_caching(
         tables: Of its frontier; what has none stays computed.
         bytes_per_weight: What a weight of a Conv, Gemm or MatMul takes in the file that comes of it (1 for int8).
     """
-    quantized = {item.weight for node in region.nodes if (item := graphs.weighted(node)) is not None}
+    quantized = {item.weight for node in region.nodes if (item := layer_nodes.weighted(node)) is not None}
     weights = {value.name or "": _initializers_behind(value) for value in region.frontier}
 
     def total(computed: Collection[str]) -> float:

@@ -23,6 +23,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 
 LOW_PRECISION = frozenset({"int8", "fp8", "int4", "fp4"})
 
@@ -129,7 +130,7 @@ class Proof:
 
 def wishes(model: ir.Model) -> list[Wish]:
     """What each weighted node of ``model`` asks for, subgraphs included, in graph order."""
-    return [_wish(node) for graph in model.graphs() for node in graph if graphs.is_op(node, *graphs.WEIGHTED_OPS)]
+    return [_wish(node) for graph in model.graphs() for node in graph if graphs.is_op(node, *layer_nodes.WEIGHTED_OPS)]
 
 
 def _wish(node: ir.Node) -> Wish:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration.channels import KEPT_ROWS, ChannelStatistics
 from onnxq.calibration.signed_scales import scale_rows
@@ -162,7 +163,7 @@ def expected_error(
     return total
 
 
-def _judged(group: Group, layer: graphs.WeightedNode) -> Array:
+def _judged(group: Group, layer: layer_nodes.WeightedNode) -> Array:
     """The weight [output channels, channels]; of a layer as wide as a vocabulary, some outputs, evenly spread."""
     matrix = group.matrix(layer)
     judged: Array = matrix[:: -(-len(matrix) // JUDGED_OUTPUTS)].astype(np.float32)

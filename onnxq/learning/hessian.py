@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from onnxq import graph as graphs
+from onnxq import layer_nodes
 
 UNFOLDED_VALUES = 1 << 24  # of an im2col matrix that exist at once
 
@@ -25,7 +25,7 @@ class Layer:
         groups: 1, but for grouped convolutions.
     """
 
-    item: graphs.WeightedNode
+    item: layer_nodes.WeightedNode
     shape: tuple[int, ...]
     groups: int
 
@@ -65,7 +65,7 @@ class Layer:
         return activation.reshape(1, -1, activation.shape[-1]).mT
 
 
-def layer(item: graphs.WeightedNode) -> Layer | None:
+def layer(item: layer_nodes.WeightedNode) -> Layer | None:
     """The layer of a node whose weight is a matrix or a kernel, or ``None``."""
     weight, node = item.weight, item.node
     if weight is None or weight.shape is None or not weight.shape.is_static():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.calibration.data import batches, inputs_of, row_count
 from onnxq.calibration.recording import HELD_BYTES_PER_BATCH, bytes_of_one, rows_at_once
 from onnxq.job import Job
@@ -69,7 +69,7 @@ def output_errors(job: Job, weights: Sequence[FloatWeight], samples: int) -> dic
     """
     readers: dict[str, list[Layer]] = {}
     names = {node: weight.name for weight in weights for node in weight.nodes}
-    for item in graphs.weighted_nodes(job.model.graph):
+    for item in layer_nodes.weighted_nodes(job.model.graph):
         found = layer(item) if (item.node.name or "") in names else None
         if found is not None:
             readers.setdefault(names[item.node.name or ""], []).append(found)

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.biases import bias_place
 from onnxq.folding import array_of, new_initializer
 from onnxq.learning.hessian import Layer, layer
@@ -31,7 +32,7 @@ def readers_of(graph: ir.Graph, quantizers: Sequence[Quantizer]) -> dict[str, li
     """The layers that read each quantized weight, by the weight's output; none where another op reads it too."""
     outputs = {item.output for item in quantizers if item.is_weight}
     found: dict[str, list[Layer]] = {}
-    for item in graphs.weighted_nodes(graph):
+    for item in layer_nodes.weighted_nodes(graph):
         weight = item.weight
         if weight is None or weight.name not in outputs:
             continue

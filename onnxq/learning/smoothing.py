@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
-from onnxq import kinds
+from onnxq import kinds, layer_nodes
 from onnxq.calibration.channels import ChannelStatistics, record_channels
 from onnxq.calibration.random_tokens import RandomTokens, vocabulary_size
 from onnxq.calibration.text import role_of
@@ -130,7 +130,7 @@ def _is_separable(group: Group) -> bool:
     """Whether a convolution of the channels one by one makes the value or reads it."""
 
     def is_layer(node: ir.Node) -> bool:
-        return graphs.weighted(node) is not None
+        return layer_nodes.weighted(node) is not None
 
     nodes = [*(layer.node for layer in group.layers), *graphs.nearest_behind(group.value, is_layer, lambda node: True)]
     return any(node.attributes.get_int("group", 1) > 1 for node in nodes)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.autograd.interpreter import Replacement, TorchGraph
 from onnxq.learning.activations import LearnedStep, gradient_factor
 from onnxq.learning.quantizers import Grid, Quantizer, as_float, read, scale_gradient
@@ -193,7 +194,7 @@ def _before_factor(node: ir.Node | None) -> list[ir.Node | None]:
 
 def _is_layer(node: ir.Node) -> bool:
     """Whether the node has a weight; what is added to a product of two activations is a mask and no bias."""
-    found = graphs.weighted(node)
+    found = layer_nodes.weighted(node)
     return found is not None and found.weight_index is not None
 
 
@@ -202,7 +203,7 @@ def input_weights(graph: ir.Graph, quantizers: Sequence[Quantizer]) -> dict[str,
     sources = {item.output: item.source for item in quantizers}
     names = {value.name or "" for value in graph.inputs}
     found = {}
-    for item in graphs.weighted_nodes(graph):
+    for item in layer_nodes.weighted_nodes(graph):
         if item.weight is None:
             continue
         weight, activation = (

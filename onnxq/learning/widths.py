@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.calibration.data import batches, inputs_of, row_count
 from onnxq.calibration.observers import Statistics
 from onnxq.calibration.recording import record
@@ -145,7 +146,7 @@ def _groups(job: Job) -> list[Group]:
     """The layers that the target quantizes and whose width nobody has fixed."""
     placement = job.place(job.model.graph)
     sites = [site for site in placement.sites if graphs.is_constant(site.value)]
-    layers = {item.node: item for item in graphs.weighted_nodes(job.model.graph)}
+    layers = {item.node: item for item in layer_nodes.weighted_nodes(job.model.graph)}
     found: dict[str, list[ir.Node]] = {}
     weights: dict[str, ir.Value] = {}
     for site in sites:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.autograd.blocks import cut
 from onnxq.calibration import observers, weight_ranges
 from onnxq.calibration.data import STEP_KEY
@@ -175,7 +176,7 @@ class Diffusion(BlockKnobs):
     def _report_wide(job: Job, wide_layers: list[str]) -> None:
         job.measurements["wide_layers"] = wide_layers
         if wide_layers:
-            weights = ((item.node.name, item.weight) for item in graphs.weighted_nodes(job.model.graph))
+            weights = ((item.node.name, item.weight) for item in layer_nodes.weighted_nodes(job.model.graph))
             sizes = {name: elements_of(weight) for name, weight in weights if weight and graphs.is_constant(weight)}
             share = sum(sizes.get(name, 0) for name in wide_layers) / max(1, sum(sizes.values()))
             job.measurements["wide_share"] = share

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.errors import OnnxqError
 from onnxq.folding import array_of
 from onnxq.job import Job
@@ -91,7 +91,7 @@ class Rex:
         specs = weight_specs(job.target.place(job.model.graph, job.scheme, job.settings.exclude, job.exceptions))
         layers: dict[str, Residuals] = {}
         thin: list[str] = []  # depthwise: a channel sums over so few weights that their errors do not average out
-        for item in graphs.weighted_nodes(job.model.graph):
+        for item in layer_nodes.weighted_nodes(job.model.graph):
             if item.node in specs and is_expandable(item):
                 weight = np.moveaxis(array_of(item.weight), item.channel_axis, 0)
                 groups = item.node.attributes.get_int("group", 1) if item.node.op_type == "Conv" else 1

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.condensed import Condensed, thinned
 from onnxq.report.metrics import OutputsSqnr, Sqnr
 from onnxq.report.quality import is_float
@@ -53,7 +54,7 @@ def common_layers(original: ir.Model, quantized: ir.Model) -> list[Layer]:
     """
     known = {name: value for name, value in graphs.values(quantized.graph).items() if value.producer() is not None}
     found = []
-    for weighted in graphs.weighted_nodes(original.graph):
+    for weighted in layer_nodes.weighted_nodes(original.graph):
         for value in _stand_ins(weighted.node):
             partner = known.get(value.name or "")
             if partner is None or not graphs.is_float(value) or not graphs.is_float(partner):

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.errors import OnnxqError
 from onnxq.passes.pad_codes import PadCodes
 from onnxq.scheme import Scheme, for_integer_products, parse_activations, parse_weights
@@ -177,14 +178,14 @@ def _one_scale_for_batches(scheme_of: Schemes) -> Schemes:
         scheme = scheme_of(node)
         if scheme.weights.granularity != "channel" or not scheme.activations.enabled:
             return scheme
-        if not graphs.multiplies_several(node):
+        if not layer_nodes.multiplies_several(node):
             return scheme
         return replace(scheme, weights=replace(scheme.weights, granularity="tensor"))
 
     return chosen
 
 
-def _dynamic_sites(chosen: Sequence[graphs.WeightedNode], scheme_of: Schemes) -> list[Site]:
+def _dynamic_sites(chosen: Sequence[layer_nodes.WeightedNode], scheme_of: Schemes) -> list[Site]:
     """What products read whose ranges are found while the model runs; others that read it have it in float."""
     sites = []
     for item in chosen:
@@ -194,7 +195,7 @@ def _dynamic_sites(chosen: Sequence[graphs.WeightedNode], scheme_of: Schemes) ->
     return merged(sites)
 
 
-def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
+def _why_float(item: layer_nodes.WeightedNode, scheme: Scheme) -> str:
     """Why this node stays in float, or an empty string."""
     node, weight = item.node, item.weight
     if not (scheme.weights.enabled or scheme.activations.enabled):

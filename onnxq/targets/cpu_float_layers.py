@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.passes.level_gates import GATED, gate_of
 from onnxq.shapes import elements
 from onnxq.targets.cpu_ops import after_activation
@@ -25,7 +26,9 @@ FEW_PRODUCTS = 64
 SMALL_SHARE = 1 / 32  # of a network's weights that such a layer has at most
 
 
-def layers_better_in_float(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], skipped: set[str]) -> dict[str, str]:
+def layers_better_in_float(
+    graph: ir.Graph, chosen: Sequence[layer_nodes.WeightedNode], skipped: set[str]
+) -> dict[str, str]:
     """Names of such layers, and why.
 
     Args:
@@ -40,7 +43,7 @@ def layers_better_in_float(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode
     return reasons | dict.fromkeys(alone, "a small layer alone between floats gains nothing from codes")
 
 
-def _why_narrow(item: graphs.WeightedNode) -> str:
+def _why_narrow(item: layer_nodes.WeightedNode) -> str:
     """Why a convolution is too narrow for codes, or an empty string.
 
     Not where its result goes from sum to sum: what becomes codes behind a float layer keeps float's layout, and so
@@ -60,7 +63,7 @@ def _sums(node: ir.Node) -> list[ir.Node]:
     return [reader for reader, _ in graphs.consumers(after_activation(node)) if graphs.is_op(reader, "Add")]
 
 
-def _thin_stem(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode]) -> list[str]:
+def _thin_stem(graph: ir.Graph, chosen: Sequence[layer_nodes.WeightedNode]) -> list[str]:
     """The first convolution of an image, and a narrow depthwise one right after it.
 
     With so few channels the integer kernels pad most of their lanes, and the conversion of a full-size image to
@@ -90,7 +93,7 @@ def _thin_stem(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode]) -> list[s
     return names
 
 
-def _alone(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], skipped: set[str]) -> list[str]:
+def _alone(graph: ir.Graph, chosen: Sequence[layer_nodes.WeightedNode], skipped: set[str]) -> list[str]:
     """Small layers whose neighbours are float: codes would be made for them alone.
 
     Depthwise convolutions, as in ConvNeXt: such blocks of 192 channels, 28² and 3 × 3, take 0.73 of float's time so and
@@ -101,7 +104,7 @@ def _alone(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], skipped: set[
     first = first_layers(graph) & {item.node for item in chosen if _is_small(item, most)}
     small = [
         item for item in chosen
-        if graphs.depthwise_channels(item.node) is not None
+        if layer_nodes.depthwise_channels(item.node) is not None
         or (item.node in first and _reads_numbers(item.activation))
     ]  # fmt: skip
     if not small:
@@ -110,12 +113,12 @@ def _alone(graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], skipped: set[
     return [item.node.name or "" for item in small if regions.is_alone(item)]
 
 
-def _weights(item: graphs.WeightedNode) -> int:
+def _weights(item: layer_nodes.WeightedNode) -> int:
     """How many numbers a layer's weight has, if it is known."""
     return 0 if item.weight is None else elements(item.weight) or 0
 
 
-def _is_small(item: graphs.WeightedNode, most: float) -> bool:
+def _is_small(item: layer_nodes.WeightedNode, most: float) -> bool:
     """Whether a layer has at most so many weights, and few products make each of its results."""
     weights = _weights(item)
     if not 0 < weights <= most:
@@ -148,7 +151,7 @@ def _after_gate(value: ir.Value) -> ir.Value:
     return products[0].outputs[0] if graphs.only_reader(gate.outputs[0]) is products[0] else value
 
 
-def _is_thin(item: graphs.WeightedNode, channels: int) -> bool:
+def _is_thin(item: layer_nodes.WeightedNode, channels: int) -> bool:
     """Whether a layer is a convolution that reads at most so many channels and has few weights."""
     if item.node.op_type != "Conv" or not 0 < _weights(item) <= STEM_WEIGHTS:
         return False

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.passes.keep_biases_apart import fused_bias
 from onnxq.passes.keep_layers_float import is_rounded
 from onnxq.passes.pad_channels import LANES
@@ -161,7 +162,7 @@ def signed_activations(reading: Reading) -> Broken:
         if quantizer.is_quantize or quantizer.format != INT8 or reading.is_known(quantizer.node.inputs[0]):
             continue
         readers = {reader for reader, _ in graphs.consumers(quantizer.node.outputs[0])}
-        if sum(graphs.is_op(reader, *graphs.WEIGHTED_OPS) for reader in readers) > 1:
+        if sum(graphs.is_op(reader, *layer_nodes.WEIGHTED_OPS) for reader in readers) > 1:
             yield (
                 quantizer.node,
                 "expected uint8 activations, found int8: without the session option session.qdqisint8allowed=1 their "
@@ -180,7 +181,7 @@ def weight_axis(reading: Reading) -> Broken:
         if product.node.op_type not in ("Conv", "MatMul") or not product.is_quantized or weight is None:
             continue
         found, expected = scale_axis(weight), output_axis(product, weight)
-        if found is not None and graphs.multiplies_several(product.node):
+        if found is not None and layer_nodes.multiplies_several(product.node):
             yield product.node, f"expected one scale for a weight of several matrices, found scales along axis {found}"
         elif found is not None and expected is not None and found != expected:
             yield product.node, f"expected weight scales along axis {expected}, found axis {found}"
@@ -206,7 +207,7 @@ def format_native(reading: Reading) -> Broken:
 def bias_apart(reading: Reading) -> Broken:
     """C11: a bias behind a product of codes with more than two dimensions, all of them fixed, has two itself."""
     for product in reading.products:
-        item = graphs.weighted(product.node)
+        item = layer_nodes.weighted(product.node)
         shape = product.node.outputs[0].shape
         if item is None or shape is None or not shape.is_static() or fused_bias(item) is None:
             continue
@@ -233,7 +234,7 @@ def depthwise_fast(reading: Reading) -> Broken:
             continue
         if weight.shape[1] != 1:
             continue
-        if graphs.depthwise_channels(node) is None:
+        if layer_nodes.depthwise_channels(node) is None:
             yield node, "expected one result for each channel on codes, found several: in float they are faster"
         elif groups % LANES:
             yield (
@@ -341,5 +342,5 @@ def _found_after(node: ir.Node) -> str:
 def _feeds_product(node: ir.Node) -> bool:
     """Whether Q/DQ pairs or products alone read what the node makes, so that codes would have paid."""
     readers = [reader for reader, _ in graphs.consumers(node.outputs[0])]
-    fed = [graphs.is_quantize(reader) or graphs.is_op(reader, *graphs.WEIGHTED_OPS) for reader in readers]
+    fed = [graphs.is_quantize(reader) or graphs.is_op(reader, *layer_nodes.WEIGHTED_OPS) for reader in readers]
     return bool(fed) and all(fed)

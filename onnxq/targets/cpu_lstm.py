@@ -7,6 +7,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.scheme import Scheme, parse_weights
 from onnxq.targets.placement import EXCLUDED, Schemes, Site, weight_sites
 
@@ -20,7 +21,7 @@ def place_lstms(graph: ir.Graph, skipped: set[str], scheme_of: Schemes) -> tuple
         for node in graph
         if graphs.is_op(node, "LSTM")
     }
-    layers = [item for node, reason in reasons.items() if not reason for item in graphs.lstm_weights(node)]
+    layers = [item for node, reason in reasons.items() if not reason for item in layer_nodes.lstm_weights(node)]
     sites = weight_sites(layers, _with_bytes(scheme_of))
     return sites, {node.name or "": reason for node, reason in reasons.items()}
 

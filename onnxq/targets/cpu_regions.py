@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.scheme import Spec
 from onnxq.targets.cpu_ops import ARITHMETIC, STREAMS, TAKEN_APART, after_activation, hands_on_codes, moves_data
 from onnxq.targets.placement import Schemes, Site
@@ -15,7 +16,7 @@ from onnxq.targets.placement import Schemes, Site
 class Regions:
     """Which values are held as codes."""
 
-    def __init__(self, graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], skipped: set[str]) -> None:
+    def __init__(self, graph: ir.Graph, chosen: Sequence[layer_nodes.WeightedNode], skipped: set[str]) -> None:
         self.graph = graph
         self.chosen = list(chosen)
         self.core = {item.node for item in chosen}
@@ -96,7 +97,7 @@ class Regions:
             return False
         return any(value in self.codes for value in inputs)
 
-    def is_alone(self, item: graphs.WeightedNode) -> bool:
+    def is_alone(self, item: layer_nodes.WeightedNode) -> bool:
         """Whether a layer is all of its region: it reads floats, and what reads its result makes no codes of it."""
         readers = [reader for reader, _ in graphs.consumers(after_activation(item.node))]
         reaches = any(reader in self.core or (reader in self.useful and hands_on_codes(reader)) for reader in readers)

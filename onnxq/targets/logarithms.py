@@ -10,6 +10,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 
 REASON = "a logarithm of its result shows the errors of small numbers"
 
@@ -27,7 +28,7 @@ def before_logarithms(graph: ir.Graph) -> set[ir.Node]:
     behind = [value for node in graph if graphs.is_op(node, "Log", "ReduceLogSum") for value in node.inputs[:1]]
     while behind:
         for node in graphs.nearest_behind(
-            behind.pop(), lambda node: graphs.weighted(node) is not None, _keeps_small_numbers
+            behind.pop(), lambda node: layer_nodes.weighted(node) is not None, _keeps_small_numbers
         ):
             if node not in found:
                 found.add(node)

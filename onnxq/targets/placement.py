@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.errors import OnnxqError
 from onnxq.scheme import Scheme, Spec
 from onnxq.targets import logarithms
@@ -66,7 +67,7 @@ def excluded(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
     for pattern in patterns:
         found = matched(graph, pattern)
         if not found:
-            examples = ", ".join(item.node.name or "" for item in list(graphs.weighted_nodes(graph))[:3])
+            examples = ", ".join(item.node.name or "" for item in list(layer_nodes.weighted_nodes(graph))[:3])
             raise OnnxqError(
                 f"expected --exclude {pattern!r} to match a node name or an op, found no match",
                 hint=f"names look like: {examples}",
@@ -85,13 +86,15 @@ def matched(graph: ir.Graph, pattern: str) -> set[str]:
 
 
 def choose(
-    graph: ir.Graph, skipped: set[str], why_float: Callable[[graphs.WeightedNode], str]
-) -> tuple[list[graphs.WeightedNode], dict[str, str]]:
+    graph: ir.Graph, skipped: set[str], why_float: Callable[[layer_nodes.WeightedNode], str]
+) -> tuple[list[layer_nodes.WeightedNode], dict[str, str]]:
     """The weighted nodes to quantize, and why the others stay in float (``why_float`` gives a reason or nothing)."""
-    chosen: list[graphs.WeightedNode] = []
-    left_float = {name: EXCLUDED if name in skipped else reason for name, reason in graphs.layers_without_codes(graph)}
+    chosen: list[layer_nodes.WeightedNode] = []
+    left_float = {
+        name: EXCLUDED if name in skipped else reason for name, reason in layer_nodes.layers_without_codes(graph)
+    }
     filters = logarithms.before_logarithms(graph)
-    for item in graphs.weighted_nodes(graph):
+    for item in layer_nodes.weighted_nodes(graph):
         name = item.node.name or ""
         reason = logarithms.REASON if item.node in filters else why_float(item)
         if name in skipped:
@@ -123,7 +126,7 @@ def _not_beyond(
     graph: ir.Graph, nodes: Sequence[ir.Node], neighbours: Callable[[ir.Node], Sequence[ir.Node]]
 ) -> set[ir.Node]:
     """The layers with weights that no other is on the way to, along neighbours that come first among the nodes."""
-    layers = {item.node for item in graphs.weighted_nodes(graph) if item.weight_index is not None}
+    layers = {item.node for item in layer_nodes.weighted_nodes(graph) if item.weight_index is not None}
     beyond: set[ir.Node] = set()  # of a layer, if only through other nodes
     for node in nodes:
         if any(other in layers or other in beyond for other in neighbours(node)):
@@ -131,7 +134,7 @@ def _not_beyond(
     return layers - beyond
 
 
-def weight_sites(items: Sequence[graphs.WeightedNode], scheme_of: Schemes) -> list[Site]:
+def weight_sites(items: Sequence[layer_nodes.WeightedNode], scheme_of: Schemes) -> list[Site]:
     """The Q/DQ pairs of constant weights: one for every weight, format and axis, whoever shares it."""
     sites: dict[tuple[int, int | None, str], Site] = {}
     for item in items:

@@ -16,8 +16,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes, shapes
 from onnxq import model as models
-from onnxq import shapes
 from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
@@ -126,7 +126,7 @@ class Reading:
         """Every matrix product."""
         found = []
         for node in self.nodes:
-            if graphs.is_op(node, *graphs.WEIGHTED_OPS) and len(node.inputs) > 1:
+            if graphs.is_op(node, *layer_nodes.WEIGHTED_OPS) and len(node.inputs) > 1:
                 first, second = node.inputs[:2]
                 if first is not None and second is not None:
                     found.append(Product(node, (self.operand(first), self.operand(second))))

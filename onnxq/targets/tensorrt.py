@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
-from onnxq import block_scales, shapes
+from onnxq import block_scales, layer_nodes, shapes
 from onnxq import graph as graphs
 from onnxq.attention import dividing_products, single_query_attention
 from onnxq.errors import OnnxqError
@@ -145,7 +145,7 @@ def _fp8_beside_fp4(scheme_of: Schemes) -> Schemes:
     """The same schemes, but FP8 where FP4 has no kernel: convolutions, attention, rows that are no whole blocks."""
 
     def chosen(node: ir.Node) -> Scheme:
-        scheme, layer = scheme_of(node), graphs.weighted(node)
+        scheme, layer = scheme_of(node), layer_nodes.weighted(node)
         if layer is None or not scheme.activations.format.has_block_scales or _has_blocks(layer):
             return scheme
         return FP8
@@ -153,7 +153,7 @@ def _fp8_beside_fp4(scheme_of: Schemes) -> Schemes:
     return chosen
 
 
-def _has_blocks(layer: graphs.WeightedNode) -> bool:
+def _has_blocks(layer: layer_nodes.WeightedNode) -> bool:
     """Whether the last axis of an activation is what a product with a constant weight sums over, in whole blocks."""
     node, weight = layer.node, layer.weight
     if node.op_type not in ("Gemm", "MatMul") or layer.weight_index != 1 or weight is None or weight.shape is None:
@@ -171,7 +171,7 @@ def _check_legal(what: str, spec: Spec, legal: Sequence[str]) -> None:
         )
 
 
-def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
+def _why_float(item: layer_nodes.WeightedNode, scheme: Scheme) -> str:
     """Why this node gains nothing from quantization, or an empty string."""
     node, weight = item.node, item.weight
     if not (scheme.weights.enabled or scheme.activations.enabled):
@@ -200,7 +200,7 @@ def _why_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     return ""
 
 
-def _why_product_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
+def _why_product_float(item: layer_nodes.WeightedNode, scheme: Scheme) -> str:
     """Why a product of two activations stays in float.
 
     Left in float, an attention product makes the compiler pull the slices of a joint q/k/v projection through its
@@ -208,7 +208,7 @@ def _why_product_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     """
     if not scheme.activations.enabled:
         return "both operands are activations, which stay in float"
-    if graphs.lookup_behind(item) is not None:
+    if layer_nodes.lookup_behind(item) is not None:
         return "its matrix is looked up, as weights of experts are: codes would be made of it anew in every run"
     for value in item.node.inputs[:2]:
         dimensions = None if value is None else graphs.rank(value)
@@ -219,7 +219,7 @@ def _why_product_float(item: graphs.WeightedNode, scheme: Scheme) -> str:
     return ""
 
 
-def _activation_sites(items: Sequence[graphs.WeightedNode], scheme_of: Schemes) -> list[Site]:
+def _activation_sites(items: Sequence[layer_nodes.WeightedNode], scheme_of: Schemes) -> list[Site]:
     """One pair for each value, read by the chosen consumers alone (rule P6)."""
     sites = []
     for item in items:
@@ -251,7 +251,7 @@ def _before_movement(value: ir.Value, use: tuple[ir.Node, int], spec: Spec) -> S
 
 
 def _shortcut_sites(
-    graph: ir.Graph, chosen: Sequence[graphs.WeightedNode], spec: Spec, skipped: set[str]
+    graph: ir.Graph, chosen: Sequence[layer_nodes.WeightedNode], spec: Spec, skipped: set[str]
 ) -> list[Site]:
     """The shortcut of ``Add(Conv(…), shortcut)``, where a quantized op reads the sum."""
     quantized = {item.node for item in chosen}

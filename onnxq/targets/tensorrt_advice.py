@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.targets.reading import Operand, Product, Quantizer, Reading, name_of
 
 Broken = Iterator[tuple[ir.Node, str]]
@@ -39,7 +40,7 @@ def inputs_only(reading: Reading) -> Broken:
     """P1: Q/DQ stand on the inputs of products, not on outputs that nothing quantized reads."""
     for quantizer in _pairs(reading):
         producer = _producer(quantizer)
-        if not graphs.is_op(producer, *graphs.WEIGHTED_OPS) or producer is None:
+        if not graphs.is_op(producer, *layer_nodes.WEIGHTED_OPS) or producer is None:
             continue
         if not any(reading.is_known(value) for value in producer.inputs):
             continue  # the second product of an attention may have them (P8)
@@ -280,7 +281,7 @@ def _is_product(node: ir.Node | None) -> bool:
     """A product, or the BatchNormalization after one."""
     if node is not None and graphs.is_op(node, "BatchNormalization") and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    return graphs.is_op(node, *graphs.WEIGHTED_OPS)
+    return graphs.is_op(node, *layer_nodes.WEIGHTED_OPS)
 
 
 def _readers(reading: Reading, value: ir.Value) -> Iterator[ir.Node]:
@@ -294,7 +295,7 @@ def _readers(reading: Reading, value: ir.Value) -> Iterator[ir.Node]:
 
 
 def _reads_codes(reading: Reading, node: ir.Node) -> bool:
-    if graphs.is_op(node, *graphs.WEIGHTED_OPS):
+    if graphs.is_op(node, *layer_nodes.WEIGHTED_OPS):
         return True
     return graphs.is_op(node, *INTEGER_READERS) and not any(reading.is_known(value) for value in node.inputs)
 

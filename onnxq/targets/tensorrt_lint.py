@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from onnxq import dynamic_fp4
+from onnxq import dynamic_fp4, layer_nodes
 from onnxq import graph as graphs
 from onnxq.targets.findings import Finding
 from onnxq.targets.reading import Operand, Reading, name_of, output_axis, scale_axis, scale_shape, spelled
@@ -185,7 +185,7 @@ def reads_attention(node: ir.Node) -> bool:
 
 def unreadable(node: ir.Node) -> str:
     """What TensorRT's parser expects in place of a node, and that this was found; an empty string if it reads it."""
-    if node.op_type in graphs.QUANTIZED_OPS or node.op_type.startswith("QLinear"):
+    if node.op_type in layer_nodes.QUANTIZED_OPS or node.op_type.startswith("QLinear"):
         return f"expected QuantizeLinear and DequantizeLinear around float ops, found {node.op_type}"
     if node.domain.startswith(graphs.ONNXRUNTIME_DOMAIN):
         return f"expected ops of the ONNX domain, found {node.domain} {node.op_type}"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxq import graph as graphs
+from onnxq import layer_nodes
 from onnxq.biases import bias_place
 from onnxq.calibration.bias_correction import mean_shift
 from onnxq.folding import array_of
@@ -32,7 +32,7 @@ def output_importance(job: Job, rounded: Mapping[str, Array], samples: int, corr
         corrected: Whether biases will take back the mean shift, which then must not count: on layers with few weights
             to a channel it is most of the error.
     """
-    layers = [item for item in graphs.weighted_nodes(job.model.graph) if item.node.name in rounded]
+    layers = [item for item in layer_nodes.weighted_nodes(job.model.graph) if item.node.name in rounded]
     means: Mapping[str, Array] = {}
     if corrected:
         job.observe({item.activation.name or "" for item in layers})
@@ -60,7 +60,7 @@ def output_importance(job: Job, rounded: Mapping[str, Array], samples: int, corr
 
 
 @contextmanager
-def _shifted_bias(item: graphs.WeightedNode, error: Array, means: Array | None) -> Iterator[None]:
+def _shifted_bias(item: layer_nodes.WeightedNode, error: Array, means: Array | None) -> Iterator[None]:
     """The layer's bias without the mean of what an error in its weight adds, for a while."""
     place = bias_place(item)
     bias = None if place is None else place.value
