@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import _thread
+import atexit
+import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -32,6 +35,7 @@ from onnxq.commands import (
 from onnxq.commands.common import BAD_INPUT, CHECK_FAILED, INTERRUPTED
 
 REPEAT_SECONDS = 0.05
+STILL_WAITING_SECONDS = 5.0
 
 UsageError: Any = typer.BadParameter.__base__  # which the library does not name
 
@@ -76,6 +80,8 @@ def main() -> None:
     stdout, dropped = sys.stdout, sys.unraisablehook
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, _interrupt_a_wait)
     sys.unraisablehook = _interrupt_again(dropped)
     try:
         code = app(standalone_mode=False)
@@ -86,7 +92,7 @@ def main() -> None:
     except OnnxqError as error:
         _fail(error.message, error.hint, CHECK_FAILED if isinstance(error, CheckError) else BAD_INPUT)
     except _Interrupted:
-        _fail(
+        _end(
             "interrupted",
             "no output was written; the same command goes on after the last block that a recipe has learned",
             INTERRUPTED,
@@ -121,7 +127,19 @@ class _Interrupted(BaseException):
 
 
 def _interrupt(number: int, frame: object) -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, STILL_WAITING_SECONDS, STILL_WAITING_SECONDS)
     raise _Interrupted
+
+
+def _interrupt_a_wait(number: int, frame: FrameType | None) -> None:
+    """An interrupt comes again where it ended in waiting for a thread.
+
+    That may never end: an exception between the taking of a lock by a method of Python's own and the block that gives
+    it back leaves it taken, and the thread waits for it.
+    """
+    if frame is not None and frame.f_code.co_filename == threading.__file__:
+        raise _Interrupted
 
 
 def _interrupt_again(otherwise: Callable[[Any], object]) -> Callable[[Any], None]:
@@ -136,11 +154,27 @@ def _interrupt_again(otherwise: Callable[[Any], object]) -> Callable[[Any], None
     return on_dropped
 
 
-def _fail(message: str, hint: str, code: int) -> NoReturn:
+def _say(message: str, hint: str) -> None:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     if hint:
         sys.stderr.write(f"  tip: {' '.join(hint.split())}\n")
+
+
+def _fail(message: str, hint: str, code: int) -> NoReturn:
+    _say(message, hint)
     sys.exit(code)
+
+
+def _end(message: str, hint: str, code: int) -> NoReturn:
+    """The same, without waiting for threads: one of them may never end."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    _say(message, hint)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -317,6 +317,28 @@ def test_an_interrupt_is_heard_where_python_drops_exceptions() -> None:
     assert done.returncode == 130 and done.stderr.startswith("error: interrupted") and "Traceback" not in done.stderr
 
 
+def test_an_interrupt_ends_a_command_whose_thread_waits_for_a_lock_that_it_left_taken() -> None:
+    """Python's own ``Condition`` is entered by a method, and an exception can come between it and the block."""
+    script = """
+        import os, signal, tempfile, threading
+        from concurrent.futures import ThreadPoolExecutor
+        from onnxq import cli
+        lock = threading.Lock()
+        def work(**options):
+            with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+                print(folder, flush=True)
+                lock.acquire()
+                pool.submit(lock.acquire)
+                os.kill(os.getpid(), signal.SIGTERM)
+        cli.STILL_WAITING_SECONDS = 0.2
+        cli.app = work
+        cli.main()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr.startswith("error: interrupted") and "Traceback" not in done.stderr
+    assert not Path(done.stdout.strip()).exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(number: signal.Signals, network: Path, tmp_path: Path) -> None:
     data = tmp_path / "many"  # a minute of calibration
