@@ -150,12 +150,14 @@ def _is_silent(job: Job, name: str, values: Array) -> bool:
 def bare_float_run(job: Job, path: Path, checked: Check) -> dict[str, float]:
     """What the float model costs alone: per sample on the kept feeds, scaled to all samples; and both latencies.
 
-    Nothing for a large model, which runs in parts here and in no deployment.
+    Nothing for a large model, which runs in parts here and in no deployment, nor for one in bfloat16.
     """
     assert job.recording is not None
     if job.is_large:
         return {}
     session = Session(path, device=job.settings.device, spin=True)
+    if session.emulates_bfloat16:
+        return {}
     feeds = [feed for feed, _ in job.recording.kept]
     rows = sum(row_count(feed, job.specs) for feed in feeds)
     session.run(feeds[0])

@@ -1,7 +1,6 @@
-"""A result that computes in float16 between its codes: what has to stay float32 for it, and the change.
+"""A result that computes in float16 or bfloat16 between its codes: what has to stay float32 for it, and the change.
 
-TensorRT runs layers without codes twice as fast in float16, and fuses FP8 attention between float16 values alone
-(rule P7).
+TensorRT runs layers without codes twice as fast so, and does not fuse FP8 attention between float32 values (rule P7).
 """
 
 from __future__ import annotations
@@ -22,25 +21,29 @@ LARGEST = 2.0**14  # a quarter of what float16 holds: other inputs reach further
 ANGLES = ("Sin", "Cos")
 
 
-def to_float16(model: ir.Model, feeds: Sequence[Feed], device: str = "cpu") -> None:
-    """Change a Q/DQ model with float weights to float16, in place; its inputs and outputs keep their types.
+def to_half(model: ir.Model, dtype: ir.DataType, feeds: Sequence[Feed], device: str = "cpu") -> None:
+    """Change a Q/DQ model with float weights to a half as wide type, in place; its inputs and outputs keep theirs.
 
-    In float32 stay nodes that read or make numbers beyond a quarter of what float16 holds, such as the squares in norms
-    that an exporter took apart, and those that make angles: the sine of a position or timestep needs more digits.
+    In float32 stay nodes that make angles: the sine of a position or timestep needs more digits. With float16 also
+    those that read or make numbers beyond a quarter of what it holds, such as the squares in norms that an exporter
+    took apart; bfloat16 holds what float32 does, with 8 binary digits instead of 11.
 
     Args:
         model: The model, before its weights become codes.
+        dtype: float16 or bfloat16.
         feeds: Inputs to see how large values get.
         device: Where to run it.
 
     Raises:
         OnnxqError: the model has If, Loop or Scan.
     """
-    keep = _overflowing(model, feeds, device) | _behind_angles(model.graph)
-    if not ChangePrecision(ir.DataType.FLOAT, ir.DataType.FLOAT16, keep)(model).modified:
+    keep = _behind_angles(model.graph)
+    if dtype == ir.DataType.FLOAT16:
+        keep |= _overflowing(model, feeds, device)
+    if not ChangePrecision(ir.DataType.FLOAT, dtype, keep)(model).modified:
         raise OnnxqError(
-            "expected a float32 model without If, Loop and Scan for --base float16, found another one",
-            hint="leave --base out: a model that is float16 already stays so",
+            f"expected a float32 model without If, Loop and Scan for --base {dtype.name.lower()}, found another one",
+            hint="leave --base out: a model that is float16 or bfloat16 already stays so",
         )
 
 

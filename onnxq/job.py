@@ -24,7 +24,7 @@ from onnxq.config import Settings
 from onnxq.decoders import attention_in_float
 from onnxq.diffusion.subgraphs import Subgraph
 from onnxq.errors import OnnxqError
-from onnxq.half import to_float16
+from onnxq.half import to_half
 from onnxq.kinds import Kind, kind_of
 from onnxq.model import initializer_bytes
 from onnxq.parallel import SharedModel, Workers
@@ -272,20 +272,22 @@ class Job:
         self._float_session = self._shared = None
         return recording
 
-    def _to_float16(self) -> None:
+    def _to_half(self) -> None:
         assert self.recording is not None
-        if not self.target.computes_in_float16:
+        if not self.target.computes_in_half:
             raise OnnxqError(
-                f"expected --base float32 for {self.target.name}, found float16: its integer kernels read float32",
+                f"expected --base float32 for {self.target.name}, found {self.settings.base}: its integer kernels read "
+                "float32",
                 hint="leave --base out, or use --target tensorrt",
             )
-        to_float16(self.model, [feed for feed, _ in self.recording.kept], self.settings.device)
+        dtype = ir.DataType[self.settings.base.upper()]
+        to_half(self.model, dtype, [feed for feed, _ in self.recording.kept], self.settings.device)
 
     def lower(self) -> None:
         """Bring the graph to the form that the target runs, and prove that it breaks no rule of the target."""
         with self.progress.stage("lower", "Writing integers"):
-            if self.settings.base == "float16":
-                self._to_float16()
+            if self.settings.base != "float32":
+                self._to_half()
             self.target.lower(self.model)
             has_tables = self.embeddings != "float"
             has_tables = has_tables and QuantizeTables(self._excluded, self.embeddings)(self.model).modified

@@ -21,6 +21,7 @@ from onnxq import cuda, custom_ops, machine
 from onnxq.condensed import condensed
 from onnxq.errors import LESS_MEMORY, OnnxqError, ran_out_of_memory
 from onnxq.parts import Parts
+from onnxq.passes.emulate_bfloat16 import is_bfloat16
 from onnxq.serialized import Serialized, serialize
 
 Array = np.ndarray[Any, Any]
@@ -38,6 +39,7 @@ SPINNING = "session.intra_op.allow_spinning"
 LOST_OUTPUT = "Failed to find node output"
 UNKNOWN_OP = ("is not a registered function/op", "No Op registered for")
 UNKNOWN_FORMAT = ("an implementation for DequantizeLinear", "find kernel for DequantizeLinear")  # FP4
+BFLOAT16 = "bfloat16"  # in the type of an input or output, which numpy does not have
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # What onnxruntime calls integer kernels: they read codes and never see a float activation.
@@ -107,7 +109,7 @@ class Session:
         self._keep_alive: list[Array] = []
         self._appended = 0
         self._condensed: dict[str, tuple[list[str], list[int]]] = {}
-        self.in_parts = False
+        self.in_parts = self.emulates_bfloat16 = False
         try:
             self._session = self._opened(model, taps, condense, options, device)
         except OnnxqError:
@@ -142,14 +144,17 @@ class Session:
             large = is_large(model)
             if not taps and (not large or options.optimized_model_filepath):
                 try:
-                    return _inference_session(os.fspath(model), options, device)
+                    session = _inference_session(os.fspath(model), options, device)
+                    if not any(BFLOAT16 in value.type for value in (*session.get_inputs(), *session.get_outputs())):
+                        return session
                 except Exception as error:
-                    if not _says(error, UNKNOWN_OP + UNKNOWN_FORMAT):
+                    if not _says(error, UNKNOWN_OP + UNKNOWN_FORMAT) and not is_bfloat16(read(model)):
                         raise
-            model = read(model)  # which may run without its plugins, and with FP8 for FP4
-            if large:
+            model = read(model)  # which may run without its plugins, with FP8 for FP4, and with float32 for bfloat16
+            if large or is_bfloat16(model):
                 shapes.infer(model)
         serialized = serialize(model, taps, condense=condense) if isinstance(model, ir.Model) else model
+        self.emulates_bfloat16 = serialized.emulates_bfloat16
         self._appended, self._condensed = serialized.appended, serialized.condensed
         if self._condensed:  # else what only reduces comes last, and all values wait for it
             options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
@@ -284,7 +289,15 @@ def _inference_session(source: bytes | str, options: onnxruntime.SessionOptions,
 
 def _named_values(arrays: Mapping[str, Array], names: Iterable[str]) -> tuple[list[str], list[Any]]:
     chosen = list(names)
-    return chosen, [onnxruntime.OrtValue.ortvalue_from_numpy(arrays[name]) for name in chosen]
+    return chosen, [_named_value(arrays[name]) for name in chosen]
+
+
+def _named_value(array: Array) -> Any:
+    if array.dtype.isbuiltin == 1:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    dtype = ir.DataType.from_numpy(array.dtype)  # FP8 and bfloat16, which onnxruntime reads as plain bits
+    bits = array.view(f"u{array.dtype.itemsize}")
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, int(dtype))
 
 
 def optimized_session(

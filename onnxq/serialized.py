@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnxq import condensed as condensing
 from onnxq import dynamic_fp4
 from onnxq.graph import values as named_values
+from onnxq.passes.emulate_bfloat16 import EmulateBfloat16, is_bfloat16
 from onnxq.plugins import without_plugins
 
 Array = np.ndarray[Any, Any]
@@ -34,6 +35,7 @@ class Serialized:
         appended: How many of its outputs, at the end, are taps, or results of such.
         folder: Where initializers lie that are in neither: ``model`` names their files, relative to it.
         weight_bytes: Of all initializers, as float32: literal runs unpack codes, all of them before the first layer.
+        emulates_bfloat16: Whether it computes bfloat16 in float32, which takes longer than either.
         condensed: Taps that are outputs in condensed form, the names of these, and the axes of their means.
     """
 
@@ -42,6 +44,7 @@ class Serialized:
     appended: int
     folder: str = ""
     weight_bytes: int = 0
+    emulates_bfloat16: bool = False
     condensed: dict[str, tuple[list[str], list[int]]] = field(default_factory=dict)
 
     @property
@@ -72,7 +75,10 @@ def serialize(
         means: Whether means of channels are wanted of condensed taps too.
     """
     model = without_plugins(model)
-    model = model.clone() if condense else model
+    narrow = is_bfloat16(model)
+    model = model.clone() if condense or narrow else model
+    if narrow:
+        EmulateBfloat16()(model)
     graph = model.graph
     own = {value.name for value in graph.outputs}
     known = named_values(graph) if taps else {}
@@ -123,7 +129,7 @@ def serialize(
             for _ in wanted:
                 graph.outputs.pop()  # one by one: deleting a slice would leave the values marked as outputs
     place = folder and str(Path(folder).resolve())
-    return Serialized(proto, large, len(wanted), place, weight_bytes, condensed)
+    return Serialized(proto, large, len(wanted), place, weight_bytes, narrow, condensed)
 
 
 def _as_float8(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

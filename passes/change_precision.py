@@ -129,7 +129,7 @@ class ChangePrecision(InPlacePass):
         array = array_of(value)
         if any(index == 1 and (graphs.is_quantize(node) or graphs.is_dequantize(node)) for node, index in uses):
             array = np.maximum(array, ml_dtypes.finfo(self.target.numpy()).tiny)  # below, scales lose digits (rule E2)
-        value.const_value = self._nearest(array, value.name)
+        value.const_value = nearest(array, self.target, value.name)
         value.type = ir.TensorType(self.target)
 
     def _change_attributes(self, node: ir.Node) -> None:
@@ -141,13 +141,14 @@ class ChangePrecision(InPlacePass):
         if node.op_type == "ConstantOfShape" and "value" in node.attributes:
             tensor = node.attributes["value"].as_tensor()
             if tensor.dtype == self.source:
-                node.attributes["value"] = ir.AttrTensor("value", self._nearest(tensor.numpy(), None))
+                node.attributes["value"] = ir.AttrTensor("value", nearest(tensor.numpy(), self.target))
 
-    def _nearest(self, array: Array, name: str | None) -> ir.TensorProtocol:
-        dtype = self.target.numpy()
-        limits = ml_dtypes.finfo(dtype)
-        inside = np.clip(array, limits.min, limits.max)
-        changed = np.where(np.isinf(array), array, inside).astype(dtype)
-        smallest = np.copysign(limits.smallest_subnormal, array).astype(dtype)
-        changed = np.where((changed == 0) & (array != 0), smallest, changed)
-        return ir.Tensor(changed, dtype=self.target, name=name)
+
+def nearest(array: Array, dtype: ir.DataType, name: str | None = None) -> ir.TensorProtocol:
+    """The nearest finite numbers of a type; one that is not zero stays so."""
+    limits = ml_dtypes.finfo(dtype.numpy())
+    inside = np.clip(array, limits.min, limits.max)
+    changed = np.where(np.isinf(array), array, inside).astype(dtype.numpy())
+    smallest = np.copysign(limits.smallest_subnormal, array).astype(dtype.numpy())
+    changed = np.where((changed == 0) & (array != 0), smallest, changed)
+    return ir.Tensor(changed, dtype=dtype, name=name)

@@ -18,7 +18,7 @@ from onnxq import model as models
 from onnxq.arithmetic import storable_scale
 from onnxq.autograd.interpreter import TorchGraph
 from onnxq.errors import OnnxqError
-from onnxq.half import to_float16
+from onnxq.half import to_half
 from onnxq.learning.student import Student
 from onnxq.passes.change_precision import ChangePrecision
 from onnxq.runtime import Session
@@ -89,7 +89,7 @@ def test_and_back_again() -> None:
 def test_what_overflows_and_what_makes_angles_stays_float32() -> None:
     model = network()
     wanted = Session(model).run(feed(100.0))  # squares of thousands
-    to_float16(model, [feed(100.0)])
+    to_half(model, ir.DataType.FLOAT16, [feed(100.0)])
     inside = types(model)
     assert {name for name in inside if inside[name] == FLOAT} >= {"square", "mean", "cast", "turn", "sine"}
     assert inside["norm"] == FLOAT16

@@ -46,7 +46,7 @@ class InputSpec:
 
     Attributes:
         name: The input's name.
-        dtype: Its numpy dtype.
+        dtype: Its numpy dtype; float32 for bfloat16, which numpy does not have and sessions take so.
         shape: Its dimensions; ``None`` where they are free and none was chosen (:mod:`onnxq.calibration.sizes`).
         is_whole: Whether it has no batch axis: one for all rows of a batch, as a timestep of rank 0.
     """
@@ -98,7 +98,8 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
     whole = whole_inputs(inputs)
     for value in inputs:
         dimensions = dimensions_of(value)
-        dtype = np.dtype((value.dtype or ir.DataType.FLOAT).numpy())
+        known = value.dtype or ir.DataType.FLOAT
+        dtype = np.dtype(np.float32 if known == ir.DataType.BFLOAT16 else known.numpy())
         if math.prod(size or 1 for size in dimensions) * dtype.itemsize > LARGEST_INPUT_BYTES:
             raise OnnxqError(
                 f"expected inputs below {LARGEST_INPUT_BYTES >> 30} GiB, found {value.name!r} of shape {value.shape}",

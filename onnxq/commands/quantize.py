@@ -107,8 +107,8 @@ def quantize(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="What a float32 model computes in between its codes: float32, or float16 (--target tensorrt; inputs "
-            "and outputs stay float32).",
+            help="What a float32 model computes in between its codes: float32, or for TensorRT float16 or "
+            "bfloat16 (inputs and outputs stay float32).",
             show_default="float32",
         ),
     ] = None,

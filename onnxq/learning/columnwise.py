@@ -16,9 +16,9 @@ from torch import Tensor
 
 from onnxq.autograd.blocks import Block
 from onnxq.autograd.interpreter import Replacement, TorchGraph
+from onnxq.autograd.ops.operands import to_torch
 from onnxq.calibration.signed_scales import scale_rows
 from onnxq.calibration.weight_ranges import Search, extremes
-from onnxq.folding import array_of
 from onnxq.job import Job
 from onnxq.learning import quantizers as found_quantizers
 from onnxq.learning.cache import ActivationCache
@@ -130,8 +130,8 @@ def rounded_apart(
     rounded = {}
     for name, tensor in before.items():
         value = graph.initializers[name]
-        if value.const_value is not tensor:
-            rounded[name] = torch.from_numpy(array_of(value))
+        if value.const_value is not None and value.const_value is not tensor:
+            rounded[name] = to_torch(value.const_value).float()
             value.const_value = tensor
     return rounded
 

@@ -25,7 +25,7 @@ class Target(Protocol):
     quantizes_attention: bool  # whether products of two activations get codes
     quantizes_bodies: bool  # whether layers in branches and loops run on codes
     multiplies_one_matrix: bool  # whether kernels know no scales for each of several matrices
-    computes_in_float16: bool  # whether there are kernels from float16 to codes
+    computes_in_half: bool  # whether there are kernels from float16 and bfloat16 to codes
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:
         """The scheme for the formats asked for (the target's own defaults where ``None``), or an error."""

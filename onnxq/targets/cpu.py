@@ -45,7 +45,7 @@ class Cpu:
     quantizes_attention = False
     quantizes_bodies = True
     multiplies_one_matrix = True
-    computes_in_float16 = False
+    computes_in_half = False
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:
         """uint8 activations (asymmetric) and int8 weights per channel by default.
@@ -80,7 +80,7 @@ class Cpu:
         return Scheme(weight_spec, activation_spec)
 
     def prepare(self, model: ir.Model) -> None:
-        """Leave float16, fold BatchNormalization and Pad, and write the rest in the ops that integer kernels match."""
+        """Leave halves of floats, fold BatchNormalization and Pad, write the rest in ops that integer kernels match."""
         from onnxq.passes.change_precision import ChangePrecision
         from onnxq.passes.fold_affine import FoldAffine
         from onnxq.passes.fold_batchnorm import FoldBatchNorm
@@ -89,7 +89,8 @@ class Cpu:
         from onnxq.passes.pool_means import PoolMeans
         from onnxq.passes.split_gemm_bias import SplitGemmBias
 
-        ChangePrecision(ir.DataType.FLOAT16, ir.DataType.FLOAT)(model)  # integer kernels read float32 alone
+        for narrow in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):  # integer kernels read float32 alone
+            ChangePrecision(narrow, ir.DataType.FLOAT)(model)
         FoldAffine()(model)
         FoldBatchNorm()(model)
         FoldAffine()(model)  # what stood behind a BatchNormalization

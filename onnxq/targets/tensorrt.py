@@ -38,7 +38,7 @@ class TensorRT:
     quantizes_attention = True
     quantizes_bodies = False
     multiplies_one_matrix = False
-    computes_in_float16 = True
+    computes_in_half = True
 
     def scheme(self, weights: str | None, activations: str | None) -> Scheme:
         """INT8 by default; FP8 activations ask for FP8 weights and the other way round.
