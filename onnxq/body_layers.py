@@ -20,7 +20,7 @@ from onnxq.passes.lower_packed_blocks import LowerPackedBlocks
 from onnxq.passes.quantize_tables import QuantizeTables
 from onnxq.scheme import Scheme
 from onnxq.targets import Finding, Placement, Target
-from onnxq.targets.placement import excluded, matched
+from onnxq.targets.placement import excluded, within
 
 
 @dataclass
@@ -92,4 +92,4 @@ class BodyLayers:
         return self.target.place(inner.graph, scheme, self._patterns(inner), self.exceptions)
 
     def _patterns(self, inner: ir.Model) -> list[str]:
-        return [pattern for pattern in self.exclude if matched(inner.graph, pattern)]
+        return within(inner.graph, self.exclude)

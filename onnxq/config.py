@@ -47,6 +47,7 @@ class Settings(BaseModel):
     samples: int | None = Field(default=None, ge=1)
     shapes: dict[str, tuple[Annotated[int, Field(ge=1)], ...]] = Field(default_factory=dict)
     exclude: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0)
     scheduler: str | None = None
     steps: int | None = Field(default=None, ge=1)
@@ -62,7 +63,13 @@ class Settings(BaseModel):
     knobs: dict[str, Any] = Field(default_factory=dict)
     preprocess: PreprocessingSettings = Field(default_factory=PreprocessingSettings)
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Patterns of ``exclude``, and those of ``only``, which name what is not left out, with ``!`` before them."""
+        return (*self.exclude, *(f"{NOT}{pattern}" for pattern in self.only))
 
+
+NOT = "!"
 WITHOUT_EFFECT = {"workers", "ray", "custom_ops"}  # on the result: they only say who does the work, and by what
 
 

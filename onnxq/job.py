@@ -42,7 +42,7 @@ from onnxq.runtime import Session
 from onnxq.scheme import Scheme
 from onnxq.serialized import IN_MEMORY_LIMIT_BYTES, serialize
 from onnxq.targets import Placement, Target, experts_format, scheme_of_ends
-from onnxq.targets.placement import excluded, first_and_last, matched
+from onnxq.targets.placement import excluded, first_and_last, within
 from onnxq.value_sizes import elements_in
 
 Array = np.ndarray[Any, Any]
@@ -118,8 +118,10 @@ class Job:
         self.specs = input_specs(self.model)
         self.target.prepare(self.model)
         if self.target.multiplies_one_matrix:
-            patterns = self.settings.exclude  # which name the product that it was
-            SplitMatrices({name for item in patterns for name in matched(self.model.graph, item)})(self.model)
+            named = excluded(
+                self.model.graph, within(self.model.graph, self.settings.left_out)
+            )  # as products they were
+            SplitMatrices(named)(self.model)
         if self.settings.rotate:
             self._rotate()
         if self.settings.first_last is not None:
@@ -161,7 +163,7 @@ class Job:
 
     def place(self, graph: ir.Graph, further: Mapping[str, Scheme] = MappingProxyType({})) -> Placement:
         """Where Q/DQ go, with the exceptions of user and recipe, and some further ones."""
-        placement = self.target.place(graph, self.scheme, self.settings.exclude, self.exceptions | dict(further))
+        placement = self.target.place(graph, self.scheme, self.settings.left_out, self.exceptions | dict(further))
         reasons = {name: self.reasons.get(name, reason) for name, reason in placement.left_float.items()}
         return Placement(placement.sites, reasons)
 
@@ -174,7 +176,7 @@ class Job:
         """
         self._wants_means = means
         self.placement = self.place(self.model.graph)
-        self._excluded = excluded(self.model.graph, self.settings.exclude)
+        self._excluded = excluded(self.model.graph, self.settings.left_out)
         if not self.placement.sites and not self._body_layers().count(self.model):
             reasons = "; ".join(sorted(set(self.placement.left_float.values()))) or "it has no Conv, Gemm or MatMul"
             hint = "see `onnxq lint`"
@@ -196,7 +198,7 @@ class Job:
         InsertQDQ(self.placement.sites)(self.model)
 
     def _body_layers(self) -> BodyLayers:
-        return BodyLayers(self.target, self.scheme, self.settings.exclude, self.exceptions)
+        return BodyLayers(self.target, self.scheme, self.settings.left_out, self.exceptions)
 
     def _open_float_session(self, taps: Sequence[str]) -> Session:
         inputs = {spec.name for spec in self.specs}

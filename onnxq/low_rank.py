@@ -34,7 +34,7 @@ def add_low_rank(job: Job, rank: int) -> None:
     Raises:
         OnnxqError: no layer can have one.
     """
-    specs = weight_specs(job.target.place(job.model.graph, job.scheme, job.settings.exclude, job.exceptions))
+    specs = weight_specs(job.target.place(job.model.graph, job.scheme, job.settings.left_out, job.exceptions))
     found = []
     for group in groups(job.model.graph):
         for item in group.layers:

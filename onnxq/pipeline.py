@@ -89,7 +89,7 @@ def quantize(
         output: Where to write the result; ``None`` writes nothing.
         settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
             ``activations``, ``first_last``, ``embeddings``, ``packed_blocks``, ``base``, ``rotate``, ``low_rank``,
-            ``samples``, ``shapes``, ``exclude``, ``seed``, ``device``, ``custom_ops``, ``workers``, ``ray``,
+            ``samples``, ``shapes``, ``exclude``, ``only``, ``seed``, ``device``, ``custom_ops``, ``workers``, ``ray``,
             ``synthesis``, ``statistics``, ``budget``, ``knobs``, ``preprocess``;
             for a denoiser without data ``scheduler``, ``steps``, ``guidance``, ``conditions``.
         progress: Where to say what is being done; by default nowhere.

@@ -152,6 +152,12 @@ def test_calibrated_ranges_stop_at_a_branch(merged: Path) -> None:
     assert any("onnxq specialize" in warning for warning in made.numbers["warnings"])
 
 
+def test_layers_inside_are_named_alone(merged: Path) -> None:
+    made = onnxq.quantize(merged, [SAMPLE], recipe="int8-dynamic", only=["cached"])
+    assert made.numbers["quantized_nodes"] == 1 and "cached" not in made.numbers["left_float"]
+    assert set(made.numbers["left_float"].values()) == {"excluded"}
+
+
 def test_layers_inside_are_excluded_by_name(merged: Path) -> None:
     made = onnxq.quantize(merged, [SAMPLE], recipe="int8-dynamic", exclude=["cached"])
     assert made.numbers["quantized_nodes"] == 3 and made.numbers["left_float"] == {"cached": "excluded"}

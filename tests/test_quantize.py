@@ -14,10 +14,11 @@ import pytest
 from conftest import MODELS, add_weights
 
 import onnxq
+from onnxq import layer_nodes, targets
 from onnxq import model as models
-from onnxq import targets
 from onnxq.calibration.data import input_specs
 from onnxq.calibration.noise import Noise
+from onnxq.errors import OnnxqError
 from onnxq.report.table import plain_lines
 from onnxq.runtime import Session
 
@@ -145,6 +146,23 @@ def test_logits_of_made_up_inputs_get_headroom(tmp_path: Path) -> None:
 def test_an_iterable_of_dicts_is_data(network: Path) -> None:
     batches = ({"x": np.ones((2, 3, 16, 16), np.float32) * scale} for scale in (0.5, 1.0))
     assert onnxq.quantize(network, batches, target="cpu").numbers["samples"] == 4
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
+def test_only_quantizes_what_is_named(target: str, tmp_path: Path) -> None:
+    network, options = MODELS / "fashion_resnet.onnx", {"target": target, "samples": 16}
+    calibration = MODELS / "fashion_calibration.npz"
+    names = [item.node.name or "" for item in layer_nodes.weighted_nodes(models.load(network).graph)]
+    whole = onnxq.quantize(network, calibration, **options)
+    chosen = [name for name in names if name not in whole.numbers["left_float"]]
+    result = onnxq.quantize(network, calibration, **options, only=chosen[:1], output=tmp_path / "o.onnx")
+    assert result.numbers["quantized_nodes"] == 1
+    assert {name for name, why in result.numbers["left_float"].items() if why == "excluded"} == set(names) - {chosen[0]}
+    assert json.loads(models.get_metadata(models.read(tmp_path / "o.onnx"))["config"])["only"] == chosen[:1]
+    rest = onnxq.quantize(network, calibration, **options, only=("Conv", "Gemm"), exclude=chosen[:1])
+    assert rest.numbers["quantized_nodes"] == len(chosen) - 1
+    with pytest.raises(OnnxqError, match="--only 'convolution'"):
+        onnxq.quantize(network, calibration, **options, only=("convolution",))
 
 
 def test_exclude_keeps_nodes_in_float(network: Path, calibration: Path) -> None:

@@ -129,6 +129,12 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Node names or ops to keep in float (`*` matches anything); repeatable."),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Layers to quantize, by node name or op: all others stay float; repeatable."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(show_default="0", help="The same seed gives the same bytes.")] = None,
     synthesis: Annotated[
         str | None,
@@ -218,6 +224,7 @@ def quantize(
         "samples": samples,
         "shapes": sizes_of(shapes),
         "exclude": tuple(exclude) if exclude else None,
+        "only": tuple(only) if only else None,
         "seed": seed,
         "synthesis": synthesis,
         "statistics": None if statistics is None else str(statistics),

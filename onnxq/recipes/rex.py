@@ -88,7 +88,7 @@ class Rex:
         """Quantize the job's model."""
         self._check(job)
         job.prepare()
-        specs = weight_specs(job.target.place(job.model.graph, job.scheme, job.settings.exclude, job.exceptions))
+        specs = weight_specs(job.target.place(job.model.graph, job.scheme, job.settings.left_out, job.exceptions))
         layers: dict[str, Residuals] = {}
         thin: list[str] = []  # depthwise: a channel sums over so few weights that their errors do not average out
         for item in layer_nodes.weighted_nodes(job.model.graph):

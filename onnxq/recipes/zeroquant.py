@@ -86,7 +86,7 @@ class ZeroQuant:
         job.prepare()
         if self.tokenwise and job.scheme.activations.enabled:
             SplitGemmBias()(job.model)
-            specs = weight_specs(job.target.place(job.model.graph, job.scheme, job.settings.exclude, job.exceptions))
+            specs = weight_specs(job.target.place(job.model.graph, job.scheme, job.settings.left_out, job.exceptions))
             NormaliseTokens([node.name or "" for node in specs])(job.model)
         blocks = self._blocks(job)
         # The maximum of a token is 1 on any sample: no other rule may cut it.

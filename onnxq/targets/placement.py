@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,10 +11,12 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq import layer_nodes
+from onnxq.config import NOT
 from onnxq.errors import OnnxqError
 from onnxq.scheme import Scheme, Spec
 from onnxq.targets import logarithms
 
+LAYERS = (*layer_nodes.WEIGHTED_OPS, "LSTM", "Gather", "GatherND")
 EXCLUDED = "excluded"  # why a layer stays float that the user named
 
 Use = tuple[ir.Node, int]
@@ -60,20 +63,44 @@ class Placement:
 def excluded(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
     """Names of the nodes that ``--exclude`` patterns (shell wildcards on node names or op types) match.
 
+    Patterns of ``--only``, which have ``!`` before them, leave out the layers that none of them matches; what has no
+    weight gets codes for its neighbours' sake, as ever.
+
     Raises:
         OnnxqError: a pattern matches nothing, which is most often a typing error.
     """
     skipped: set[str] = set()
+    wanted: set[str] = set()
     for pattern in patterns:
-        found = matched(graph, pattern)
+        is_wanted = pattern.startswith(NOT)
+        found = matched(graph, pattern.removeprefix(NOT))
         if not found:
             examples = ", ".join(item.node.name or "" for item in list(layer_nodes.weighted_nodes(graph))[:3])
+            option = "--only" if is_wanted else "--exclude"
             raise OnnxqError(
-                f"expected --exclude {pattern!r} to match a node name or an op, found no match",
+                f"expected {option} {pattern.removeprefix(NOT)!r} to match a node name or an op, found no match",
                 hint=f"names look like: {examples}",
             )
-        skipped |= found
-    return skipped
+        if is_wanted:
+            wanted |= found
+        else:
+            skipped |= found
+    return skipped | (_layers(graph) - wanted if wanted else set())
+
+
+def within(graph: ir.Graph, patterns: Sequence[str]) -> list[str]:
+    """Patterns for a part of the graph that they were written for, in which some match nothing."""
+    left_out = [pattern for pattern in patterns if not pattern.startswith(NOT) and matched(graph, pattern)]
+    wanted = [pattern.removeprefix(NOT) for pattern in patterns if pattern.startswith(NOT)]
+    if wanted:
+        found = {name for pattern in wanted for name in matched(graph, pattern)}
+        left_out += sorted(glob.escape(name) for name in _layers(graph) - found)
+    return left_out
+
+
+def _layers(graph: ir.Graph) -> set[str]:
+    """Names of what has codes of its own: layers, and tables that are looked up in."""
+    return {node.name or "" for node in graph.all_nodes() if graphs.is_op(node, *LAYERS)}
 
 
 def matched(graph: ir.Graph, pattern: str) -> set[str]:

@@ -62,7 +62,7 @@ def float_weights(job: Job) -> list[FloatWeight]:
             f"expected symmetric integer weights with a scale per channel or tensor, found {spec}",
             hint="use for example --weights int4",
         )
-    placement = job.target.place(job.model.graph, job.scheme, job.settings.exclude, job.exceptions)
+    placement = job.target.place(job.model.graph, job.scheme, job.settings.left_out, job.exceptions)
     return [
         FloatWeight(
             site.value,
