@@ -11,6 +11,8 @@ ONNX_DOMAINS = ("", "ai.onnx")
 ONNXRUNTIME_DOMAIN = "com.microsoft"
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 
+FLOATS = (None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
 # Ops that hand on what they read, at least in inference.
 HANDED_ON = ("Identity", "Dropout", "Cast", "QuantizeLinear", "DequantizeLinear")
 
@@ -36,8 +38,13 @@ def is_constant(value: ir.Value | None) -> bool:
 
 
 def is_float(value: ir.Value) -> bool:
-    """Whether the value is float32, float16 or bfloat16 (unknown types count as float32)."""
-    return value.dtype in (None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    """Whether the value is a tensor of float32, float16 or bfloat16 (unknown types count as float32)."""
+    return value.dtype in FLOATS and is_tensor(value)
+
+
+def is_tensor(value: ir.Value) -> bool:
+    """Whether the value is no sequence of tensors, and no optional one."""
+    return not isinstance(value.type, ir.SequenceType | ir.OptionalType)
 
 
 def is_float32(value: ir.Value) -> bool:
@@ -139,6 +146,11 @@ def holds_narrow_floats(graph: ir.Graph) -> bool:
         if is_quantize(node) or is_dequantize(node)
         for value in (node.inputs[0], *node.inputs[2:])
     )
+
+
+def tensor_outputs(graph: ir.Graph) -> list[str]:
+    """Names of the graph's outputs that are tensors: sequences and optional values are not compared."""
+    return [value.name or "" for value in graph.outputs if is_tensor(value)]
 
 
 def input_named(graph: ir.Graph, name: str) -> ir.Value:

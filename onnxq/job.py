@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxq import graph as graphs
 from onnxq import layer_nodes, shapes
 from onnxq.body_layers import BodyLayers
 from onnxq.calibration import bias_correction
@@ -235,8 +236,7 @@ class Job:
         if self.placement is None:
             raise RuntimeError("insert() comes before record()")
         if self._float_session is None:
-            outputs = [value.name or "" for value in self.model.graph.outputs]
-            self.recording = self.observed.of(self._taps, outputs)
+            self.recording = self.observed.of(self._taps, graphs.tensor_outputs(self.model.graph))
         else:
             axes = bias_correction.channel_axes(self.model.graph) if self._wants_means else {}
             self.recording = self._run_float(self._taps, axes)

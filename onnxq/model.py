@@ -69,6 +69,11 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:
+        if "Map types" in _one_line(error):
+            raise OnnxqError(
+                f"expected tensors in {file}, found a map, as ZipMap makes it",
+                hint="export the model without it: skl2onnx takes options={'zipmap': False}",
+            ) from error
         raise OnnxqError(
             f"expected an ONNX model in {file}, found something that does not parse ({_one_line(error)})",
             hint="the file is truncated or not ONNX; copy or export it again",
@@ -164,6 +169,11 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
     common_passes.NameFixPass()(model)
     _name_nodes(model)
     plugins.set_aside(model)
+    if not graphs.tensor_outputs(model.graph):
+        raise OnnxqError(
+            f"expected an output that is a tensor in {name}, found none that is (sequences, say)",
+            hint="make a tensor of what the sequence holds an output too, which results are judged by",
+        )
 
 
 def _name_nodes(model: ir.Model) -> None:

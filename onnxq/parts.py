@@ -30,6 +30,7 @@ class Description:
     """An input or output, as onnxruntime describes it."""
 
     name: str
+    type: str = "tensor"  # of parts that is all that there is
 
 
 @dataclass

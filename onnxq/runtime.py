@@ -122,8 +122,12 @@ class Session:
                 f"expected a model that onnxruntime runs, found one that it refuses ({_one_line(error)})", hint=hint
             ) from error
         self.input_names = [value.name for value in self._session.get_inputs()]
-        self.output_names = [value.name for value in self._session.get_outputs()]
-        self.own_output_names = self.output_names[: len(self.output_names) - self._appended]
+        found = self._session.get_outputs()
+        tensors = {value.name for value in found if value.type.startswith("tensor")}
+        self._leaves_out = len(tensors) < len(found)
+        self.output_names = [value.name for value in found if value.name in tensors]
+        own = found[: len(found) - self._appended]
+        self.own_output_names = [value.name for value in own if value.name in tensors]
         if self._condensed:
             results = {name for names, _ in self._condensed.values() for name in names}
             kept = [name for name in self.output_names if name not in results]
@@ -191,9 +195,11 @@ class Session:
     def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[Any]:
         """Run one batch and return the named outputs (all, taps last, if none are named).
 
-        Arrays; of condensed taps :class:`Condensed` ones.
+        Arrays; of condensed taps :class:`Condensed` ones. Outputs that are no tensors, as sequences, are left out.
         """
         results = self._results_of(outputs)
+        if results is not None and not results:  # onnxruntime would return all
+            return []
         try:
             result: list[Any] = self._session.run(results, dict(feed))
         except Exception as error:
@@ -203,12 +209,12 @@ class Session:
                 f"expected the model to run on {sizes}, found an error in onnxruntime ({_one_line(error)})",
                 hint=LESS_MEMORY if ran_out_of_memory(error) else hint,
             ) from error
-        return result if results is outputs else self._packed(outputs, result)
+        return self._packed(outputs, result) if self._condensed else result
 
     def _results_of(self, outputs: Sequence[str] | None) -> Sequence[str] | None:
         """The outputs that hold the named ones."""
         if not self._condensed:
-            return outputs
+            return self.output_names if outputs is None and self._leaves_out else outputs
         names = self.output_names if outputs is None else outputs
         return [result for name in names for result in self._condensed.get(name, ([name], []))[0]]
 

@@ -120,7 +120,7 @@ def measure(
     Returns:
         The SQNR of the outputs, and one dict for each layer (``name``, ``op``, ``value``, ``sqnr_db``), worst first.
     """
-    outputs = [value.name or "" for value in original.graph.outputs]
+    outputs = graphs.tensor_outputs(original.graph)
     names = outputs + [layer.value for layer in layers]
     quantized_names = outputs + [layer.quantized_value for layer in layers]
     total = OutputsSqnr({name: Sqnr() for name in outputs})

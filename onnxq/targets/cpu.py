@@ -80,7 +80,7 @@ class Cpu:
         return Scheme(weight_spec, activation_spec)
 
     def prepare(self, model: ir.Model) -> None:
-        """Leave halves of floats, fold BatchNormalization and Pad, write the rest in ops that integer kernels match."""
+        """Compute in float32, fold BatchNormalization and Pad, write the rest in ops that integer kernels match."""
         from onnxq.passes.change_precision import ChangePrecision
         from onnxq.passes.fold_affine import FoldAffine
         from onnxq.passes.fold_batchnorm import FoldBatchNorm
@@ -89,8 +89,8 @@ class Cpu:
         from onnxq.passes.pool_means import PoolMeans
         from onnxq.passes.split_gemm_bias import SplitGemmBias
 
-        for narrow in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):  # integer kernels read float32 alone
-            ChangePrecision(narrow, ir.DataType.FLOAT)(model)
+        for other in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE):
+            ChangePrecision(other, ir.DataType.FLOAT)(model)  # which alone integer kernels read
         FoldAffine()(model)
         FoldBatchNorm()(model)
         FoldAffine()(model)  # what stood behind a BatchNormalization

@@ -78,12 +78,14 @@ class TensorRT:
 
     def prepare(self, model: ir.Model) -> None:
         """Take fused attention apart, and fold BatchNormalization and Pad, so that Conv → Relu are neighbours."""
+        from onnxq.passes.change_precision import ChangePrecision
         from onnxq.passes.decompose_attention import DecomposeAttention
         from onnxq.passes.expand_attention import ExpandAttention
         from onnxq.passes.fold_affine import FoldAffine
         from onnxq.passes.fold_batchnorm import FoldBatchNorm
         from onnxq.targets.tensorrt_lint import reads_attention, unreadable
 
+        ChangePrecision(ir.DataType.DOUBLE, ir.DataType.FLOAT)(model)  # TensorRT computes none
         attentions = [node for node in model.graph if graphs.is_op(node, "Attention")]
         whole = [node.name or "" for node in attentions if reads_attention(node)]
         if ExpandAttention()(model).modified | DecomposeAttention(whole)(model).modified:
