@@ -233,3 +233,14 @@ def test_large_weights_of_types_that_numpy_lacks_run(dtype: str, monkeypatch: py
     session = Session(model, optimize=False)
     assert session.in_parts
     np.testing.assert_allclose(session.run({"x": x})[0], x @ numbers.astype(np.float32), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "fp8"])
+def test_an_engine_multiplies_codes_between_bfloat16(recipe: str, classifier: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX compiles without a GPU")
+    data, output = MODELS / "fashion_calibration.npz", tmp_path / "o.onnx"
+    result = onnxq.quantize(classifier, data, recipe=recipe, samples=16, output=output)
+    shapes = {result.model.graph.inputs[0].name or "": ((1, 1, 28, 28), (8, 1, 28, 28), (8, 1, 28, 28))}
+    engine = onnxq.build(output, tmp_path / "o.engine", runtime="tensorrt-rtx", sm=["89"], shapes=shapes)
+    assert len(engine.low_precision_nodes) == result.numbers["quantized_nodes"] > 5
+    assert not engine.promised_but_float

@@ -198,11 +198,14 @@ def test_a_transposed_activation_is_fp8(tmp_path: Path) -> None:
     assert makers == {"first": "QuantizeLinear", "second": "TRT_FP4DynamicQuantize"}
 
 
+@pytest.mark.parametrize("base", ["float16", "bfloat16"])
 @pytest.mark.parametrize("recipe", ["fp4", "fp4-weights"])
-def test_between_its_codes_it_may_be_float16(products: tuple[Path, Path], tmp_path: Path, recipe: str) -> None:
+def test_between_its_codes_it_may_be_half_as_wide(
+    products: tuple[Path, Path], tmp_path: Path, recipe: str, base: str
+) -> None:
     model, data = products
     inputs = {"x": np.load(data)["x"] * np.float32(1e-2)}  # a range whose part for the tensor float16 holds not in full
-    onnxq.quantize(model, [inputs], recipe=recipe, base="float16", output=tmp_path / "half.onnx")
+    onnxq.quantize(model, [inputs], recipe=recipe, base=base, output=tmp_path / "half.onnx")
     assert onnxq.compare(model, tmp_path / "half.onnx", [inputs]).sqnr_db > 10
 
 
