@@ -221,13 +221,14 @@ def rows(name: str, value: Any) -> np.ndarray:
     return np.asarray(torch.cat(parts or [value]).numpy())
 
 
-def export(library: str, name: str, exporter: str, path: Path) -> None:
+def export(library: str, name: str, exporter: str, dtype: str, path: Path) -> None:
     """Write the network and inputs for it; runs in a process of its own."""
     import torch
 
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     network, call, inputs = globals()[f"of_{library}"](name)
+    network.to(getattr(torch, dtype))
 
     class Called(torch.nn.Module):
         def __init__(self) -> None:
@@ -242,10 +243,12 @@ def export(library: str, name: str, exporter: str, path: Path) -> None:
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum = None
             module.train()
+    np.savez(path.with_suffix(".npz"), **{key: rows(key, value) for key, value in inputs.items()})
+    floats = {key: value.to(getattr(torch, dtype)) for key, value in inputs.items() if value.is_floating_point()}
+    inputs |= floats
     with torch.no_grad():
         called(*inputs.values())
     called.eval()
-    np.savez(path.with_suffix(".npz"), **{key: rows(key, value) for key, value in inputs.items()})
     options = {"external_data": False, "verbose": False} if exporter == "dynamo" else {}
     torch.onnx.export(
         called, tuple(inputs.values()), path, dynamo=exporter == "dynamo", input_names=list(inputs),
@@ -266,11 +269,11 @@ def run(*command: str) -> tuple[int, str]:
     return done.returncode, errors[0] if errors else " ".join(done.stderr.split())[-300:]
 
 
-def measure(folder: Path, library: str, name: str, exporter: str, sm: str | None) -> dict[str, Any]:
+def measure(folder: Path, library: str, name: str, exporter: str, dtype: str, sm: str | None) -> dict[str, Any]:
     """Everything about one network."""
-    path = folder / f"{library}-{name}-{exporter}.onnx"
+    path = folder / f"{library}-{name}-{exporter}{'' if dtype == 'float32' else '-' + dtype}.onnx"
     if not path.is_file():
-        code, error = run(__file__, "--export", library, name, exporter, "--out", str(path))
+        code, error = run(__file__, "--export", library, name, exporter, dtype, "--out", str(path))
         if code or not path.is_file():
             return {"export": error or "no file"}
     found: dict[str, Any] = {}
@@ -331,8 +334,9 @@ def main() -> None:
     parser.add_argument("--libraries", nargs="*", default=list(NAMES))
     parser.add_argument("--names", nargs="*")
     parser.add_argument("--exporter", choices=("dynamo", "torchscript"), default="dynamo")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the export")
     parser.add_argument("--build", metavar="SM", help="compile an engine for this architecture, too")
-    parser.add_argument("--export", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--export", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.export:
         export(*arguments.export, arguments.out)
@@ -344,9 +348,10 @@ def main() -> None:
         for name in NAMES[library]:
             if arguments.names and name not in arguments.names:
                 continue
-            key = f"{library}:{name}:{arguments.exporter}"
+            how = (arguments.exporter, arguments.dtype)
+            key = ":".join((library, name, *how[: 1 if arguments.dtype == "float32" else 2]))
             if key not in results:
-                results[key] = measure(arguments.out, library, name, arguments.exporter, arguments.build)
+                results[key] = measure(arguments.out, library, name, *how, arguments.build)
                 kept.write_text(json.dumps(results, indent=1))
             print(line(key, results[key]), flush=True)
 
