@@ -24,6 +24,7 @@ from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.passes.expand_fusions import ExpandFusions, claim_simplified_norms
 from onnxq.passes.free_invariants import FreeInvariants
+from onnxq.passes.match_types import MatchTypes
 from onnxq.serialized import IN_MEMORY_LIMIT_BYTES
 from onnxq.writing import atomic_folder
 
@@ -164,6 +165,7 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
     constant_folding.fold(model)
     identities.eliminate(model)
     common_passes.RemoveUnusedNodesPass()(model)
+    MatchTypes()(model)
     shapes.infer(model)
     shapes.check_sizes(model, name)
     common_passes.NameFixPass()(model)

@@ -10,9 +10,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnxq import graph as graphs
 from onnxq import layer_nodes
 from onnxq.errors import OnnxqError
-from onnxq.passes.change_precision import nearest
-
-NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+from onnxq.passes.match_types import NARROW, MatchTypes
 
 
 class FoldBatchNorm(InPlacePass):
@@ -37,10 +35,10 @@ class FoldBatchNorm(InPlacePass):
 
         _check_sizes(model.graph)
         names = _names_by_final_output(model.graph)
-        narrow = _widen(model.graph)
+        _widen(model.graph)
         count = _fuse_batchnorm.rules.apply_to_model(model)
         count += _fuse_pad_into_conv.rules.apply_to_model(model)
-        _narrow(model.graph, narrow)
+        MatchTypes()(model)
         if count:
             for node in model.graph:
                 original = names.get(node.outputs[0].name or "")
@@ -71,9 +69,8 @@ def _check_sizes(graph: ir.Graph) -> None:
             )
 
 
-def _widen(graph: ir.Graph) -> set[ir.DataType]:
-    """Constants of BatchNormalizations and of what they follow in float32, and the types that they had."""
-    found = set()
+def _widen(graph: ir.Graph) -> None:
+    """Constants of BatchNormalizations and of what they follow in float32, until they have been folded."""
     for node in graph:
         if not graphs.is_op(node, "BatchNormalization"):
             continue
@@ -81,22 +78,8 @@ def _widen(graph: ir.Graph) -> set[ir.DataType]:
         layer = before if graphs.is_op(before, *layer_nodes.WEIGHTED_OPS) else None
         for value in (*node.inputs[1:], *(layer.inputs if layer is not None else ())):
             if value is not None and value.const_value is not None and value.dtype in NARROW:
-                found.add(value.dtype)
                 value.const_value = ir.Tensor(value.const_value.numpy().astype(np.float32), name=value.name)
                 value.type = ir.TensorType(ir.DataType.FLOAT)
-    return found
-
-
-def _narrow(graph: ir.Graph, types: set[ir.DataType]) -> None:
-    """The other way round, by the type of what a layer reads: the rules make constants of float32 too."""
-    for node in graph if types else ():
-        wanted = node.inputs[0].dtype if node.inputs and node.inputs[0] is not None else None
-        if wanted not in types or not graphs.is_op(node, "BatchNormalization", *layer_nodes.WEIGHTED_OPS):
-            continue
-        for value in node.inputs[1:]:
-            if value is not None and value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT:
-                value.const_value = nearest(value.const_value.numpy(), wanted, value.name)
-                value.type = ir.TensorType(wanted)
 
 
 def _names_by_final_output(graph: ir.Graph) -> dict[str, str]:

@@ -214,6 +214,25 @@ def test_batch_norms_of_narrow_models_are_folded_in_float32(dtype: ir.DataType) 
     assert -10 * np.log10(noise) > (44 if dtype == BFLOAT16 else 62)
 
 
+def test_float32_weights_between_bfloat16_are_rounded(classifier: Path, tmp_path: Path) -> None:
+    """torch's exporter folds BatchNormalizations so, and nothing runs the file."""
+    model = ir.load(classifier)
+    convolution = next(node for node in model.graph if node.op_type == "Conv")
+    weight = convolution.inputs[1]
+    assert weight is not None and weight.const_value is not None and weight.dtype == BFLOAT16
+    weight.const_value = ir.Tensor(weight.const_value.numpy().astype(np.float32), name=weight.name)
+    weight.type = ir.TensorType(FLOAT)
+    ir.save(model, tmp_path / "mixed.onnx")
+    assert models.load(tmp_path / "mixed.onnx").graph.initializers[weight.name or ""].dtype == BFLOAT16
+    data = MODELS / "fashion_calibration.npz"
+    found = [
+        onnxq.quantize(path, data, samples=16, output=tmp_path / "o.onnx")
+        for path in (classifier, tmp_path / "mixed.onnx")
+    ]
+    assert found[0].numbers["sqnr_db"] == found[1].numbers["sqnr_db"]
+    assert np.isfinite(onnxq.compare(tmp_path / "mixed.onnx", tmp_path / "o.onnx", data).sqnr_db)
+
+
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16"])
 def test_large_weights_of_types_that_numpy_lacks_run(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime takes no such arrays from numpy; a model over 512 MiB in FP8 could not be checked."""
