@@ -1,4 +1,4 @@
-"""Change the type that a model computes in, its inputs and outputs left as they are."""
+"""Change the type that a model computes in; its inputs and outputs stay as they are, unless told otherwise."""
 
 from __future__ import annotations
 
@@ -40,11 +40,14 @@ class ChangePrecision(InPlacePass):
         source: The type to leave.
         target: The type to change to.
         keep: Names of nodes that stay as they are, a Cast before and behind them.
+        outside: Whether inputs and outputs change too.
     """
 
-    def __init__(self, source: ir.DataType, target: ir.DataType, keep: Collection[str] = ()) -> None:
+    def __init__(
+        self, source: ir.DataType, target: ir.DataType, keep: Collection[str] = (), *, outside: bool = False
+    ) -> None:
         super().__init__()
-        self.source, self.target, self.keep = source, target, set(keep)
+        self.source, self.target, self.keep, self.outside = source, target, set(keep), outside
 
     def call(self, model: ir.Model) -> PassResult:
         """Change every value."""
@@ -54,10 +57,13 @@ class ChangePrecision(InPlacePass):
             return PassResult(model, False)
         inner = [value for node in nodes for value in node.outputs if value.dtype == self.source]
         constants = [value for value in graph.initializers.values() if value.dtype == self.source]
-        if not inner and not constants:
+        given = [value for value in graph.inputs if value.dtype == self.source and not value.is_initializer()]
+        if not inner and not constants and not (given and self.outside):
             return PassResult(model, False)
-        for value in list(graph.inputs):
-            if value.dtype == self.source and not value.is_initializer():
+        for value in given:
+            if self.outside:
+                value.type = ir.TensorType(self.target)
+            else:
                 self._cast_readers(graph, value, graphs.consumers(value), self.target, before=nodes[0])
         for value in inner:
             value.type = ir.TensorType(self.target)  # a new one: values share theirs, the input with what reads it
@@ -75,7 +81,7 @@ class ChangePrecision(InPlacePass):
                         others = [use for use in graphs.consumers(value) if use[0].name not in self.keep]
                         self._cast_readers(graph, value, others, self.target, after=node)
         for index, value in enumerate(list(graph.outputs)):
-            if value.dtype == self.target and value in inner:
+            if value.dtype == self.target and value in inner and not self.outside:
                 self._cast_output(graph, index, value)
         return PassResult(model, True)
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from conftest import MODELS, add_weights, sqnr_db
+from test_cli_errors import assert_two_lines, run
 
 import onnxq
 from onnxq import model as models
@@ -101,12 +102,7 @@ def test_a_float32_model_is_left_alone() -> None:
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained classifier in bfloat16, its input too."""
     model = models.load(MODELS / "fashion_resnet.onnx")
-    ChangePrecision(FLOAT, BFLOAT16)(model)
-    (given,) = model.graph.inputs
-    for use in list(given.uses()):
-        for reader in list(use.node.outputs[0].uses()):
-            reader.node.replace_input_with(reader.idx, given)
-    given.type = ir.TensorType(BFLOAT16)
+    ChangePrecision(FLOAT, BFLOAT16, outside=True)(model)
     return models.save(model, tmp_path_factory.mktemp("bfloat16") / "model.onnx")
 
 
@@ -142,7 +138,8 @@ def test_recipes_take_it_as_they_take_float32(
     assert ours["sqnr_db"] > min(theirs["sqnr_db"], 36) - 3  # bfloat16 itself: 39 dB here
     assert "latency_ms_float" not in ours and "float_inference_seconds" not in ours  # of an emulation
     written = ir.load(tmp_path / "bfloat16.onnx")
-    assert written.graph.inputs[0].dtype == BFLOAT16
+    outside = FLOAT if target == "cpu" else BFLOAT16  # numpy, which feeds a CPU, has no bfloat16
+    assert written.graph.inputs[0].dtype == written.graph.outputs[0].dtype == outside
     if target == "cpu":
         assert ours["integer_kernels"] == theirs["integer_kernels"] > 0
     else:
@@ -212,6 +209,32 @@ def test_batch_norms_of_narrow_models_are_folded_in_float32(dtype: ir.DataType) 
     (found,) = Session(model).run({name: x})
     noise = np.square(found - wanted).mean() / np.square(wanted).mean()
     assert -10 * np.log10(noise) > (44 if dtype == BFLOAT16 else 62)
+
+
+def test_a_cpu_refuses_what_stays_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"""{HEAD}
+    net (bfloat16[4,64] x, bool first) => (bfloat16[4,64] y)
+    {{
+        a = MatMul (x, w)
+        y = If (first) <
+            then_branch = t () => (bfloat16[4,64] b) {{ b = Relu (a) }},
+            else_branch = e () => (bfloat16[4,64] c) {{ c = Neg (a) }}
+        >
+    }}
+    """
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    path = models.save(in_bfloat16(text, w=weight), tmp_path / "net.onnx")
+    np.savez(tmp_path / "d.npz", x=np.ones((4, 64), np.float32), first=np.asarray(True))
+    options = ["--data", tmp_path / "d.npz", "-o", tmp_path / "o.onnx"]
+    assert_two_lines(*run(capsys, "quantize", path, "--target", "cpu", *options), "without If", "float32")
+    assert run(capsys, "quantize", path, *options)[0] == 0
+
+
+def test_a_bfloat16_input_alone_becomes_float32(tmp_path: Path) -> None:
+    text = f"{HEAD} net (bfloat16[N,64] x) => (float[N,64] y) {{ f = Cast <to=1> (x) y = MatMul (f, w) }}"
+    path = models.save(add_weights(text, {"w": (64, 64)}), tmp_path / "net.onnx")
+    onnxq.quantize(path, [{"x": np.ones((4, 64), np.float32)}], target="cpu", output=tmp_path / "o.onnx")
+    assert ir.load(tmp_path / "o.onnx").graph.inputs[0].dtype == FLOAT
 
 
 def test_float32_weights_between_bfloat16_are_rounded(classifier: Path, tmp_path: Path) -> None:
