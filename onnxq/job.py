@@ -119,10 +119,8 @@ class Job:
         self.specs = input_specs(self.model)
         self.target.prepare(self.model)
         if self.target.multiplies_one_matrix:
-            named = excluded(
-                self.model.graph, within(self.model.graph, self.settings.left_out)
-            )  # as products they were
-            SplitMatrices(named)(self.model)
+            patterns = within(self.model.graph, self.settings.left_out)  # which name the product that it was
+            SplitMatrices(excluded(self.model.graph, patterns))(self.model)
         if self.settings.rotate:
             self._rotate()
         if self.settings.first_last is not None:

@@ -145,16 +145,17 @@ class Session:
             from onnxq import shapes
             from onnxq.model import is_large, read
 
-            large = is_large(model)
+            large, opened = is_large(model), None
             if not taps and (not large or options.optimized_model_filepath):
                 try:
                     session = _inference_session(os.fspath(model), options, device)
                     if not any(BFLOAT16 in value.type for value in (*session.get_inputs(), *session.get_outputs())):
                         return session
                 except Exception as error:
-                    if not _says(error, UNKNOWN_OP + UNKNOWN_FORMAT) and not is_bfloat16(read(model)):
+                    opened = read(model)
+                    if not _says(error, UNKNOWN_OP + UNKNOWN_FORMAT) and not is_bfloat16(opened):
                         raise
-            model = read(model)  # which may run without its plugins, with FP8 for FP4, and with float32 for bfloat16
+            model = opened or read(model)  # which may run without its plugins, with FP8 for FP4, float32 for bfloat16
             if large or is_bfloat16(model):
                 shapes.infer(model)
         serialized = serialize(model, taps, condense=condense) if isinstance(model, ir.Model) else model
