@@ -16,6 +16,9 @@ from onnxq.rewriting import InPlaceOf
 MOST_MATRICES = 64
 
 
+PART = "matrix"  # in the names of the products that one becomes
+
+
 class SplitMatrices(InPlacePass):
     """Make a product for each matrix of a batch of weights, as of experts that all run. The function stays the same.
 
@@ -75,8 +78,8 @@ def _split(graph: ir.Graph, item: layer_nodes.WeightedNode, weight: ir.Value, na
         parts = list(apart.ops("parts", "Split", [rows], {"axis": rank - 3, "num_outputs": count}, results=count))
     products = []
     for index, (part, matrix) in enumerate(zip(parts, matrices, strict=True)):
-        own = new_initializer(graph, f"{weight.name}_matrix{index}", matrix, weight.dtype or apart.dtype, names)
-        product = apart.op(f"matrix{index}", "MatMul", [part, own])
+        own = new_initializer(graph, f"{weight.name}_{PART}{index}", matrix, weight.dtype or apart.dtype, names)
+        product = apart.op(f"{PART}{index}", "MatMul", [part, own])
         if rank == 2:
             product = apart.op(f"row{index}", "Unsqueeze", [product, apart.integers(f"first{index}", [0])])
         products.append(product)

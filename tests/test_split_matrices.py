@@ -117,5 +117,8 @@ def test_a_product_that_is_excluded_by_its_name_is_not_split(tmp_path: Path) -> 
     data = [rows(OWN_ROWS)]
     result = onnxq.quantize(network(OWN_ROWS, tmp_path), data, target="cpu", exclude=("up",))
     assert "up" in products(result.model) and "down" not in products(result.model)
+    alone = onnxq.quantize(network(OWN_ROWS, tmp_path), data, target="cpu", only=("up",))
+    assert "down" in products(alone.model) and "up" not in products(alone.model)
+    assert alone.numbers["quantized_nodes"] == 3 and alone.numbers["left_float"] == {"down": "excluded"}
     whole = onnxq.quantize(network(OWN_ROWS, tmp_path), data, target="tensorrt")
     assert products(whole.model) == ["up", "down"]  # TensorRT multiplies all at once

@@ -13,6 +13,7 @@ from onnxq import graph as graphs
 from onnxq import layer_nodes
 from onnxq.config import NOT
 from onnxq.errors import OnnxqError
+from onnxq.passes.split_matrices import PART
 from onnxq.scheme import Scheme, Spec
 from onnxq.targets import logarithms
 
@@ -74,6 +75,8 @@ def excluded(graph: ir.Graph, patterns: Sequence[str]) -> set[str]:
     for pattern in patterns:
         is_wanted = pattern.startswith(NOT)
         found = matched(graph, pattern.removeprefix(NOT))
+        if is_wanted and not found:  # a product of several matrices, which became one for each
+            found = matched(graph, f"{pattern.removeprefix(NOT)}_{PART}*")
         if not found:
             examples = ", ".join(item.node.name or "" for item in list(layer_nodes.weighted_nodes(graph))[:3])
             option = "--only" if is_wanted else "--exclude"
