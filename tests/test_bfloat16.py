@@ -237,6 +237,23 @@ def test_a_bfloat16_input_alone_becomes_float32(tmp_path: Path) -> None:
     assert ir.load(tmp_path / "o.onnx").graph.inputs[0].dtype == FLOAT
 
 
+def test_tables_of_a_denoiser_are_bfloat16_too(tmp_path: Path) -> None:
+    """They are recorded in float32, and an Add of both was refused by the compiler alone."""
+    model = models.load(MODELS / "fashion_unet_guided.onnx")
+    ChangePrecision(FLOAT, BFLOAT16, outside=True)(model)
+    path = models.save(model, tmp_path / "unet.onnx")
+    knobs = {"groups": 2, "lowering": "rescale"}
+    schedule = str(MODELS / "fashion_unet_guided.scheduler.json")
+    options = {"recipe": "apq-dm", "knobs": knobs, "steps": 4, "samples": 8, "scheduler": schedule}
+    result = onnxq.quantize(path, output=tmp_path / "o.onnx", **options)
+    tables = [value for value in result.model.graph.initializers.values() if (value.name or "").endswith("_table")]
+    assert tables and {value.dtype for value in tables} == {BFLOAT16}
+    assert result.numbers["sqnr_db"] > 35
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX compiles without a GPU")
+    engine = onnxq.build(tmp_path / "o.onnx", tmp_path / "o.engine", runtime="tensorrt-rtx", sm=["89"])
+    assert not engine.promised_but_float
+
+
 def test_float32_weights_between_bfloat16_are_rounded(classifier: Path, tmp_path: Path) -> None:
     """torch's exporter folds BatchNormalizations so, and nothing runs the file."""
     model = ir.load(classifier)

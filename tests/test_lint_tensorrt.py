@@ -139,6 +139,7 @@ CASES = {
     "E11": (
         "E11", GOOD.replace("Conv<", "ConvTranspose<"), f"{W} y = ConvTranspose(x, wd)", IMAGE, {},
     ),
+    "E12": ("E12", "y = Add(x, h)", "y = Add(x, x)", (f"{IMAGE[0]}, bfloat16[N,32,8,8] h", IMAGE[1]), {}),
     "P1": ("P1", f"{X} {W} c = Conv(xd, wd) {pair('c', 'y')}", f"{X} {W} y = Conv(xd, wd)", IMAGE, {}),
     "P2": (
         "P2",
@@ -394,6 +395,7 @@ PROOFS = {
     "E6": (CASES["E6 Conv, default axis"][1], "float"),
     "E7": (CASES["E7"][1], "refused"),
     "E11": (CASES["E11"][1], "float"),
+    "E12": (CASES["E12"][1], "refused"),
     "P3": (CASES["P3 Relu"][1], "float"),
     "P4": (CASES["P4 scales"][1], "float"),
 }

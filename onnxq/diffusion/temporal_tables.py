@@ -75,11 +75,12 @@ def tabulate(
             if kind is not None:
                 rows[name].append(value[0] if kind else value)
     found = dict(zip(names, kinds, strict=True))
-    stacks = {name: np.stack(parts) for name, parts in rows.items()}
-    return {
-        name: FeatureTable(stack, bool(found[name]), ir.DataType.from_numpy(stack.dtype))
-        for name, stack in stacks.items()
-    }
+    values, tables = graphs.values(model.graph), {}
+    for name, parts in rows.items():
+        stack = np.stack(parts)
+        dtype = values[name].dtype or ir.DataType.from_numpy(stack.dtype)  # bfloat16 runs as float32
+        tables[name] = FeatureTable(stack.astype(dtype.numpy()), bool(found[name]), dtype)
+    return tables
 
 
 def _kinds(one: list[Array], two: list[Array], denoiser: Denoiser, fixed: int | None) -> list[bool | None]:

@@ -137,7 +137,7 @@ class TensorRT:
         LowerOpset()(model)
 
     def lint(self, model: ir.Model, sm: int | None = None) -> list[Finding]:
-        """Rules E1–E10 and P1–P10."""
+        """Rules E1–E12 and P1–P10."""
         from onnxq.targets.tensorrt_lint import lint
 
         return lint(model, sm)

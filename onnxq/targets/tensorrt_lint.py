@@ -1,14 +1,16 @@
 """What TensorRT refuses, or silently compiles as something else.
 
-Rules E1–E11 are errors and live here; P1–P11, which cost speed or exactness, live in ``tensorrt_advice``. Every rule
+Rules E1–E12 are errors and live here; P1–P11, which cost speed or exactness, live in ``tensorrt_advice``. Every rule
 was tried on TensorRT-RTX without a GPU; a message says what was expected and what was found, at which node.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import onnx.defs
 import onnx_ir as ir
 
 from onnxq import dynamic_fp4, layer_nodes
@@ -232,6 +234,46 @@ def transposed_convolution(reading: Reading) -> Broken:
             yield product.node, f"expected a float ConvTranspose, found Q/DQ on its input ({name_of(activation.node)})"
 
 
+def types_agree(reading: Reading) -> Broken:
+    """E12: what an op wants in one type is in one: an Add does not take float32 and bfloat16."""
+    opset = reading.model.graph.opset_imports.get("", onnx.defs.onnx_opset_version())
+    for node in reading.nodes:
+        if node.domain not in graphs.ONNX_DOMAINS or graphs.is_quantize(node) or graphs.is_dequantize(node):
+            continue
+        found: dict[str, dict[ir.DataType, str]] = {}
+        for kind, value in _kinds_of_values(node, opset):
+            is_bias = graphs.is_op(node, *layer_nodes.WEIGHTED_OPS) and value in node.inputs[2:]  # E4
+            if value.dtype is not None and not is_bias and not graphs.is_dequantize(value.producer()):  # E8
+                found.setdefault(kind, {}).setdefault(value.dtype, value.name or "")
+        for types in found.values():
+            if len(types) > 1:
+                (one, first), (other, second) = list(types.items())[:2]
+                yield node, f"expected one type, found {spelled(one)} {first} and {spelled(other)} {second}"
+
+
+@functools.cache
+def _kinds(op_type: str, opset: int) -> tuple[list[str | None], list[str | None]]:
+    """Type parameters of an op's inputs and outputs in order, the last for all behind; ``None`` where any type goes."""
+    try:
+        schema = onnx.defs.get_schema(op_type, opset)
+    except onnx.defs.SchemaError:
+        return [], []
+    parameters = {constraint.type_param_str for constraint in schema.type_constraints}
+    inputs, outputs = (
+        [item.type_str if item.is_homogeneous and item.type_str in parameters else None for item in items]
+        for items in (schema.inputs, schema.outputs)
+    )
+    return inputs, outputs
+
+
+def _kinds_of_values(node: ir.Node, opset: int) -> Iterator[tuple[str, ir.Value]]:
+    for kinds, values in zip(_kinds(node.op_type, opset), (node.inputs, node.outputs), strict=True):
+        for index, value in enumerate(values if kinds else ()):
+            kind = kinds[min(index, len(kinds) - 1)]
+            if kind is not None and value is not None:
+                yield kind, value
+
+
 ERRORS: dict[str, Rule] = {
     "E1": scale_known,
     "E2": scale_usable,
@@ -244,6 +286,7 @@ ERRORS: dict[str, Rule] = {
     "E9": supported,
     "E10": hardware,
     "E11": transposed_convolution,
+    "E12": types_agree,
 }
 
 
