@@ -127,9 +127,14 @@ class _Interrupted(BaseException):
 
 
 def _interrupt(number: int, frame: object) -> None:
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, STILL_WAITING_SECONDS, STILL_WAITING_SECONDS)
+    _set_alarm(STILL_WAITING_SECONDS)
     raise _Interrupted
+
+
+def _set_alarm(seconds: float) -> None:
+    """Every so many seconds; 0: never again. Windows has none."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
 
 
 def _interrupt_a_wait(number: int, frame: FrameType | None) -> None:
@@ -167,8 +172,7 @@ def _fail(message: str, hint: str, code: int) -> NoReturn:
 
 def _end(message: str, hint: str, code: int) -> NoReturn:
     """The same, without waiting for threads: one of them may never end."""
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    _set_alarm(0)
     _say(message, hint)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -26,7 +26,6 @@ from onnxq.calibration import sizes
 from onnxq.diffusion.router import Router
 from onnxq.diffusion.subgraphs import is_index
 from onnxq.interfaces import check_outputs, common_inputs
-from onnxq.passes.emulate_bfloat16 import is_bfloat16
 from onnxq.report.metrics import json_safe
 from onnxq.report.quality import Quality
 from onnxq.runtime import Array
@@ -162,7 +161,7 @@ def compare(
     float8 = any(graphs.holds_narrow_floats(part.graph.graph) for part in parts)  # a simulation's latency
     if latency and bench.large:
         result.warnings.append("not timed: a model over 512 MiB runs in parts here, and whole where it is deployed")
-    elif latency and (is_bfloat16(bench.original) or any(is_bfloat16(part.graph) for part in parts)):
+    elif latency and any(graphs.is_bfloat16(model) for model in (bench.original, *(part.graph for part in parts))):
         result.warnings.append("not timed: onnxruntime has no kernels of bfloat16, and float32 stands for it here")
     elif latency and not float8:
         times = bench.latency_ms(parts, threads)

@@ -148,6 +148,15 @@ def holds_narrow_floats(graph: ir.Graph) -> bool:
     )
 
 
+def is_bfloat16(model: ir.Model) -> bool:
+    """Whether any value of the model is bfloat16."""
+    return any(
+        value.dtype == ir.DataType.BFLOAT16
+        for graph in model.graphs()
+        for value in (*graph.inputs, *graph.initializers.values(), *(made for node in graph for made in node.outputs))
+    )
+
+
 def tensor_outputs(graph: ir.Graph) -> list[str]:
     """Names of the graph's outputs that are tensors: sequences and optional values are not compared."""
     return [value.name or "" for value in graph.outputs if is_tensor(value)]

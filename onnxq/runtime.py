@@ -18,10 +18,10 @@ import onnx_ir as ir
 import onnxruntime
 
 from onnxq import cuda, custom_ops, machine
+from onnxq import graph as graphs
 from onnxq.condensed import condensed
 from onnxq.errors import LESS_MEMORY, OnnxqError, ran_out_of_memory
 from onnxq.parts import Parts
-from onnxq.passes.emulate_bfloat16 import is_bfloat16
 from onnxq.serialized import Serialized, serialize
 
 Array = np.ndarray[Any, Any]
@@ -153,10 +153,10 @@ class Session:
                         return session
                 except Exception as error:
                     opened = read(model)
-                    if not _says(error, UNKNOWN_OP + UNKNOWN_FORMAT) and not is_bfloat16(opened):
+                    if not _says(error, UNKNOWN_OP + UNKNOWN_FORMAT) and not graphs.is_bfloat16(opened):
                         raise
             model = opened or read(model)  # which may run without its plugins, with FP8 for FP4, float32 for bfloat16
-            if large or is_bfloat16(model):
+            if large or graphs.is_bfloat16(model):
                 shapes.infer(model)
         serialized = serialize(model, taps, condense=condense) if isinstance(model, ir.Model) else model
         self.emulates_bfloat16 = serialized.emulates_bfloat16

@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from onnxq import condensed as condensing
 from onnxq import dynamic_fp4
-from onnxq.graph import values as named_values
-from onnxq.passes.emulate_bfloat16 import EmulateBfloat16, is_bfloat16
+from onnxq import graph as graphs
+from onnxq.passes.emulate_bfloat16 import EmulateBfloat16
 from onnxq.plugins import without_plugins
 
 Array = np.ndarray[Any, Any]
@@ -75,13 +75,13 @@ def serialize(
         means: Whether means of channels are wanted of condensed taps too.
     """
     model = without_plugins(model)
-    narrow = is_bfloat16(model)
+    narrow = graphs.is_bfloat16(model)
     model = model.clone() if condense or narrow else model
     if narrow:
         EmulateBfloat16()(model)
     graph = model.graph
     own = {value.name for value in graph.outputs}
-    known = named_values(graph) if taps else {}
+    known = graphs.values(graph) if taps else {}
     further = {name: [known[name]] for name in taps if name not in own}
     condensed: dict[str, tuple[list[str], list[int]]] = {}
     if condense:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
@@ -39,20 +38,11 @@ class EmulateBfloat16(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Change the graph and the bodies of its nodes."""
-        if not is_bfloat16(model):
+        if not graphs.is_bfloat16(model):
             return PassResult(model, False)
         for graph in list(model.graphs()):
             _emulate(graph)
         return PassResult(model, True)
-
-
-def is_bfloat16(model: ir.Model) -> bool:
-    """Whether any value of the model is bfloat16."""
-    return any(
-        value.dtype == BFLOAT16
-        for graph in model.graphs()
-        for value in (*graph.inputs, *graph.initializers.values(), *(made for node in graph for made in node.outputs))
-    )
 
 
 def _emulate(graph: ir.Graph) -> None:
@@ -107,5 +97,4 @@ def _change_attributes(node: ir.Node) -> None:
             node.attributes[name] = ir.AttrInt64(name, int(FLOAT))
     held = node.attributes.get("value")
     if held is not None and held.type == ir.AttributeType.TENSOR and held.as_tensor().dtype == BFLOAT16:
-        numbers = held.as_tensor().numpy().astype(ml_dtypes.bfloat16).astype(np.float32)
-        node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(numbers))
+        node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(held.as_tensor().numpy().astype(np.float32)))

@@ -14,11 +14,12 @@ from conftest import MODELS, add_weights, sqnr_db
 from test_cli_errors import assert_two_lines, run
 
 import onnxq
+from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq import serialized
 from onnxq.half import to_half
 from onnxq.passes.change_precision import ChangePrecision
-from onnxq.passes.emulate_bfloat16 import EmulateBfloat16, is_bfloat16
+from onnxq.passes.emulate_bfloat16 import EmulateBfloat16
 from onnxq.passes.fold_batchnorm import FoldBatchNorm
 from onnxq.runtime import Session
 
@@ -66,7 +67,7 @@ def test_every_number_in_between_is_one_of_bfloat16(tmp_path: Path) -> None:
     opened = Session(tmp_path / "steps.onnx")
     assert opened.emulates_bfloat16 and opened.output_names == ["y", "size"]
     np.testing.assert_array_equal(opened.run({"x": x})[0], wanted)
-    assert is_bfloat16(model)  # it is what it was
+    assert graphs.is_bfloat16(model)  # it is what it was
 
 
 def test_bodies_are_emulated_too() -> None:
@@ -95,7 +96,7 @@ def test_bodies_are_emulated_too() -> None:
 
 def test_a_float32_model_is_left_alone() -> None:
     model = models.load(MODELS / "fashion_resnet.onnx")
-    assert not is_bfloat16(model) and not EmulateBfloat16()(model).modified
+    assert not graphs.is_bfloat16(model) and not EmulateBfloat16()(model).modified
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,7 @@ def corrected_apart(model: ir.Model, means: Mapping[str, Array]) -> dict[str, Ar
             continue
         found = array_of(value)
         if own is None or not np.array_equal(found, own):
-            corrected[value.name or ""] = found
+            corrected[value.name or ""] = found.astype(np.float32)  # as students learn
             value.const_value = ir.tensor(np.zeros_like(found) if own is None else own, name=value.name)
     return corrected
 

@@ -79,7 +79,7 @@ def tabulate(
     for name, parts in rows.items():
         stack = np.stack(parts)
         dtype = values[name].dtype or ir.DataType.from_numpy(stack.dtype)  # bfloat16 runs as float32
-        tables[name] = FeatureTable(stack.astype(dtype.numpy()), bool(found[name]), dtype)
+        tables[name] = FeatureTable(stack.astype(dtype.numpy(), copy=False), bool(found[name]), dtype)
     return tables
 
 

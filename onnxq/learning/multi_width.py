@@ -189,7 +189,7 @@ def train_widths(
         job.checkpoint,
         fingerprint(job.model, "widths", outputs, options, own, balance, samples, job.settings.seed, sorted(biases)),
     )
-    starts = {name: torch.from_numpy(array.astype(np.float32)) for name, array in biases.items()}
+    starts = {name: torch.from_numpy(array) for name, array in biases.items()}
     tables: dict[str, Array] = {}
     settled: set[str] = set()  # an initializer that two blocks share is learned in the first
     with (

@@ -132,7 +132,7 @@ class ZeroShot:
         self.student = Student(
             self.graph,
             found_quantizers.find(job.model.graph),
-            starts={name: torch.from_numpy(array.astype(np.float32)) for name, array in biases.items()},
+            starts={name: torch.from_numpy(array) for name, array in biases.items()},
             learn_weights=knobs.weight_rate > 0,
             learn_steps=knobs.step_rate > 0,
             scaled=knobs.optimizer == "sgd",

@@ -82,7 +82,6 @@ class Cpu:
     def prepare(self, model: ir.Model) -> None:
         """Compute in float32, fold BatchNormalization and Pad, write the rest in ops that integer kernels match."""
         from onnxq.passes.change_precision import ChangePrecision
-        from onnxq.passes.emulate_bfloat16 import is_bfloat16
         from onnxq.passes.fold_affine import FoldAffine
         from onnxq.passes.fold_batchnorm import FoldBatchNorm
         from onnxq.passes.fuse_activations import FuseActivations
@@ -93,7 +92,7 @@ class Cpu:
         for other in (ir.DataType.FLOAT16, ir.DataType.DOUBLE):
             ChangePrecision(other, ir.DataType.FLOAT)(model)  # which alone integer kernels read
         ChangePrecision(ir.DataType.BFLOAT16, ir.DataType.FLOAT, outside=True)(model)  # which numpy does not have
-        if is_bfloat16(model):
+        if graphs.is_bfloat16(model):
             raise OnnxqError(
                 "expected a bfloat16 model without If, Loop and Scan for --target cpu, found one with such a node",
                 hint="export it in float32: onnxruntime has no kernels of bfloat16 on a CPU",
