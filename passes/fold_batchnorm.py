@@ -35,9 +35,11 @@ class FoldBatchNorm(InPlacePass):
 
         _check_sizes(model.graph)
         names = _names_by_final_output(model.graph)
-        _widen(model.graph)
+        widened = _widen(model.graph)
         count = _fuse_batchnorm.rules.apply_to_model(model)
         count += _fuse_pad_into_conv.rules.apply_to_model(model)
+        for value, tensor in widened.items():  # of what was not folded
+            value.const_value, value.type = tensor, ir.TensorType(tensor.dtype)
         MatchTypes()(model)
         if count:
             for node in model.graph:
@@ -69,8 +71,9 @@ def _check_sizes(graph: ir.Graph) -> None:
             )
 
 
-def _widen(graph: ir.Graph) -> None:
-    """Constants of BatchNormalizations and of what they follow in float32, until they have been folded."""
+def _widen(graph: ir.Graph) -> dict[ir.Value, ir.TensorProtocol]:
+    """Let what is going to be folded be float32; returns what it was."""
+    found: dict[ir.Value, ir.TensorProtocol] = {}
     for node in graph:
         if not graphs.is_op(node, "BatchNormalization"):
             continue
@@ -78,8 +81,10 @@ def _widen(graph: ir.Graph) -> None:
         layer = before if graphs.is_op(before, *layer_nodes.WEIGHTED_OPS) else None
         for value in (*node.inputs[1:], *(layer.inputs if layer is not None else ())):
             if value is not None and value.const_value is not None and value.dtype in NARROW:
+                found[value] = value.const_value
                 value.const_value = ir.Tensor(value.const_value.numpy().astype(np.float32), name=value.name)
                 value.type = ir.TensorType(ir.DataType.FLOAT)
+    return found
 
 
 def _names_by_final_output(graph: ir.Graph) -> dict[str, str]:

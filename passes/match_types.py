@@ -23,8 +23,8 @@ class MatchTypes(InPlacePass):
 
         x bfloat16, W bfloat16 ─► Conv ─► y bfloat16
 
-    No operator reads both. Folding a BatchNormalization makes such weights, here in order to compute in float32, and in
-    torch's exporter unnoticed: its files of networks in bfloat16 run nowhere.
+    No layer reads both (a BatchNormalization may). Folding one into a layer makes such weights, here in order to
+    compute in float32, and in torch's exporter unnoticed: its files of networks in bfloat16 run nowhere.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -32,7 +32,7 @@ class MatchTypes(InPlacePass):
         found = False
         for node in model.graph.all_nodes():
             read = node.inputs[0] if node.inputs else None
-            if read is None or not graphs.is_op(node, "BatchNormalization", *layer_nodes.WEIGHTED_OPS):
+            if read is None or not graphs.is_op(node, *layer_nodes.WEIGHTED_OPS):
                 continue
             wanted, result = read.dtype, node.outputs[0]
             if wanted is None or wanted not in NARROW:

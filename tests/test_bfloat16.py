@@ -212,6 +212,32 @@ def test_batch_norms_of_narrow_models_are_folded_in_float32(dtype: ir.DataType) 
     assert -10 * np.log10(noise) > (44 if dtype == BFLOAT16 else 62)
 
 
+def test_statistics_of_a_batch_norm_may_be_float32(tmp_path: Path) -> None:
+    """As ONNX allows from opset 15 on; and what no layer is before keeps its numbers."""
+    text = f"""{HEAD}
+    net (float16[N,8,4,4] x) => (float16[N,8,4,4] y)
+    {{
+        r = Relu (x)
+        [norm] y = BatchNormalization (r, scale, shift, mean, variance)
+    }}
+    """
+    arrays = {"scale": np.ones(8), "shift": np.full(8, 0.1), "mean": np.full(8, 3e-9), "variance": np.full(8, 1e6)}
+    model = ir.from_onnx_text(text)
+    norm = next(node for node in model.graph if node.name == "norm")
+    for value in norm.inputs[1:]:
+        assert value is not None
+        dtype = FLOAT if value.name in ("mean", "variance") else ir.DataType.FLOAT16
+        value.const_value = ir.Tensor(arrays[value.name or ""].astype(dtype.numpy()), name=value.name)
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape([8])
+        model.graph.register_initializer(value)
+    loaded = models.load(models.save(model, tmp_path / "net.onnx"))
+    FoldBatchNorm()(loaded)
+    for name, value in loaded.graph.initializers.items():
+        held = value.const_value.numpy()
+        assert held.dtype == (np.float32 if name in ("mean", "variance") else np.float16)
+        np.testing.assert_array_equal(held, arrays[name].astype(held.dtype))
+
+
 def test_a_cpu_refuses_what_stays_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = f"""{HEAD}
     net (bfloat16[4,64] x, bool first) => (bfloat16[4,64] y)
