@@ -22,6 +22,7 @@ from onnx_ir.passes import Sequential
 from onnxq import constant_folding, identities, layer_nodes, plugins, shapes
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
+from onnxq.passes.expand_einsum import ExpandEinsum
 from onnxq.passes.expand_fusions import ExpandFusions, claim_simplified_norms
 from onnxq.passes.free_invariants import FreeInvariants
 from onnxq.passes.match_types import MatchTypes
@@ -162,6 +163,7 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
     model.ir_version = max(model.ir_version or 0, 10)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     FreeInvariants()(model)
+    ExpandEinsum()(model)
     constant_folding.fold(model)
     identities.eliminate(model)
     common_passes.RemoveUnusedNodesPass()(model)

@@ -26,6 +26,7 @@ from onnxq.runtime import Session  # noqa: E402
 from onnxq.synthesis.attention import (  # noqa: E402
     PatchEntropy,
     attention_outputs,
+    MOST_PATCHES,
     differential_entropy,
     patch_similarities,
     taken_apart,
@@ -378,3 +379,27 @@ def test_the_term_adds_attentions_up() -> None:
     inputs = torch.zeros(4, 3, 8, 8)
     alone = [float(PatchEntropy([name])(inputs, taps)) for name in "ab"]
     assert float(PatchEntropy(["a", "b"])(inputs, taps)) == pytest.approx(sum(alone), rel=1e-5)
+
+
+def test_the_gradient_of_an_entropy_is_that_of_its_kernels() -> None:
+    """Computed point by point, so that memory does not grow with the points; the grid's own ends have no gradient."""
+    values = torch.rand(3, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    values[:, 0], values[:, 1] = 0.0, 1.0  # the ends
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+
+    def entropy(inner: torch.Tensor) -> torch.Tensor:
+        return differential_entropy(torch.cat([values[:, :2], inner], dim=1), 0.1, 25) @ weights
+
+    inner = values[:, 2:].clone().requires_grad_()
+    assert torch.autograd.gradcheck(entropy, (inner,))
+
+
+def test_of_many_patches_some_are_compared() -> None:
+    """An early stage at 256² has 4,096 patches: all pairs of 16 pictures would take gigabytes at each step."""
+    stage = torch.randn(2, 1, 4096, 8, generator=torch.Generator().manual_seed(2))
+    stage[:, :, :2048] += 1.0  # an object
+    found = patch_similarities(stage, 2)
+    assert found.shape == (2, MOST_PATCHES**2)
+    every = torch.nn.functional.normalize(stage.mean(1), dim=-1)
+    whole = (every @ every.transpose(1, 2)).reshape(2, -1)
+    assert torch.allclose(differential_entropy(found, 0.05, 50), differential_entropy(whole, 0.05, 50), atol=0.02)

@@ -11,7 +11,7 @@ from conftest import DATA
 import onnxq
 from onnxq.calibration.data import InputSpec, Preprocessing, open_source
 from onnxq.calibration.generated_text import GeneratedText
-from onnxq.calibration.text import role_of, text_feed
+from onnxq.calibration.text import roles_of, text_feed
 from onnxq.comparison import compare
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
@@ -75,7 +75,7 @@ def test_a_quantized_decoder_decodes_from_its_cache_what_it_reads_at_once(
 def test_inputs_that_are_no_cache_are_refused(tmp_path: Path) -> None:
     tokens = InputSpec("input_ids", np.dtype(np.int64), (None, None))
     cache = InputSpec("past_key_values.0.key", FLOAT, (None, 4, None, 8))
-    assert role_of(cache) == "cache"
+    assert roles_of([cache]) == {cache.name: "cache"}
     text, vocabulary = tmp_path / "text.txt", tmp_path / "tokenizer.bin"
     text.write_text("some text")
     vocabulary.write_bytes(b"")
@@ -85,7 +85,7 @@ def test_inputs_that_are_no_cache_are_refused(tmp_path: Path) -> None:
         ("past_key_values.0.encoder.key", (None, 4, None, 8)),  # what an encoder gave, never empty
         ("hidden", (None, None, 8)),
     ):
-        assert role_of(InputSpec(name, FLOAT, shape)) is None
+        assert roles_of([InputSpec(name, FLOAT, shape)]) == {name: None}
     if not DATA.is_dir():
         pytest.skip("the real models are not here (../shared/data)")
     with pytest.raises(OnnxqError, match="found input 'hidden'"):

@@ -26,7 +26,10 @@ CASES = {
         "[gru] l, h = GRU <hidden_size = 64> (a, wide, wide) b = Squeeze (l, one)",
         {"gru": "the weights of GRU have no form with Q/DQ"},
     ),
-    "Einsum": ('[sum] b = Einsum <equation = "nij,jk->nik"> (a, w1)', {"sum": "an Einsum has no kernel for codes"}),
+    "Einsum": (  # of a diagonal, which no MatMul reads
+        '[sum] b = Einsum <equation = "nij,jj->nij"> (a, w1)',
+        {"sum": "an Einsum has no kernel for codes"},
+    ),
     "domain": (
         "[fused] b = com.microsoft.FusedMatMul (a, w1)",
         {"fused": "it is of the domain com.microsoft"},

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import DATA
+from conftest import DATA, add_weights
 from test_prompts import clip_tokenizer
 from typer.testing import CliRunner
 
 import onnxq
+from onnxq import model as models
 from onnxq.calibration.data import InputSpec, Preprocessing, open_source
+from onnxq.calibration.text import roles_of
 from onnxq.calibration.tokenizers import open_tokenizer, read_llama2c
 from onnxq.cli import app
 from onnxq.errors import OnnxqError
@@ -235,3 +237,34 @@ def test_an_encoder_is_calibrated_on_text_or_on_random_tokens(
     guessed = onnxq.quantize(encoder, target=target)
     assert guessed.numbers["sqnr_db"] > 25  # words of the vocabulary, not tokens that are out of bounds
     assert "random tokens" in guessed.numbers["warnings"][0]
+
+
+KERAS = (
+    '<ir_version: 10, opset_import: ["" : 21]> g (int32[B,16] keras_tensor) => (float[B,16,64] y) '
+    "<int32 zero = {0}, int32 size = {40}> {"
+    " negative = Less (keras_tensor, zero)"
+    " from_the_end = Add (keras_tensor, size)"
+    " index = Where (negative, from_the_end, keras_tensor)"
+    " e = Gather (w0, index)"
+    " [first] a = MatMul (e, w1)"
+    " b = Relu (a)"
+    " [second] y = MatMul (b, w2) }"
+)
+
+
+def test_tokens_of_another_name_that_are_counted_from_the_end(tmp_path: Path) -> None:
+    """Keras names no input, and numpy's negative indices stand between it and the table."""
+    shapes = {"w0": (40, 64), "w1": (64, 64), "w2": (64, 64)}
+    path = models.save(add_weights(KERAS, shapes), tmp_path / "m.onnx")
+    result = onnxq.quantize(path, target="tensorrt")
+    assert result.numbers["quantized_nodes"] == 2
+    assert "random tokens" in result.numbers["warnings"][0]
+
+
+def test_tokens_are_told_by_name_first() -> None:
+    rows = [InputSpec(name, np.dtype(np.int64), (None, 16)) for name in ("input_ids", "other", "third")]
+    assert roles_of(rows) == {"input_ids": "tokens", "other": None, "third": None}
+    assert roles_of(rows[1:2]) == {"other": "tokens"}
+    assert roles_of(rows[1:]) == {"other": None, "third": None}  # which of the two cannot be told
+    whole = [InputSpec("picture", np.dtype(np.uint8), (1, 3, 8, 8)), rows[1]]
+    assert roles_of(whole) == {"picture": None, "other": "tokens"}

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxq.calibration.data import InputSpec, fixed_batch
 from onnxq.calibration.random_tokens import vocabulary_size
-from onnxq.calibration.text import fixed_length, role_of, text_feed
+from onnxq.calibration.text import fixed_length, roles_of, text_feed
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 
@@ -44,7 +44,7 @@ def sees_what_follows(model: ir.Model, specs: Sequence[InputSpec], session: Sess
         each token, that reads what text does not give, or does not run on random tokens.
     """
     shape = model.graph.outputs[0].shape
-    if shape is None or len(shape) != 3 or any(role_of(spec) in ("segments", None) for spec in specs):
+    if shape is None or len(shape) != 3 or {"segments", None} & set(roles_of(specs).values()):
         return None
     known = vocabulary_size(model, specs) or 2
     length = fixed_length(specs) or LENGTH

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.calibration.data import InputSpec, Sample, fixed_batch
-from onnxq.calibration.text import check_roles, fixed_length, role_of, text_feed, text_sample
+from onnxq.calibration.text import check_roles, fixed_length, roles_of, text_feed, text_sample
 from onnxq.errors import OnnxqError
 from onnxq.runtime import Session
 
@@ -96,7 +96,8 @@ class GeneratedText:
 
         Taken to be in the same order, and tried: two tokens, read one by one and together, have to say the same.
         """
-        caches = [spec for spec in self.specs if role_of(spec) == "cache"]
+        roles = roles_of(self.specs)
+        caches = [spec for spec in self.specs if roles[spec.name] == "cache"]
         paired = {spec.name: name for spec, name in zip(caches, self._session.output_names[1:], strict=False)}
         if not caches or len(paired) < len(caches) or self.fixed is not None:
             return {}
@@ -114,10 +115,9 @@ class GeneratedText:
     def _step(self, tokens: Array, past: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         """Scores of the token after the last, which alone is read, and the caches after it."""
         feed = text_feed(self.specs, tokens)
-        for spec in self.specs:
-            role = role_of(spec)
+        for name, role in roles_of(self.specs).items():
             if role != "mask":  # which is as long as the cache and what is new together
-                feed[spec.name] = past[spec.name] if role == "cache" else feed[spec.name][:, -1:]
+                feed[name] = past[name] if role == "cache" else feed[name][:, -1:]
         names = [self._session.output_names[0], *self._caches.values()]
         logits, *caches = self._session.run(feed, names)
         return np.asarray(logits[:, -1]), dict(zip(self._caches, caches, strict=True))
@@ -125,4 +125,4 @@ class GeneratedText:
     def _empty(self) -> dict[str, Array]:
         """Caches of no tokens."""
         feed = text_feed(self.specs, np.zeros((self.batch, 1), np.int64))
-        return {spec.name: feed[spec.name] for spec in self.specs if role_of(spec) == "cache"}
+        return {name: feed[name] for name, role in roles_of(self.specs).items() if role == "cache"}

@@ -10,13 +10,17 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.calibration.data import InputSpec, Sample
-from onnxq.calibration.text import check_roles, fixed_length, role_of, text_sample
+from onnxq.calibration.text import check_roles, fixed_length, roles_of, text_sample
 from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
 
 LENGTH = 32
 HINT = "give --data FILE.txt with --tokenizer, or FILE.npz keyed by input name"
+
+SAME_TOKENS = ("Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Where", "Add", "Sub", "Mul", "Clip",
+               "Max", "Min")  # fmt: skip
+"""What exporters put between tokens and their table, to count from the end or to stay inside it."""
 
 
 class RandomTokens:
@@ -57,14 +61,25 @@ class RandomTokens:
 
 def vocabulary_size(model: ir.Model, specs: Sequence[InputSpec]) -> int | None:
     """How many tokens the model knows: rows of the table that they index; ``None`` where there is no such table."""
-    tokens = {spec.name for spec in specs if role_of(spec) == "tokens"}
+    tokens = {name for name, role in roles_of(specs).items() if role == "tokens"}
     for node in model.graph.all_nodes():
         if not graphs.is_op(node, "Gather") or node.attributes.get_int("axis", 0) != 0:
             continue
         table, indices = node.inputs[:2]
-        while indices is not None and (maker := indices.producer()) is not None and graphs.is_op(maker, "Cast"):
-            indices = maker.inputs[0]
-        if table is not None and indices is not None and indices.name in tokens and table.shape is not None:
+        if table is not None and table.shape is not None and tokens & _made_from(indices):
             rows = table.shape[0]
             return rows if isinstance(rows, int) else None
     return None
+
+
+def _made_from(indices: ir.Value | None) -> set[str]:
+    """Names of the values that the indices of a table are, but for a type, a shape or an offset."""
+    reached = {} if indices is None else {indices: None}
+    waiting = list(reached)
+    for value in waiting:  # grows meanwhile
+        maker = value.producer()
+        if maker is not None and graphs.is_op(maker, *SAME_TOKENS):
+            before = [source for source in maker.inputs if source is not None and source not in reached]
+            reached.update(dict.fromkeys(before))
+            waiting.extend(before)
+    return {value.name for value in reached if value.name}

@@ -86,8 +86,20 @@ class Text:
             yield {name: value[0] for name, value in text_feed(self.specs, row[None], mask[None]).items()}
 
 
-def role_of(spec: InputSpec) -> str | None:
-    """What an input takes: ``tokens``, ``mask``, ``positions``, ``segments``, ``cache`` or ``switch``; or ``None``."""
+def roles_of(specs: Sequence[InputSpec]) -> dict[str, str | None]:
+    """What each input takes: ``tokens``, ``mask``, ``positions``, ``segments``, ``cache`` or ``switch``; or ``None``.
+
+    Told by the ends of names; where no input is named as tokens are, the only one of integers [batch, sequence] with
+    another name is the tokens.
+    """
+    roles = {spec.name: _role_by_name(spec) for spec in specs}
+    others = [spec.name for spec in specs if roles[spec.name] is None and _is_integer_rows(spec)]
+    if "tokens" not in roles.values() and len(others) == 1:
+        roles[others[0]] = "tokens"
+    return roles
+
+
+def _role_by_name(spec: InputSpec) -> str | None:
     name = spec.name.lower()
     if spec.dtype.kind == "b":
         return "switch" if name.endswith(SWITCHES) and len(spec.shape) < 2 else None
@@ -95,9 +107,13 @@ def role_of(spec: InputSpec) -> str | None:
         return "cache" if CACHE in name and ENCODER not in name and _grows(spec) else None
     ends = {"mask": MASKS, "positions": POSITIONS, "segments": SEGMENTS, "tokens": TOKENS}
     for role, endings in ends.items():
-        if spec.dtype.kind in "iu" and len(spec.shape) == 2 and name.endswith(endings):
+        if _is_integer_rows(spec) and name.endswith(endings):
             return role
     return None
+
+
+def _is_integer_rows(spec: InputSpec) -> bool:
+    return spec.dtype.kind in "iu" and len(spec.shape) == 2
 
 
 def check_roles(specs: Sequence[InputSpec], *, hint: str) -> None:
@@ -106,8 +122,9 @@ def check_roles(specs: Sequence[InputSpec], *, hint: str) -> None:
     Raises:
         OnnxqError: there is one.
     """
+    roles = roles_of(specs)
     for spec in specs:
-        if role_of(spec) is None:
+        if roles[spec.name] is None:
             shape = ["free" if size is None else size for size in spec.shape]
             raise OnnxqError(
                 "expected a model that reads tokens, masks, positions and segments [batch, sequence] and a cache of "
@@ -118,7 +135,8 @@ def check_roles(specs: Sequence[InputSpec], *, hint: str) -> None:
 
 def fixed_length(specs: Sequence[InputSpec]) -> int | None:
     """The sequence length that the model was exported for; ``None``: any."""
-    tokens = (spec for spec in specs if role_of(spec) == "tokens")
+    roles = roles_of(specs)
+    tokens = (spec for spec in specs if roles[spec.name] == "tokens")
     return next((size for spec in tokens if (size := spec.shape[1]) is not None), None)
 
 
@@ -129,7 +147,7 @@ def text_feed(specs: Sequence[InputSpec], tokens: Array, mask: Array | None = No
     position, as they would be if they had come out of the cache one by one.
 
     Args:
-        specs: The model's inputs (see :func:`role_of`).
+        specs: The model's inputs (see :func:`roles_of`).
         tokens: Tokens [batch, sequence].
         mask: 1 where there is text, 0 where a row is filled up; ``None``: text everywhere.
 
@@ -139,9 +157,9 @@ def text_feed(specs: Sequence[InputSpec], tokens: Array, mask: Array | None = No
     """
     mask = np.ones_like(tokens) if mask is None else mask
     values = {"tokens": tokens, "mask": mask, "segments": np.zeros_like(tokens)}
-    feed = {}
+    feed, roles = {}, roles_of(specs)
     for spec in specs:
-        role = role_of(spec) or ""
+        role = roles[spec.name] or ""
         if role == "switch":
             feed[spec.name] = np.ones([1 if spec.is_whole else len(tokens)] * len(spec.shape), spec.dtype)
         elif role == "cache":

@@ -12,7 +12,7 @@ from onnxq import graph as graphs
 from onnxq import kinds, layer_nodes
 from onnxq.calibration.channels import ChannelStatistics, record_channels
 from onnxq.calibration.random_tokens import RandomTokens, vocabulary_size
-from onnxq.calibration.text import role_of
+from onnxq.calibration.text import roles_of
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.learning.channel_scales import TINY, expected_error, migration, output_errors, weight_maxima, weight_specs
@@ -248,8 +248,9 @@ def _of_rare_tokens(job: Job, axes: Mapping[str, int]) -> dict[str, ChannelStati
 
 def _rare_tokens(job: Job) -> RandomTokens | None:
     """Random tokens in sequences as long as the samples', ``None`` for a model that reads something else."""
-    tokens = [spec.name for spec in job.specs if role_of(spec) == "tokens"]
-    if any(role_of(spec) is None for spec in job.specs) or vocabulary_size(job.model, job.specs) is None:
+    roles = roles_of(job.specs)
+    tokens = [name for name, role in roles.items() if role == "tokens"]
+    if None in roles.values() or vocabulary_size(job.model, job.specs) is None:
         return None
     length = len(next(iter(job.source))[tokens[0]])
     count = -(-RARE_TOKENS // length)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from onnxq import graph as graphs
 from onnxq.attention import attention_products
@@ -21,6 +21,7 @@ from onnxq.passes.decompose_attention import DecomposeAttention
 
 DENSITY_FLOOR = 1e-4
 NARROWEST_GRID = 4.0  # bandwidths; equal similarities would else have an entropy of 0, above that of a narrow peak
+MOST_PATCHES = 576  # of a 384² picture; the similarities of more are judged by as many of them, spread evenly
 MOST_EXTRA_TOKENS = 2  # a class token, and one for distillation
 
 
@@ -54,6 +55,8 @@ def patch_similarities(values: Tensor, samples: int) -> Tensor:
         values = values.reshape(samples, -1, *values.shape[1:])
     patches = values.mean(1)  # over heads
     patches = patches[:, _extra_tokens(patches.shape[1]) :]
+    if patches.shape[1] > MOST_PATCHES:
+        patches = patches[:, torch.linspace(0, patches.shape[1] - 1, MOST_PATCHES, device=patches.device).long()]
     unit = torch.nn.functional.normalize(patches, dim=-1)
     return (unit @ unit.transpose(1, 2)).reshape(samples, -1)
 
@@ -81,11 +84,37 @@ def differential_entropy(values: Tensor, bandwidth: float, points: int) -> Tenso
     missing = max(0.0, NARROWEST_GRID * bandwidth - (high - low)) / 2
     grid = torch.linspace(low - missing, high + missing, points, device=values.device)
     norm = bandwidth * math.sqrt(2 * math.pi)
-    density = torch.stack(
-        [torch.exp(-0.5 * ((values - point) / bandwidth).square()).mean(1) / norm for point in grid], dim=1
-    )
+    density: Tensor = _Kernels.apply(values, grid, bandwidth) / norm  # type: ignore[no-untyped-call]
     floored = density + DENSITY_FLOOR
     return torch.trapezoid(-floored * floored.log(), grid, dim=1)
+
+
+class _Kernels(torch.autograd.Function):
+    """The mean of Gaussian kernels around the values of a row, at each point of a grid, [rows, points].
+
+    One point's kernels at a time are in memory, with gradients too: there are patches² of them for each point.
+    """
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, grid: Tensor, bandwidth: float) -> Tensor:
+        context.save_for_backward(values, grid)
+        context.bandwidth = bandwidth
+        return torch.stack([_kernels(values, point, bandwidth)[0].mean(1) for point in grid], dim=1)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        values, grid = context.saved_tensors
+        slope = torch.zeros_like(values)
+        for point, gradient in zip(grid, gradients[0].unbind(1), strict=True):
+            kernels, distances = _kernels(values, point, context.bandwidth)
+            slope.addcmul_(kernels.mul_(distances), gradient[:, None], value=-1 / context.bandwidth / values.shape[1])
+        return slope, None, None
+
+
+def _kernels(values: Tensor, point: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """Kernels at a point, and how many bandwidths the values lie from it."""
+    distances = (values - point).div_(bandwidth)
+    return distances.square().mul_(-0.5).exp_(), distances
 
 
 @dataclass(frozen=True)
@@ -114,8 +143,5 @@ class PatchEntropy:
         found = []
         for name in self.outputs:
             similarities = patch_similarities(taps[name], samples)
-            # One layer's kernels at a time are in memory: they are computed again when gradients are.
-            entropy = checkpoint(differential_entropy, similarities, self.bandwidth, self.points, use_reentrant=False)
-            assert isinstance(entropy, Tensor)
-            found.append(entropy.mean())
+            found.append(differential_entropy(similarities, self.bandwidth, self.points).mean())
         return found
