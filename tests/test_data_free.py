@@ -24,9 +24,9 @@ from torch_networks import NETWORKS, make  # noqa: E402
 from onnxq.autograd.interpreter import TorchGraph  # noqa: E402
 from onnxq.runtime import Session  # noqa: E402
 from onnxq.synthesis.attention import (  # noqa: E402
+    MOST_PATCHES,
     PatchEntropy,
     attention_outputs,
-    MOST_PATCHES,
     differential_entropy,
     patch_similarities,
     taken_apart,

@@ -103,6 +103,17 @@ def test_few_pairs_of_channels_stay_float_where_codes_are_slower(inputs: int, ou
     assert "middle" not in target.place(graph, target.scheme("int8", "float")).left_float, "no codes, no cost"
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 16), (16, 8), (9, 16), (8, 17)])
+def test_more_pairs_of_channels_stay_float_in_volumes(inputs: int, outputs: int) -> None:
+    text = NETWORK.replace("LAYER", "Conv <pads=[1,1,1,1,1,1]> (ra, w2)")
+    text = text.replace("pads=[1,1,1,1]>", "pads=[1,1,1,1,1,1]>").replace("8,8]", "8,8,8]")
+    shapes = {"w1": (inputs, 16, 3, 3, 3), "w2": (outputs, inputs, 3, 3, 3), "w3": (16, outputs, 3, 3, 3)}
+    target = get("cpu")
+    left = target.place(add_weights(text, shapes).graph, target.scheme("int8", "uint8")).left_float
+    narrow = f"{inputs} by {outputs} channels, which are faster in float"
+    assert left.get("middle", "") == (narrow if inputs * outputs <= 128 else "")
+
+
 def test_a_narrow_layer_at_the_head_of_a_stream_keeps_its_codes() -> None:
     """One block that adds to its result is no stream; a second one carries the layout of float on."""
     block = "[in{i}] c{i} = Conv (r{i}, w{i}) [sum{i}] s{i} = Add (r{i}, c{i}) r{j} = Relu (s{i})"

@@ -20,9 +20,11 @@ STEM_WEIGHTS = 6000  # with more of them the products are what counts: 3 to 64 c
 # Pairs of input and output channels of a convolution that is no faster on codes: gathering its inputs costs more than
 # the products. Of 2 by 8 channels, 3 × 3, codes take 2.3 times as long, of 8 by 8 1.4 times, of 12 by 16 as long.
 NARROW_PAIRS = 64
+NARROW_PAIRS_OF_VOLUMES = 128  # 3 × 3 × 3: of 8 by 8 channels codes take 2.6 times as long, of 8 by 16 1.6 times
 # Products for each result of a first layer whose codes would be made for it alone: 4 channels of 2 × 2 gain 3 to
 # 8 % of the layer, 16 of them 19 %, which is nothing of the network; and what codes round there all layers behind get.
 FEW_PRODUCTS = 64
+VOLUME_RANK = 5
 SMALL_SHARE = 1 / 32  # of a network's weights that such a layer has at most
 
 
@@ -53,7 +55,8 @@ def _why_narrow(item: layer_nodes.WeightedNode) -> str:
     if item.node.op_type != "Conv" or item.node.attributes.get_int("group", 1) > 1:
         return ""
     outputs, width = map(int, item.weight.shape.numpy()[:2])
-    if outputs * width > NARROW_PAIRS or any(_sums(following) for following in _sums(item.node)):
+    most = NARROW_PAIRS_OF_VOLUMES if len(item.weight.shape) == VOLUME_RANK else NARROW_PAIRS
+    if outputs * width > most or any(_sums(following) for following in _sums(item.node)):
         return ""
     return f"{width} by {outputs} channels, which are faster in float"
 

@@ -3,10 +3,10 @@
     python tests/benchmarks/narrow_convolutions.py
 
 First, six convolutions in a row that take turns in having so many and so many channels, all of them on codes: how long
-they take, over float. Then first layers of an image with what may follow them: all on codes, and as `--target cpu`
-places them. Then blocks around depthwise convolutions, with the channels that they have, and padded as `--target cpu`
-does. Then blocks as ConvNeXt's, whose depthwise convolution lies between float layers: on codes, and as placed. Last,
-what cuts latents into patches for layers of a transformer.
+they take, over float; of volumes too. Then first layers of an image with what may follow them: all on codes, and as
+`--target cpu` places them. Then blocks around depthwise convolutions, with the channels that they have, and padded as
+`--target cpu` does. Then blocks as ConvNeXt's, whose depthwise convolution lies between float layers: on codes, and as
+placed. Last, what cuts latents into patches for layers of a transformer.
 Random weights, one thread, batch 1; the fastest of several runs, the models in turn.
 """
 
@@ -52,7 +52,12 @@ BEHIND = {
 
 DEPTHWISE = ((3, 56), (3, 28), (5, 14))  # kernel, side
 DEPTHWISE_CHANNELS = (24, 40, 64, 72, 88, 120, 184, 200)
-ALL_ON_CODES = ((cpu_float_layers, "NARROW_PAIRS", 0), (cpu_float_layers, "STEM_CHANNELS", 0))
+VOLUME_SIDES = (12, 24)
+VOLUME_CHANNELS = (8, 16, 32, 64)
+ALL_ON_CODES = (
+    (cpu_float_layers, "NARROW_PAIRS", 0), (cpu_float_layers, "NARROW_PAIRS_OF_VOLUMES", 0),
+    (cpu_float_layers, "STEM_CHANNELS", 0),
+)  # fmt: skip
 UNPADDED = ((pad_channels, "LANES", 1),)
 LONE = ((24, 56), (48, 56), (88, 28), (192, 28), (384, 14))  # channels, side
 LONE_KERNELS = (3, 5, 7)
@@ -60,9 +65,12 @@ PATCHES = ((4, 384, 2, 32), (4, 1152, 2, 64), (16, 1536, 2, 64), (3, 96, 4, 224)
 LONE_ON_CODES = ((cpu_float_layers, "_alone", lambda *_: []),)
 
 
-def network(body: str, channels: int, side: int, weights: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
-    """A model of these lines with random weights."""
-    signature = f"net (float[1,{channels},{side},{side}] x) => (float[1,c,h,w] y)"
+def network(
+    body: str, channels: int, side: int, weights: Mapping[str, Sequence[int]], axes: int = 2
+) -> onnx.ModelProto:
+    """A model of these lines with random weights, for pictures or volumes."""
+    sides, free = ",".join([str(side)] * axes), ",".join("dhw"[-axes:])
+    signature = f"net (float[1,{channels},{sides}] x) => (float[1,c,{free}] y)"
     model = parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {signature} {{ {body} }}')
     draw = np.random.default_rng(0)
     for name, shape in weights.items():
@@ -71,13 +79,13 @@ def network(body: str, channels: int, side: int, weights: Mapping[str, Sequence[
     return model
 
 
-def in_turns(one: int, other: int, kernel: int) -> onnx.ModelProto:
+def in_turns(one: int, other: int, kernel: int, side: int = SIDE, axes: int = 2) -> onnx.ModelProto:
     """Six convolutions, from so many channels to so many and back."""
-    pads = ",".join(str(kernel // 2) for _ in range(4))
+    pads = ",".join(str(kernel // 2) for _ in range(2 * axes))
     lines = [f"c{i} = Conv <pads=[{pads}]> (r{i}, w{i}) r{i + 1} = Relu (c{i})" for i in range(6)]
     body = " ".join(["r0 = Identity (x)", *lines, "y = Identity (r6)"])
-    shapes = {f"w{i}": ((other, one) if i % 2 == 0 else (one, other)) + (kernel, kernel) for i in range(6)}
-    return network(body, one, SIDE, shapes)
+    shapes = {f"w{i}": ((other, one) if i % 2 == 0 else (one, other)) + (kernel,) * axes for i in range(6)}
+    return network(body, one, side, shapes, axes)
 
 
 def around_depthwise(channels: int, kernel: int, side: int) -> onnx.ModelProto:
@@ -146,6 +154,14 @@ def main() -> None:
         for one in CHANNELS:
             ratios = [
                 times_over_float(in_turns(one, other, kernel), ALL_ON_CODES, as_placed=False)[0] for other in CHANNELS
+            ]
+            print(f"{one:4} channels, and          " + "".join(f"{ratio:6.2f}" for ratio in ratios), flush=True)
+    for side in VOLUME_SIDES:
+        print(f"3 × 3 × 3 of {side}³ on codes, over float" + "".join(f"{channels:6}" for channels in VOLUME_CHANNELS))
+        for one in VOLUME_CHANNELS:
+            ratios = [
+                times_over_float(in_turns(one, other, 3, side, 3), ALL_ON_CODES, as_placed=False)[0]
+                for other in VOLUME_CHANNELS
             ]
             print(f"{one:4} channels, and          " + "".join(f"{ratio:6.2f}" for ratio in ratios), flush=True)
     for inputs, outputs, kernel, stride, side in FIRST:
