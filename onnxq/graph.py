@@ -15,6 +15,7 @@ FLOATS = (None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 # Ops that hand on what they read, at least in inference.
 HANDED_ON = ("Identity", "Dropout", "Cast", "QuantizeLinear", "DequantizeLinear")
+DRAWS = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli")
 
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
@@ -146,6 +147,11 @@ def holds_narrow_floats(graph: ir.Graph) -> bool:
         if is_quantize(node) or is_dequantize(node)
         for value in (node.inputs[0], *node.inputs[2:])
     )
+
+
+def draws_at_random(model: ir.Model) -> bool:
+    """Whether the model draws numbers at random, in the bodies of its nodes too."""
+    return any(is_op(node, *DRAWS) for node in model.graph.all_nodes())
 
 
 def is_bfloat16(model: ir.Model) -> bool:

@@ -17,6 +17,7 @@ from onnxq import condensed as condensing
 from onnxq import dynamic_fp4
 from onnxq import graph as graphs
 from onnxq.passes.emulate_bfloat16 import EmulateBfloat16
+from onnxq.passes.repeat_draws import RepeatDraws
 from onnxq.plugins import without_plugins
 
 Array = np.ndarray[Any, Any]
@@ -75,8 +76,10 @@ def serialize(
         means: Whether means of channels are wanted of condensed taps too.
     """
     model = without_plugins(model)
-    narrow = graphs.is_bfloat16(model)
-    model = model.clone() if condense or narrow else model
+    narrow, draws = graphs.is_bfloat16(model), graphs.draws_at_random(model)
+    model = model.clone() if condense or narrow or draws else model
+    if draws:
+        RepeatDraws()(model)
     if narrow:
         EmulateBfloat16()(model)
     graph = model.graph

@@ -21,9 +21,7 @@ from onnxq import layer_nodes
 
 CONSTANT, SHAPE, TEMPORAL, OTHER = range(4)
 SHAPE_OPS = ("Shape", "Size")
-RANDOM_OPS = (
-    "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial",
-)  # fmt: skip
+RANDOM_OPS = (*graphs.DRAWS, "Multinomial")
 
 
 @dataclass(frozen=True)
