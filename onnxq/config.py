@@ -41,6 +41,7 @@ class Settings(BaseModel):
     first_last: str | None = None
     embeddings: Literal["float", "int8", "int4"] | None = None
     packed_blocks: bool = False
+    opset: int | None = Field(default=None, ge=13, le=23)
     base: Literal["float32", "float16", "bfloat16"] = "float32"
     rotate: bool = False
     low_rank: int = Field(default=0, ge=0)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 import onnxq
-from onnxq import custom_ops, kinds, layer_nodes, plugins, recipes, targets
+from onnxq import custom_ops, kinds, layer_nodes, older_opset, plugins, recipes, targets
 from onnxq import graph as graphs
 from onnxq import model as models
 from onnxq.calibration import observers, side_car, sizes, weight_ranges
@@ -30,6 +30,7 @@ from onnxq.errors import OnnxqError
 from onnxq.inputs import calibration_inputs
 from onnxq.job import Job, peak_rss_mib, quantized_counts
 from onnxq.parallel import open_workers
+from onnxq.passes import lower_opset
 from onnxq.passes.insert_qdq import FORMAT, STATISTICS
 from onnxq.progress import Progress
 from onnxq.recipes import Recipe
@@ -88,9 +89,9 @@ def quantize(
             inputs, which is said in the result's warnings.
         output: Where to write the result; ``None`` writes nothing.
         settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
-            ``activations``, ``first_last``, ``embeddings``, ``packed_blocks``, ``base``, ``rotate``, ``low_rank``,
-            ``samples``, ``shapes``, ``exclude``, ``only``, ``seed``, ``device``, ``custom_ops``, ``workers``, ``ray``,
-            ``synthesis``, ``statistics``, ``budget``, ``knobs``, ``preprocess``;
+            ``activations``, ``first_last``, ``embeddings``, ``packed_blocks``, ``opset``, ``base``, ``rotate``,
+            ``low_rank``, ``samples``, ``shapes``, ``exclude``, ``only``, ``seed``, ``device``, ``custom_ops``,
+            ``workers``, ``ray``, ``synthesis``, ``statistics``, ``budget``, ``knobs``, ``preprocess``;
             for a denoiser without data ``scheduler``, ``steps``, ``guidance``, ``conditions``.
         progress: Where to say what is being done; by default nowhere.
         **options: The fields of :class:`Settings`.
@@ -122,6 +123,9 @@ def quantize(
     with progress.stage("load", "Loading"):
         loaded = models.load(path)
         models.check_float(loaded)
+        if settings.opset is not None:
+            lower_opset.check_formats(scheme, settings.opset)
+            lower_opset.LowerOpset(settings.opset, required=True)(loaded.clone())  # or it says so before it begins
         sizes.choose(loaded, settings.shapes)
         kind = kinds.kind_of(loaded)  # of the float graph: what is rewritten for a target is harder to tell
         embeddings = targets.embeddings_format(target, scheme, kind, settings.embeddings)
@@ -161,6 +165,8 @@ def quantize(
             shutil.rmtree(kept, ignore_errors=True)
         raise
     numbers = _numbers(job, path, checked, recipe, kind)
+    if settings.opset is not None:
+        older_opset.write_at(job, settings.opset)
     models.set_metadata(
         loaded,
         version=onnxq.__version__,

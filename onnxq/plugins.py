@@ -126,8 +126,9 @@ def put_back(model: ir.Model) -> None:
     graph.outputs.extend((lost if is_lost else left)[place] for is_lost, place in taken.outputs)
     for domain, version in part.opset_imports.items():
         graph.opset_imports.setdefault(domain, version)
-    if not all(map(reads_the_same, nodes)):
-        graph.opset_imports[""] = part.opset_imports[""]
+    needed = part.opset_imports[""]
+    if not all(reads_the_same(node, needed, graph.opset_imports[""]) for node in nodes):
+        graph.opset_imports[""] = needed
 
 
 def without_plugins(model: ir.Model) -> ir.Model:

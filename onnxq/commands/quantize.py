@@ -95,6 +95,14 @@ def quantize(
             "and onnxruntime-genai read (--target cpu).",
         ),
     ] = False,
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            help="For older runtimes: the opset of the result at most, from 13 on. Ops that came later are written as "
+            "those before them.",
+            show_default="20, or what the codes need",
+        ),
+    ] = None,
     rotate: Annotated[
         bool,
         typer.Option(
@@ -218,6 +226,7 @@ def quantize(
         "first_last": first_last,
         "embeddings": embeddings,
         "packed_blocks": packed_blocks or None,
+        "opset": opset,
         "base": base,
         "rotate": rotate or None,
         "low_rank": low_rank,
