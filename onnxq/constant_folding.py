@@ -24,6 +24,7 @@ def fold(model: ir.Model) -> None:
             model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS, should_fold=_should_fold
         )
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        _take_shapes_of_numbers(model)
         before, undecided = undecided, _decisions(model)
         if undecided == before:
             return
@@ -47,6 +48,14 @@ def _is_foldable(node: ir.Node) -> bool:
 def _should_fold(node: ir.Node) -> bool | None:
     """Not what would be computed only to be found too large; else what the folder decides by itself."""
     return False if any((shapes.elements(value) or 0) > FOLDED_ELEMENTS for value in node.outputs) else None
+
+
+def _take_shapes_of_numbers(model: ir.Model) -> None:
+    """What was computed has the sizes of its numbers, also where inference could not tell them (of a Slice, say)."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.shape = ir.Shape(value.const_value.shape.numpy())
 
 
 def _forget_lost_nodes(model: ir.Model) -> None:

@@ -23,7 +23,7 @@ class PsaqVit:
 
     Departures:
         - The density of similarities has a bandwidth of 0.05 at 50 points, where the authors' code has 0.01 at 10:
-          see :class:`onnxq.synthesis.attention.PatchEntropy`.
+          see :class:`onnxq.synthesis.attention.PatchEntropy`. Similarities are counted in bins a quarter of that wide.
         - Of more than 576 patches, as large pictures and early stages have, 576 spread evenly are compared.
         - Shifts and the wanted variation are scaled to the size of the images.
         - Pixels stay between -2.2 and 2.7 in normalised units in every channel, whatever mean and deviation are.

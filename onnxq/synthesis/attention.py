@@ -21,6 +21,8 @@ from onnxq.passes.decompose_attention import DecomposeAttention
 
 DENSITY_FLOOR = 1e-4
 NARROWEST_GRID = 4.0  # bandwidths; equal similarities would else have an entropy of 0, above that of a narrow peak
+BINS_OF_A_BANDWIDTH = 4
+WHOLE = 2**36  # what one value counts for
 MOST_PATCHES = 576  # of a 384² picture; the similarities of more are judged by as many of them, spread evenly
 MOST_EXTRA_TOKENS = 2  # a class token, and one for distillation
 
@@ -92,29 +94,29 @@ def differential_entropy(values: Tensor, bandwidth: float, points: int) -> Tenso
 class _Kernels(torch.autograd.Function):
     """The mean of Gaussian kernels around the values of a row, at each point of a grid, [rows, points].
 
-    One point's kernels at a time are in memory, with gradients too: there are patches² of them for each point.
+    Each value counts for the two bins around it, by its distance: there are patches² values for each point, and few
+    bins. Counts are whole numbers, whose sums are the same in any order on every device.
     """
 
     @staticmethod
     def forward(context: Any, values: Tensor, grid: Tensor, bandwidth: float) -> Tensor:
-        context.save_for_backward(values, grid)
-        context.bandwidth = bandwidth
-        return torch.stack([_kernels(values, point, bandwidth)[0].mean(1) for point in grid], dim=1)
+        count = 1 + math.ceil(float(grid[-1] - grid[0]) / bandwidth * BINS_OF_A_BANDWIDTH)
+        bins = torch.linspace(float(grid[0]), float(grid[-1]), count, device=values.device, dtype=values.dtype)
+        width = bins[1] - bins[0]
+        place = (values - bins[0]) / width
+        lower = place.long().clamp_(0, count - 2)
+        upper_share = ((place - lower).double() * WHOLE).round_().long()
+        counts = torch.zeros(len(values), count, dtype=torch.int64, device=values.device)
+        counts.scatter_add_(1, lower, WHOLE - upper_share).scatter_add_(1, lower + 1, upper_share)
+        kernels = torch.exp(-0.5 * ((bins[:, None] - grid) / bandwidth).square())
+        context.save_for_backward(lower, kernels, width)
+        return (counts.double() / (WHOLE * values.shape[1])).to(values.dtype) @ kernels
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        values, grid = context.saved_tensors
-        slope = torch.zeros_like(values)
-        for point, gradient in zip(grid, gradients[0].unbind(1), strict=True):
-            kernels, distances = _kernels(values, point, context.bandwidth)
-            slope.addcmul_(kernels.mul_(distances), gradient[:, None], value=-1 / context.bandwidth / values.shape[1])
-        return slope, None, None
-
-
-def _kernels(values: Tensor, point: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
-    """Kernels at a point, and how many bandwidths the values lie from it."""
-    distances = (values - point).div_(bandwidth)
-    return distances.square().mul_(-0.5).exp_(), distances
+        lower, kernels, width = context.saved_tensors
+        slopes = (gradients[0] @ kernels.T).diff(dim=1) / (width * lower.shape[1])
+        return slopes.gather(1, lower), None, None
 
 
 @dataclass(frozen=True)
