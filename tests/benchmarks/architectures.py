@@ -1,6 +1,6 @@
 """Networks that users export, through `onnxq quantize` and `onnxq build`: what is placed, what it costs, what refuses.
 
-    pip install timm torchvision transformers
+    pip install timm torchvision transformers diffusers denoising-diffusion-pytorch monai
     python tests/benchmarks/architectures.py --out architectures --build 89
 
 Weights are random (BatchNormalization remembers one batch), so SQNR tells a wrong placement or scale from a right one,
@@ -61,6 +61,8 @@ NAMES = {
         "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "SD3Transformer2DModel",
         "FluxTransformer2DModel", "WanTransformer3DModel", "AutoencoderKL",
     ),
+    "denoising_diffusion_pytorch": ("Unet", "Unet1D", "KarrasUnet"),
+    "monai": ("UNETR", "SegResNet", "DynUNet", "ViT", "DiffusionModelUNet", "AutoencoderKL"),
 }  # fmt: skip
 TEXT = {
     "vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256,
@@ -202,6 +204,67 @@ def of_diffusers(name: str) -> Made:
         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8, latent_channels=4,
     )  # fmt: skip
     return network, lambda net, z: net.decode(z).sample, {"latent": sample}
+
+
+def of_denoising_diffusion_pytorch(name: str) -> Made:
+    import denoising_diffusion_pytorch
+    import torch
+
+    kind = getattr(denoising_diffusion_pytorch, name)
+    inputs = {"sample": torch.randn(2, 3, 32, 32), "timestep": torch.tensor([10, 500])}
+    if name == "KarrasUnet":
+        network = kind(
+            image_size=32, channels=3, dim=32, dim_max=64, num_downsamples=2, attn_res=(16, 8), attn_flash=False,
+            num_blocks_per_stage=1,
+        )  # fmt: skip
+        inputs["timestep"] = torch.tensor([0.1, 0.5])
+        for key, parameter in network.named_parameters():
+            if key.endswith("gain"):
+                torch.nn.init.constant_(parameter, 0.5)  # zeros as it is made
+    elif name == "Unet1D":
+        network = kind(32, dim_mults=(1, 2, 4), channels=4)
+        inputs["sample"] = torch.randn(2, 4, 64)
+    else:
+        network = kind(32, dim_mults=(1, 2, 4), flash_attn=False)
+    return network, lambda net, x, t: net(x, t), inputs
+
+
+def of_monai(name: str) -> Made:
+    import torch
+    from monai.networks import nets
+
+    sizes: dict[str, dict[str, Any]] = {
+        "UNETR": {
+            "in_channels": 1, "out_channels": 2, "img_size": (32, 32, 32), "feature_size": 8, "hidden_size": 96,
+            "mlp_dim": 192, "num_heads": 4,
+        },
+        "SegResNet": {"spatial_dims": 2, "init_filters": 8, "in_channels": 1, "out_channels": 2},
+        "DynUNet": {
+            "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "kernel_size": [3, 3, 3], "strides": [1, 2, 2],
+            "upsample_kernel_size": [2, 2],
+        },
+        "ViT": {
+            "in_channels": 1, "img_size": (64, 64), "patch_size": (8, 8), "hidden_size": 96, "mlp_dim": 192,
+            "num_layers": 2, "num_heads": 4, "spatial_dims": 2, "classification": True,
+        },
+        "DiffusionModelUNet": {
+            "spatial_dims": 2, "in_channels": 1, "out_channels": 1, "channels": (32, 64),
+            "attention_levels": (False, True), "num_res_blocks": 1, "num_head_channels": 32,
+        },
+        "AutoencoderKL": {
+            "spatial_dims": 2, "in_channels": 1, "out_channels": 1, "channels": (32, 64), "latent_channels": 4,
+            "num_res_blocks": (1, 1), "attention_levels": (False, True),
+        },
+    }  # fmt: skip
+    network, picture = getattr(nets, name)(**sizes[name]), torch.randn(2, 1, 64, 64)
+    if name == "UNETR":
+        picture = torch.randn(2, 1, 32, 32, 32)
+    if name == "DiffusionModelUNet":
+        torch.nn.init.normal_(network.out[-1].conv.weight, std=0.05)  # zeros as it is made
+        inputs = {"sample": picture, "timestep": torch.tensor([10, 500])}
+        return network, lambda net, x, t: net(x, t), inputs
+    several = name in ("ViT", "AutoencoderKL")
+    return network, lambda net, x: net(x)[0] if several else net(x), {"x": picture}
 
 
 def rows(name: str, value: Any) -> np.ndarray:
