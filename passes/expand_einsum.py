@@ -27,20 +27,22 @@ class ExpandEinsum(InPlacePass):
         x, w ─► MatMul ─► Reshape ─► y                      q, k ─► Transpose ─► MatMul ─► scores
 
     No kernel reads codes in an Einsum, while a MatMul is a layer to every pass. Operands are multiplied from left to
-    right, a constant one is the right factor, and what only the left one has is a stack of matrices. An Einsum that
-    reads a diagonal, whose integers it sums, or that joins axes of unknown sizes stays as it is.
+    right, a constant one is the right factor, and what only the left one has is a stack of matrices. An Einsum
+    that reads a diagonal, or joins axes of unknown sizes, stays as it is, and so does one of integers.
     """
 
     def call(self, model: ir.Model) -> PassResult:
         """Expand every Einsum of a known form, in the graph itself and in those inside it."""
         modified = False
         for graph in model.graphs():
-            for node in [node for node in graph if graphs.is_op(node, "Einsum")]:
+            found = [node for node in graph if graphs.is_op(node, "Einsum")]
+            names = graphs.Names(graph) if found else None
+            for node in found:
                 operands = [value for value in node.inputs if value is not None and value.shape is not None]
                 terms = read(node.attributes["equation"].as_string(), [len(value.shape or ()) for value in operands])
                 if terms is None or len(operands) != len(node.inputs) or not graphs.is_float(node.outputs[0]):
                     continue
-                expansion = _Expansion(InPlaceOf(graph, node), operands, terms[:-1])
+                expansion = _Expansion(InPlaceOf(graph, node, names), operands, terms[:-1])
                 result = expansion.to(terms[-1])
                 if result is not None:
                     expansion.made.take_over(result)

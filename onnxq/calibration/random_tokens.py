@@ -74,12 +74,9 @@ def vocabulary_size(model: ir.Model, specs: Sequence[InputSpec]) -> int | None:
 
 def _made_from(indices: ir.Value | None) -> set[str]:
     """Names of the values that the indices of a table are, but for a type, a shape or an offset."""
-    reached = {} if indices is None else {indices: None}
-    waiting = list(reached)
-    for value in waiting:  # grows meanwhile
+    reached = [] if indices is None else [indices]
+    for value in reached:  # grows meanwhile
         maker = value.producer()
         if maker is not None and graphs.is_op(maker, *SAME_TOKENS):
-            before = [source for source in maker.inputs if source is not None and source not in reached]
-            reached.update(dict.fromkeys(before))
-            waiting.extend(before)
+            reached.extend(source for source in maker.inputs if source is not None and source not in reached)
     return {value.name for value in reached if value.name}
