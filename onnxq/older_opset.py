@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
+
 from onnxq.errors import OnnxqError
 from onnxq.job import Job
 from onnxq.passes.lower_opset import LowerOpset
@@ -13,16 +15,21 @@ LEAST_SQNR_DB = 10.0  # a norm written as its sums may round a few codes to the 
 
 
 def write_at(job: Job, opset: int) -> None:
-    """Lower the job's model, after it has been checked, and run it beside what it was.
+    """Lower the job's model and its subgraphs, after they have been checked, and run each beside what it was.
 
     Raises:
-        OnnxqError: it cannot be written there, or gives something else.
+        OnnxqError: one cannot be written there, or gives something else.
     """
+    for model in (job.model, *(subgraph.model for subgraph in job.subgraphs)):
+        _lower(model, opset, job)
+
+
+def _lower(model: ir.Model, opset: int, job: Job) -> None:
     assert job.recording is not None
     feed, device = job.recording.first_feed, job.settings.device
-    before = Session(job.model, optimize=False, device=device).run(feed)
-    LowerOpset(opset, required=True)(job.model)
-    ratio, after = OutputsSqnr(), Session(job.model, optimize=False, device=device)
+    before = Session(model, optimize=False, device=device).run(feed)
+    LowerOpset(opset, required=True)(model)
+    ratio, after = OutputsSqnr(), Session(model, optimize=False, device=device)
     for name, wanted, found in zip(after.output_names, before, after.run(feed), strict=True):
         if is_float(wanted):
             ratio.update(name, *padded_alike(wanted, found))

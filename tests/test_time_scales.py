@@ -428,3 +428,12 @@ def test_a_real_denoiser_gains_in_its_worst_step() -> None:
         worst[groups] = sample(sessions, 8, 0).numbers["worst_step_sqnr_db"]
     assert error[8] < 0.7 * error[1]
     assert worst[8] > worst[1] + 1.0, worst
+
+
+def test_all_subgraphs_are_written_at_the_opset_that_is_asked_for(denoiser: Path, tmp_path: Path) -> None:
+    output = tmp_path / "q.onnx"
+    knobs = {"groups": 3, "lowering": "subgraphs", **QUICK}
+    onnxq.quantize(denoiser, output=output, opset=17, knobs=knobs, **OPTIONS)
+    written = [ir.load(path) for path in (output, *sorted(tmp_path.glob("q.group?.onnx")))]
+    assert len(written) > 1
+    assert {(model.ir_version, model.graph.opset_imports[""]) for model in written} == {(8, 17)}
