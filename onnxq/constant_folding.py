@@ -9,6 +9,8 @@ from onnxq import graph as graphs
 from onnxq import shapes
 
 FOLDED_ELEMENTS = 1 << 26
+FILLED_ELEMENTS = 1 << 18  # of one number, a MiB: as a node it takes none
+SPREAD_ELEMENTS = 1 << 22  # the same again and again, as a mask for long texts
 
 
 def fold(model: ir.Model) -> None:
@@ -46,7 +48,19 @@ def _is_foldable(node: ir.Node) -> bool:
 
 
 def _should_fold(node: ir.Node) -> bool | None:
-    """Not what would be computed only to be found too large; else what the folder decides by itself."""
+    """Not what would be computed only to be found too large; else what the folder decides by itself.
+
+    It leaves every ConstantOfShape, and with it all that is computed from one: masks, states and queries of zeros.
+    """
+    shape = None
+    if graphs.is_op(node, "ConstantOfShape") and node.inputs[0] is not None:
+        shape = ir.convenience.get_const_tensor(node.inputs[0])
+    if shape is not None and shape.numpy().prod() <= FILLED_ELEMENTS:
+        return True
+    if graphs.is_op(node, "Expand", "Tile") and any(
+        (shapes.elements(value) or 0) > SPREAD_ELEMENTS for value in node.outputs
+    ):
+        return False
     return False if any((shapes.elements(value) or 0) > FOLDED_ELEMENTS for value in node.outputs) else None
 
 

@@ -64,13 +64,18 @@ def calibration_inputs(
         from onnxq.calibration.causality import writes_text
         from onnxq.calibration.generated_text import GeneratedText
         from onnxq.calibration.random_tokens import RandomTokens
+        from onnxq.calibration.text import has_numbers
 
-        if not writes_text(model, specs):
+        numbers = [spec.name for spec in specs if has_numbers(spec)]
+        if numbers or not writes_text(model, specs):
             guesses = not judged_only
+            words, advice = "random tokens", "give text with --data FILE.txt --tokenizer tokenizer.json"
+            if numbers:
+                words += f" and random numbers ({', '.join(numbers)})"
+                advice = "give real ones with --data FILE.npz, keyed by input name"
             done, worth = ("calibrated", "ranges are guesses") if guesses else ("judged", "real text tells more")
             return RandomTokens(model, specs, count=settings.samples or 32, seed=settings.seed), [
-                f"{done} on random tokens, because no --data was given: {worth}; give text with "
-                "--data FILE.txt --tokenizer tokenizer.json"
+                f"{done} on {words}, because no --data was given: {worth}; {advice}"
                 + (", or take --recipe int8-dynamic, which needs none" if guesses and settings.target == "cpu" else "")
             ]
         with progress.stage("generate", "Writing text"):

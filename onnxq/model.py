@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnx_ir.passes import Sequential
 
-from onnxq import constant_folding, identities, layer_nodes, plugins, shapes
+from onnxq import constant_folding, constant_regions, identities, layer_nodes, plugins, shapes
 from onnxq import graph as graphs
 from onnxq.errors import OnnxqError
 from onnxq.passes.expand_einsum import ExpandEinsum
@@ -165,6 +165,7 @@ def _normalise(model: ir.Model, opset: int, name: str) -> None:
     FreeInvariants()(model)
     ExpandEinsum()(model)
     constant_folding.fold(model)
+    constant_regions.compute(model)
     identities.eliminate(model)
     common_passes.RemoveUnusedNodesPass()(model)
     MatchTypes()(model)

@@ -268,3 +268,41 @@ def test_tokens_are_told_by_name_first() -> None:
     assert roles_of(rows[1:]) == {"other": None, "third": None}  # which of the two cannot be told
     whole = [InputSpec("picture", np.dtype(np.uint8), (1, 3, 8, 8)), rows[1]]
     assert roles_of(whole) == {"picture": None, "other": "tokens"}
+
+
+TRANSLATOR = (
+    '<ir_version: 10, opset_import: ["" : 21]> g (int64[B,S] input_ids, float[B,E,32] encoder_hidden_states,'
+    " int64[B,E] encoder_attention_mask) => (float[B,S,40] logits) {"
+    " e = Gather (w0, input_ids) q = MatMul (e, w1) k = MatMul (encoder_hidden_states, w2)"
+    " mask = Cast <to = 1> (encoder_attention_mask) weight = Unsqueeze (mask, last) seen = Mul (k, weight)"
+    " kt = Transpose <perm = [0,2,1]> (seen) p = MatMul (q, kt) a = Softmax (p) m = MatMul (a, seen)"
+    " s = Add (m, q) logits = MatMul (s, w3) }"
+)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
+def test_a_decoder_behind_an_encoder_without_data(target: str, tmp_path: Path) -> None:
+    """As optimum exports translators: its own tokens, and states that only the encoder could make."""
+    text = TRANSLATOR.replace(") => (float[B,S,40] logits)", ") => (float[B,S,40] logits) <int64[1] last = {-1}>")
+    shapes = {"w0": (40, 64), "w1": (64, 64), "w2": (32, 64), "w3": (64, 40)}
+    path = models.save(add_weights(text, shapes), tmp_path / "m.onnx")
+    result = onnxq.quantize(path, target=target)
+    assert result.numbers["quantized_nodes"] >= 3
+    assert "random tokens and random numbers (encoder_hidden_states)" in result.numbers["warnings"][0]
+    assert "--data FILE.npz" in result.numbers["warnings"][0]
+
+
+def test_pictures_beside_text_are_drawn_too(tmp_path: Path) -> None:
+    """As CLIP in one graph."""
+    text = (
+        '<ir_version: 10, opset_import: ["" : 21]> g (int64[B,8] input_ids, float[B,3,8,8] pixel_values)'
+        " => (float[B,B] similarity) <int64[1] axis = {1}> {"
+        " e = Gather (w0, input_ids) m = ReduceMean <keepdims = 0> (e, axis) [text] t = MatMul (m, w1)"
+        " flat = Flatten (pixel_values) [picture] p = MatMul (flat, w2)"
+        " pt = Transpose (p) similarity = MatMul (t, pt) }"
+    )
+    shapes = {"w0": (40, 64), "w1": (64, 32), "w2": (192, 32)}
+    path = models.save(add_weights(text, shapes), tmp_path / "m.onnx")
+    result = onnxq.quantize(path, target="cpu")
+    assert result.numbers["quantized_nodes"] >= 2
+    assert "random numbers (pixel_values)" in result.numbers["warnings"][0]

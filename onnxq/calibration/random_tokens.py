@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxq import graph as graphs
 from onnxq.calibration.data import InputSpec, Sample
-from onnxq.calibration.text import check_roles, fixed_length, roles_of, text_sample
+from onnxq.calibration.text import check_roles, fixed_length, has_numbers, roles_of, text_sample
 from onnxq.errors import OnnxqError
 
 Array = np.ndarray[Any, Any]
@@ -24,14 +24,15 @@ SAME_TOKENS = ("Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity",
 
 
 class RandomTokens:
-    """Tokens of the model's vocabulary, each as likely as the other.
+    """Tokens of the model's vocabulary, each as likely as the other, and normal numbers for what is no text.
 
     Embeddings of random words are real embeddings, so that ranges are nearer to those of text than noise would be;
     attention and what it finds are not those of text.
 
     Args:
         model: A model that looks its tokens up in a table.
-        specs: Its inputs: tokens, and masks, positions and segments where it reads them.
+        specs: Its inputs: tokens, and masks, positions, segments, pictures or states of an encoder where it reads
+            them.
         count: How many sequences.
         seed: The same seed gives the same tokens.
         length: Tokens in a sequence, where the model does not fix it.
@@ -43,20 +44,26 @@ class RandomTokens:
     def __init__(
         self, model: ir.Model, specs: Sequence[InputSpec], *, count: int, seed: int, length: int = LENGTH
     ) -> None:
-        check_roles(specs, hint=HINT)
+        self.numbers = [spec for spec in specs if has_numbers(spec)]
+        self.specs = [spec for spec in specs if not has_numbers(spec)]
+        check_roles(self.specs, hint=HINT)
         size = vocabulary_size(model, specs)
         if size is None:
             raise OnnxqError("expected a table that tokens are looked up in, found none", hint=HINT)
-        self.specs = list(specs)
-        self.length = fixed_length(specs) or length
+        self.length, self.seed = fixed_length(self.specs) or length, seed
         self._rows = np.random.default_rng(seed).integers(0, size, (count, self.length))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Sample]:
+        generator = np.random.default_rng((self.seed, 1))
         for row in self._rows:
-            yield text_sample(self.specs, row)
+            sample = text_sample(self.specs, row)
+            for spec in self.numbers:
+                shape = [size or self.length for size in spec.shape[1:]]
+                sample[spec.name] = generator.standard_normal(shape, np.float32).astype(spec.dtype)
+            yield sample
 
 
 def vocabulary_size(model: ir.Model, specs: Sequence[InputSpec]) -> int | None:

@@ -112,6 +112,12 @@ def _role_by_name(spec: InputSpec) -> str | None:
     return None
 
 
+def has_numbers(spec: InputSpec) -> bool:
+    """Whether an input takes floats that no text gives: pictures, or states of an encoder [batch, sequence, width]."""
+    sizes = spec.shape[2:] if len(spec.shape) == 3 else spec.shape[1:]
+    return spec.dtype.kind == "f" and bool(sizes) and None not in sizes and _role_by_name(spec) is None
+
+
 def _is_integer_rows(spec: InputSpec) -> bool:
     return spec.dtype.kind in "iu" and len(spec.shape) == 2
 
