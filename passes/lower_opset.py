@@ -58,6 +58,8 @@ class LowerOpset(InPlacePass):
         """Lower the opset if every node allows it."""
         imports = model.graph.opset_imports
         current = imports.get("", 0)
+        if self.required:
+            model.ir_version = min(model.ir_version or IR_VERSIONS[self.opset], IR_VERSIONS[self.opset])
         if current <= self.opset:
             return PassResult(model, False)
         if self.required:
@@ -79,8 +81,6 @@ class LowerOpset(InPlacePass):
                 hint=f"take --opset {least}, or a runtime that reads it",
             )
         imports[""] = self.opset
-        if self.required:
-            model.ir_version = IR_VERSIONS[self.opset]
         return PassResult(model, True)
 
 
