@@ -131,6 +131,7 @@ def test_recipes_take_it_as_they_take_float32(
             recipe=recipe,
             knobs=knobs,
             samples=64,
+            budget="quick",
             target=target,
             output=tmp_path / f"{name}.onnx",
         )
