@@ -15,13 +15,12 @@ SAMPLING = {"linear": "bilinear", "cubic": "bicubic"}  # GridSample's modes, and
 
 
 def _reduced(graph: ir.Graph, node: ir.Node) -> None:
-    """Axes were an attribute."""
+    """Axes were an attribute, and none of them meant all."""
     axes = operand(node, 1)
-    if axes is not None and graphs.is_constant(axes):
+    if axes is not None and graphs.is_constant(axes) and array_of(axes).size:
         node.attributes["axes"] = ir.AttrInt64s("axes", [int(axis) for axis in array_of(axes).ravel()])
-        become(node, node.op_type, node.inputs[:1])
-    if axes is None or graphs.is_constant(axes):
         node.attributes.pop("noop_with_empty_axes", None)
+        become(node, node.op_type, node.inputs[:1])
 
 
 def _split(graph: ir.Graph, node: ir.Node) -> None:
@@ -55,10 +54,6 @@ def _converted(graph: ir.Graph, node: ir.Node) -> None:
     """What a Q/DQ says beside its zero point of the type that this has."""
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         node.attributes.pop("output_dtype", None)
-    if not node.attributes.get_int("block_size", 0):
-        node.attributes.pop("block_size", None)
-    if not node.attributes.get_int("precision", 0):
-        node.attributes.pop("precision", None)
     if not any(value.dtype is not None and "FLOAT8" in value.dtype.name for value in _tensors(node)):
         node.attributes.pop("saturate", None)
 

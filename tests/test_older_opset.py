@@ -78,6 +78,7 @@ def test_an_older_form_computes_the_same(name: str, tmp_path: Path) -> None:
         ("[a] y = RMSNormalization (x, w6)", 17, "RMSNormalization 'a'", 23),
         ('[a] y = Pad <mode = "wrap"> (x, pads)', 17, "Pad 'a'", 19),
         ("[a] y = LayerNormalization (x, w6) [b] z = BitwiseNot (flat)", 13, "BitwiseNot 'b'", 18),
+        ("[a] y = ReduceMean <noop_with_empty_axes = 1> (x)", 17, "ReduceMean 'a'", 18),  # nothing is reduced
         ('[a] y = GridSample <mode = "linear"> (x, grid)', 13, "GridSample 'a'", 16),
     ],
 )
