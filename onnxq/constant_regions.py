@@ -52,7 +52,7 @@ def compute(model: ir.Model) -> None:
 
 def _is_computable(node: ir.Node, known: Container[ir.Value]) -> bool:
     """Whether everything that a node reads is known, and it always gives the same."""
-    if node.domain not in graphs.ONNX_DOMAINS or graphs.is_op(node, *graphs.QDQ, *graphs.DRAWS, "Multinomial"):
+    if node.domain not in graphs.ONNX_DOMAINS or graphs.is_op(node, *graphs.QDQ, *graphs.RANDOM):
         return False
     if any(
         attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()

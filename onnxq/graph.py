@@ -16,6 +16,7 @@ FLOATS = (None, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # Ops that hand on what they read, at least in inference.
 HANDED_ON = ("Identity", "Dropout", "Cast", "QuantizeLinear", "DequantizeLinear")
 DRAWS = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli")
+RANDOM = (*DRAWS, "Multinomial")
 
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:

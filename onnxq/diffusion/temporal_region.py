@@ -21,7 +21,6 @@ from onnxq import layer_nodes
 
 CONSTANT, SHAPE, TEMPORAL, OTHER = range(4)
 SHAPE_OPS = ("Shape", "Size")
-RANDOM_OPS = (*graphs.DRAWS, "Multinomial")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def find_region(graph: ir.Graph, inputs: Collection[str]) -> TemporalRegion:
 def _kind(node: ir.Node, kinds: dict[ir.Value, int]) -> int:
     if graphs.is_op(node, *SHAPE_OPS):
         return SHAPE
-    if graphs.is_op(node, *RANDOM_OPS) or any(
+    if graphs.is_op(node, *graphs.RANDOM) or any(
         attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
     ):
         return OTHER  # a subgraph may read anything
