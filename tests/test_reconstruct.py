@@ -199,6 +199,14 @@ def test_checkpoint_forgets_what_another_run_left(tmp_path: Path) -> None:
     assert Checkpoint(folder, "two").load("block") is None
 
 
+def test_checkpoint_goes_on_where_another_run_for_the_same_output_removed_it(tmp_path: Path) -> None:
+    mine = Checkpoint(tmp_path / "checkpoint", "one")
+    Checkpoint(tmp_path / "checkpoint", "one").remove()
+    mine.save("block", {"a": np.arange(3)})
+    found = mine.load("block")
+    assert found is not None and found["a"].tolist() == [0, 1, 2]
+
+
 def grid(weight: np.ndarray, scale: np.ndarray) -> quantizers.Grid:
     found = object.__new__(quantizers.Grid)
     found.quantizer = quantizers.Quantizer("w", "dq", "s", "z", -8, 7, 0, None, None, True)

@@ -58,6 +58,7 @@ class Checkpoint:
             return
         path = self._path(step)
         entries = {f"array_{index}": array for index, array in enumerate(arrays.values())}
+        self.folder.mkdir(parents=True, exist_ok=True)  # another run for the same output may have removed it
         with atomic_folder(path) as folder:
             np.savez(folder / path.name, names=np.array(list(arrays), dtype=np.str_), **entries)  # type: ignore[arg-type]
             os.replace(folder / path.name, path)
