@@ -14,7 +14,7 @@ from conftest import add_weights
 import onnxq
 from onnxq.arithmetic import fake_quantize, scale_and_zero_point
 from onnxq.calibration.channels import KEPT_ROWS, ChannelStatistics, record_channels
-from onnxq.calibration.data import Iterables, input_specs
+from onnxq.calibration.data import RANGE_RULE_KEY, Iterables, input_specs
 from onnxq.config import make_settings
 from onnxq.job import Job
 from onnxq.learning.channel_scales import expected_error, migration, round_matrix, weight_maxima, weight_specs
@@ -324,6 +324,20 @@ def test_channels_that_stick_out_between_convolutions_are_levelled_by_default(tm
     plain, smooth = (onnxq.quantize(path, data, knobs={"smooth": smooth}) for smooth in (0, 0.75))
     assert smooth.numbers["sqnr_db"] > plain.numbers["sqnr_db"] + 12
     assert len(smooth.model.graph) == len(plain.model.graph)
+
+
+def test_made_inputs_level_only_if_they_match_what_the_model_remembers(tmp_path: Path) -> None:
+    """Others do not show which channels are large."""
+    path = tmp_path / "depthwise.onnx"
+    ir.save(uneven(), path)
+    rows = np.random.default_rng(5).standard_normal((32, 16, 9, 9)).astype(np.float32)
+    found = {}
+    for rule in ("widened", "robust"):
+        np.savez(tmp_path / f"{rule}.npz", x=rows, **{RANGE_RULE_KEY: np.array(rule)})
+        found[rule] = onnxq.quantize(path, tmp_path / f"{rule}.npz").numbers["sqnr_db"]
+    assert found["widened"] > found["robust"] + 12
+    judged = [onnxq.quantize(path, knobs={"smooth": smooth}).numbers["sqnr_db"] for smooth in (0, 0.75)]
+    assert judged[0] == judged[1]  # random inputs
 
 
 @pytest.mark.parametrize(

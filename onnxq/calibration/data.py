@@ -29,6 +29,7 @@ Sample = dict[str, Array]
 LABEL_KEYS = ("labels", "label")
 STEP_KEY = "step"
 RANGE_RULE_KEY = "onnxq.observer"  # of inputs that were made: the range rule that suits them
+MATCHED_RULE = "widened"  # that of inputs which match what a model remembers of each channel
 LARGEST_INPUT_BYTES = 4 << 30
 
 
@@ -38,6 +39,11 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[Sample]: ...
 
     def __len__(self) -> int: ...
+
+
+def shows_channels(source: Source) -> bool:
+    """Whether samples tell which channels are large: real ones do, made ones if they match remembered statistics."""
+    return not getattr(source, "is_made_up", False) or getattr(source, "observer", None) == MATCHED_RULE
 
 
 @dataclass(frozen=True)

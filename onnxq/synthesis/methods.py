@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from onnxq.calibration.data import MATCHED_RULE
 from onnxq.errors import OnnxqError
 
 
@@ -63,7 +64,7 @@ class Method:
     jitter: bool = False
     noise: float = 0.0
     picture: bool = False
-    observer: str = "widened"
+    observer: str = MATCHED_RULE
 
 
 METHODS = {
