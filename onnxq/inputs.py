@@ -25,6 +25,8 @@ from onnxq.progress import Progress
 Array = np.ndarray[Any, Any]
 
 SMALL_ELEMENTS = 3 * 96 * 96
+MOST_ELEMENTS = 32 * 3 * 224 * 224  # of all inputs that are made of a model, unless more are asked for
+FEWEST = 4
 
 
 def calibration_inputs(
@@ -154,6 +156,6 @@ def _made_up(
 
 
 def default_count(specs: Sequence[InputSpec]) -> int:
-    """How many inputs are made: fewer large ones."""
-    made = apart(specs)[0][0]
-    return 64 if np.prod([size or 1 for size in made.shape[1:]]) <= SMALL_ELEMENTS else 32
+    """How many inputs are made: fewer large ones, each of which shows every layer more positions."""
+    elements = int(np.prod([size or 1 for size in apart(specs)[0][0].shape[1:]]))
+    return 64 if elements <= SMALL_ELEMENTS else min(32, max(FEWEST, MOST_ELEMENTS // elements))

@@ -85,8 +85,8 @@ def quantize(
     Args:
         model: Path of the float model.
         data: Calibration inputs: an ``.npz`` keyed by input name, a folder of images or npz files, or any iterable
-            of dicts of batched arrays. ``None``: a denoiser makes its own along its sampler; others get random
-            inputs, which is said in the result's warnings.
+            of dicts of batched arrays. ``None``: they are made from the model itself (BatchNorm statistics, patches, a
+            denoiser's sampler, written text); random ones where nothing tells more, which is said in the warnings.
         output: Where to write the result; ``None`` writes nothing.
         settings: A :class:`Settings`; or give its fields as keywords: ``recipe``, ``target``, ``weights``,
             ``activations``, ``first_last``, ``embeddings``, ``packed_blocks``, ``opset``, ``base``, ``rotate``,

@@ -33,7 +33,7 @@ from onnxq.synthesis.attention import (  # noqa: E402
     taken_apart,
 )
 from onnxq.synthesis.network import Network  # noqa: E402
-from onnxq.synthesis.statistics import Remembered, remembered  # noqa: E402
+from onnxq.synthesis.statistics import Remembered, pooled, remembered  # noqa: E402
 from onnxq.synthesis.synthesize import BOUNDS, Synthesised, default_method, synthesise  # noqa: E402
 from onnxq.synthesis.terms import MatchStatistics, Slack, TotalVariation, slack_of  # noqa: E402
 
@@ -291,7 +291,7 @@ def test_slack_grows_with_the_part_that_is_free() -> None:
     source = torch.Generator().manual_seed(0)
     layer = Remembered("v", torch.randn(16, generator=source), torch.ones(16))
     taps = {"v": torch.randn(8, 16, 5, 5, generator=source)}
-    free = [slack_of(taps, [layer], part)[0] for part in (0.0, 0.5, 0.9, 1.0)]
+    free = [slack_of(pooled([taps], [layer]), [layer], part)[0] for part in (0.0, 0.5, 0.9, 1.0)]
     for values in ([item.mean for item in free], [item.deviation for item in free]):
         assert values == sorted(values) and values[0] >= 0
 

@@ -14,14 +14,16 @@ from typer.testing import CliRunner
 import onnxq
 from onnxq import OnnxqError
 from onnxq import model as models
+from onnxq.calibration.data import input_specs
 from onnxq.cli import app
+from onnxq.inputs import default_count
 from onnxq.progress import Progress
 
 torch = pytest.importorskip("torch", reason="synthesis needs torch: pip install 'onnxq[learn]'")
 
 from onnxq.autograd.interpreter import TorchGraph  # noqa: E402
 from onnxq.synthesis.scale import input_scale, picture_noise, pixel_bounds  # noqa: E402
-from onnxq.synthesis.statistics import Remembered, distance, moments, remembered  # noqa: E402
+from onnxq.synthesis.statistics import Remembered, distance, moments, pooled, remembered  # noqa: E402
 from onnxq.synthesis.swing import swing  # noqa: E402
 from onnxq.synthesis.synthesize import synthesise  # noqa: E402
 from onnxq.synthesis.terms import MatchStatistics, Slack, slack_of  # noqa: E402
@@ -84,7 +86,7 @@ def test_slack_is_what_noise_is_off_and_frees_that_much() -> None:
     assert float(MatchStatistics(layers, True, False, [Slack()] * 3)(taps["v0"], taps)) == float(
         plain(taps["v0"], taps)
     )
-    all_of_it = slack_of(taps, layers, 1.0)
+    all_of_it = slack_of(pooled([taps], layers), layers, 1.0)
     assert float(MatchStatistics(layers, False, False, all_of_it)(taps["v0"], taps)) == pytest.approx(0, abs=1e-10)
 
 
@@ -288,7 +290,39 @@ def test_a_channel_that_never_changed_does_not_outweigh_all_others() -> None:
     dead = Remembered("v", torch.zeros(8), torch.tensor([1e-3] + [1.0] * 7))
     values = torch.randn(64, 8, 4, 4, generator=torch.Generator().manual_seed(0))
     values[:, 0] *= 0.01
-    assert distance({"v": values}, [dead]) < distance({"v": values}, [layer])
+    found = pooled([{"v": values}], [layer])
+    assert distance(found, [dead]) < distance(found, [layer])
+
+
+def test_statistics_of_batches_are_those_of_all_of_it() -> None:
+    source = torch.Generator().manual_seed(0)
+    for shape in ((10, 8, 4, 4), (10, 8)):
+        values = 3 + torch.arange(10.0).reshape(-1, *[1] * (len(shape) - 1)) + torch.randn(*shape, generator=source)
+        layer = Remembered("v", torch.zeros(8), torch.ones(8))
+        ((mean, deviation),) = pooled(({"v": part} for part in values.split(4)), [layer])
+        axes = [0, *range(2, len(shape))]
+        torch.testing.assert_close(mean, values.mean(axes))
+        torch.testing.assert_close(deviation, values.var(axes, correction=0).sqrt())
+
+
+def test_large_pictures_are_few_and_made_few_at_a_time(tmp_path: Path) -> None:
+    """So that memory and time hardly grow with the size: a large one shows each layer as much as several small ones."""
+    counts = {}
+    for side in (32, 224, 512, 1024):
+        text = f"""<ir_version: 10, opset_import: ["": 20]>
+        large (float[1, 3, {side}, {side}] x) => (float[1, 8, h, w] y) {{
+            c = Conv <strides = [8, 8]> (x, w)
+            y = BatchNormalization (c, gain, bias, mean, v_variance)
+        }}"""
+        sizes = {"gain": (8,), "bias": (8,), "mean": (8,), "v_variance": (8,)}
+        path = tmp_path / f"{side}.onnx"
+        ir.save(add_weights(text, {"w": (8, 3, 8, 8), **sizes}), path)
+        model = models.load(path)
+        counts[side] = default_count(input_specs(model))
+        made = synthesise(model, count=counts[side], steps=1)
+        assert len(made) == counts[side]
+        assert len(made) // len(made.losses) * side**2 <= 16 * 224**2 or len(made) // len(made.losses) == 4
+    assert counts == {32: 64, 224: 32, 512: 6, 1024: 4}
 
 
 def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:

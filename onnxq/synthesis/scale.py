@@ -18,6 +18,7 @@ from onnxq.synthesis.statistics import Remembered, moments
 STEPS = 150
 TRIED_STEPS = 50  # after which the better of two starts is known
 SAMPLES = 8
+ELEMENTS = SAMPLES * 3 * 224 * 224  # of all samples, at most: a large picture shows a filter as much as several small
 LAYERS = 2
 SMOOTHING = 4  # noise is enlarged so many times, half of it: pictures are smooth, and filters answer to that
 SMALLEST_SIDE = 8  # of what has a spectrum
@@ -59,7 +60,8 @@ def input_scale(
     Returns:
         Two tensors [1, channels, 1, …]; 1 and 0 for normalised images, nearly, and where no layer remembers anything.
     """
-    noise = (picture_noise if picture else smooth_noise)((SAMPLES, *shape), source).to(graph.device)
+    samples = max(1, min(SAMPLES, ELEMENTS // math.prod(shape)))
+    noise = (picture_noise if picture else smooth_noise)((samples, *shape), source).to(graph.device)
     broadcast = (1, shape[0], *[1] * (len(shape) - 1))
     unchanged = (torch.ones(broadcast, device=graph.device), torch.zeros(broadcast, device=graph.device))
     if not layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -73,17 +73,39 @@ def moments(values: Tensor, *, per_sample: bool) -> tuple[Tensor, Tensor]:
     return mean, (variance + EPSILON).sqrt()
 
 
-def distance(taps: Mapping[str, Tensor], layers: Sequence[Remembered]) -> float:
+def pooled(batches: Iterable[Mapping[str, Tensor]], layers: Sequence[Remembered]) -> list[tuple[Tensor, Tensor]]:
+    """Mean and standard deviation of each channel of each layer over several batches, of which one is held at a time.
+
+    Args:
+        batches: The layers' values, [samples, channels, …], of each batch by name.
+        layers: Whose values.
+    """
+    seen = [
+        (len(batch[layers[0].value]), [moments(batch[layer.value], per_sample=False) for layer in layers])
+        for batch in batches
+    ]
+    share = torch.tensor([size for size, _ in seen], dtype=torch.float64)
+    share = (share / share.sum()).reshape(-1, 1)
+    found = []
+    for index in range(len(layers)):
+        means, deviations = (torch.stack(parts).double() for parts in zip(*(of[index] for _, of in seen), strict=True))
+        weights = share.to(means.device)
+        mean = (weights * means).sum(0)
+        variance = (weights * (deviations.square() + (means - mean).square())).sum(0)
+        found.append((mean.float(), variance.sqrt().float()))
+    return found
+
+
+def distance(found: Sequence[tuple[Tensor, Tensor]], layers: Sequence[Remembered]) -> float:
     """How far inputs are from the training data as BatchNormalization saw it.
 
     The root mean square, over layers and channels, of the distance between the means and between the standard
-    deviations of a batch and those remembered, in remembered standard deviations. 0 is a perfect match.
+    deviations of inputs (:func:`pooled`) and those remembered, in remembered standard deviations. 0 is a perfect match.
     """
     total, count = 0.0, 0
-    for layer in layers:
-        mean, deviation = moments(taps[layer.value], per_sample=False)
-        for found, wanted in ((mean, layer.mean), (deviation, layer.deviation)):
-            off = (found - wanted) / layer.unit
+    for layer, (mean, deviation) in zip(layers, found, strict=True):
+        for is_now, wanted in ((mean, layer.mean), (deviation, layer.deviation)):
+            off = (is_now - wanted) / layer.unit
             total += float(off.square().clamp(max=1e6).sum())
             count += off.numel()
     return math.sqrt(total / max(count, 1))

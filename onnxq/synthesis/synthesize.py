@@ -16,7 +16,7 @@ from onnxq import graph as graphs
 from onnxq.autograd.denormals import no_denormals
 from onnxq.autograd.interpreter import Replacement
 from onnxq.calibration import picture_size
-from onnxq.calibration.data import InputSpec, Sample, input_specs
+from onnxq.calibration.data import MATCHED_RULE, InputSpec, Sample, input_specs
 from onnxq.calibration.noise import as_bytes
 from onnxq.errors import OnnxqError
 from onnxq.learning.checkpoint import Checkpoint, fingerprint
@@ -26,7 +26,7 @@ from onnxq.synthesis.attention import PatchEntropy, attention_outputs, taken_apa
 from onnxq.synthesis.methods import Method, get
 from onnxq.synthesis.network import Network
 from onnxq.synthesis.scale import picture_noise
-from onnxq.synthesis.statistics import distance, remembered
+from onnxq.synthesis.statistics import distance, pooled, remembered
 from onnxq.synthesis.swing import swing
 from onnxq.synthesis.terms import (
     MatchStatistics,
@@ -45,7 +45,9 @@ Array = np.ndarray[Any, Any]
 SHARE_OF_STEPS = {"quick": 0.06, "default": 0.15, "paper": 1.0}
 BATCH_ELEMENTS = 32 * 3 * 64 * 64  # pixels of one batch, at most: what is larger is made in more batches
 SMALLEST_BATCH = 16
-SLACK_SAMPLES = 64
+LARGE_BATCH_ELEMENTS = 16 * 3 * 224 * 224  # pixels of a smallest batch, at most: what is larger has fewer pictures yet
+FEWEST = 4
+LOOKED_AT = 64  # inputs that statistics are taken of, where they are only looked at
 SMALL_SIDE = 64
 BOUNDS = (-2.2, 2.7)  # of pixels after the usual normalisation
 VARIATIONS = (2500.0, 3000.0)  # of natural images of 224², see TotalVariation
@@ -78,7 +80,7 @@ class Synthesised:
     entropy: float | None
     noise_entropy: float | None
     losses: list[list[float]]
-    observer: str = "widened"
+    observer: str = MATCHED_RULE
     told: Mapping[str, Array] = field(default_factory=dict)
     is_made_up: ClassVar[bool] = True
 
@@ -178,7 +180,8 @@ def synthesise(
         )
     told = picture_size.told(following, *(size or 1 for size in specs[0].sides)) if following else {}
     _check_runs(model, specs, told, device)
-    maker = _Maker(taken_apart(_reading_floats(model) if specs[0].holds_bytes else model), recipe, seed, device)
+    with progress.stage("units", "Finding the input's units"):
+        maker = _Maker(taken_apart(_reading_floats(model) if specs[0].holds_bytes else model), recipe, seed, device)
     total = steps or max(1, round(recipe.steps * SHARE_OF_STEPS[budget]))
     untouched = int(recipe.noise * count)
     sizes = _batches(count - untouched, maker.batch)
@@ -250,7 +253,8 @@ class _Maker:
         wanted += [self.logits] if self.logits is not None else []
         self.taps = list(dict.fromkeys(wanted))
         elements = int(np.prod(self.shape))
-        largest = max(SMALLEST_BATCH, BATCH_ELEMENTS // elements)
+        smallest = min(SMALLEST_BATCH, max(FEWEST, LARGE_BATCH_ELEMENTS // elements))
+        largest = max(smallest, BATCH_ELEMENTS // elements)
         self.batch = min(recipe.batch or len(self.layers), largest)
 
     @no_denormals()
@@ -279,23 +283,30 @@ class _Maker:
             return self.network.array(torch.randn(count, *self.shape, generator=source).to(self.graph.device))
 
     def distance(self, inputs: Array) -> float | None:
-        """How far some inputs are from what is remembered, judged on one batch of them."""
+        """How far some inputs are from what is remembered."""
         if not self.layers:
             return None
-        return distance(self._look(inputs, [layer.value for layer in self.layers]), self.layers)
+        return distance(self._pooled(inputs), self.layers)
 
     def entropy(self, inputs: Array) -> float | None:
-        """The entropy of patch similarities of some inputs, judged on one batch of them; in nats."""
+        """The entropy of patch similarities of some inputs, in nats."""
         if not self.recipe.entropy:
             return None
-        taps = self._look(inputs, self.attention.outputs)
-        samples = min(len(inputs), max(self.batch, 64))
-        return sum(float(item) for item in self.attention.entropies(taps, samples))
+        total, samples = 0.0, 0
+        for size, taps in self._look(inputs, self.attention.outputs):
+            total += size * sum(float(item) for item in self.attention.entropies(taps, size))
+            samples += size
+        return total / samples
 
-    def _look(self, inputs: Array, values: Sequence[str]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            chunk = torch.from_numpy(inputs[: max(self.batch, 64)].astype(np.float32)).to(self.graph.device)
-            return self.graph.run({self.network.input: chunk}, values)
+    def _pooled(self, inputs: Array) -> list[tuple[Tensor, Tensor]]:
+        return pooled((taps for _, taps in self._look(inputs, [layer.value for layer in self.layers])), self.layers)
+
+    def _look(self, inputs: Array, values: Sequence[str]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """How many inputs there are in each batch of the first ones, and what they give."""
+        for first in range(0, min(len(inputs), LOOKED_AT), self.batch):
+            rows = torch.from_numpy(inputs[first : min(first + self.batch, LOOKED_AT)].astype(np.float32))
+            with torch.no_grad():
+                yield len(rows), self.graph.run({self.network.input: rows.to(self.graph.device)}, values)
 
     def _run(self, inputs: Tensor, replaced: Mapping[str, Replacement]) -> dict[str, Tensor]:
         return self.graph.run(self.network.given(inputs), self.taps, replaced=replaced)
@@ -341,9 +352,8 @@ class _Maker:
     def _match(self, first: int, source: torch.Generator) -> MatchStatistics:
         slack = []
         if self.recipe.slack:
-            with torch.no_grad():
-                noise = torch.randn(SLACK_SAMPLES, *self.shape, generator=source).to(self.graph.device)
-                slack = slack_of(self._run(noise, {}), self.layers, self.recipe.slack)
+            noise = torch.randn(LOOKED_AT, *self.shape, generator=source).to(self.graph.device)
+            slack = slack_of(self._pooled(self.network.array(noise)), self.layers, self.recipe.slack)
         return MatchStatistics(
             self.layers,
             self.recipe.per_sample,

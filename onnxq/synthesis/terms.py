@@ -147,14 +147,13 @@ class TotalVariation:
         return (torch.stack([difference.norm() for difference in directions]).sum() / size - self.wanted).abs()
 
 
-def slack_of(taps: Taps, layers: Sequence[Remembered], part: float) -> list[Slack]:
-    """What random inputs are off in each layer: the quantile ``part`` over channels (DSG, section 3.2)."""
-    found = []
-    for layer in layers:
-        mean, deviation = moments(taps[layer.value], per_sample=False)
+def slack_of(found: Sequence[tuple[Tensor, Tensor]], layers: Sequence[Remembered], part: float) -> list[Slack]:
+    """What random inputs are off in each layer, as ``pooled``: the quantile ``part`` over channels (DSG, 3.2)."""
+    slack = []
+    for layer, (mean, deviation) in zip(layers, found, strict=True):
         off = [(mean - layer.mean).abs(), (deviation - layer.deviation).abs()]
-        found.append(Slack(*(float(torch.quantile(item, part)) for item in off)))
-    return found
+        slack.append(Slack(*(float(torch.quantile(item, part)) for item in off)))
+    return slack
 
 
 def deep_from(layers: int) -> int:
