@@ -74,7 +74,7 @@ def moments(values: Tensor, *, per_sample: bool) -> tuple[Tensor, Tensor]:
 
 
 def pooled(batches: Iterable[Mapping[str, Tensor]], layers: Sequence[Remembered]) -> list[tuple[Tensor, Tensor]]:
-    """Mean and standard deviation of each channel of each layer over several batches, of which one is held at a time.
+    """Mean and standard deviation of each channel of each layer over several batches, of which few are held at a time.
 
     Args:
         batches: The layers' values, [samples, channels, …], of each batch by name.

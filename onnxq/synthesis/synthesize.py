@@ -267,7 +267,7 @@ class _Maker:
         for step in range(steps):
             variable.zero_grad()
             inputs = variable.inputs()
-            taps = self._run(inputs, replaced)
+            taps = self.graph.run(self.network.given(inputs), self.taps, replaced=replaced)
             loss = torch.stack([weight * term(inputs, taps) for weight, term in terms]).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             variable.step(loss.detach())
@@ -307,9 +307,6 @@ class _Maker:
             rows = torch.from_numpy(inputs[first : min(first + self.batch, LOOKED_AT)].astype(np.float32))
             with torch.no_grad():
                 yield len(rows), self.graph.run({self.network.input: rows.to(self.graph.device)}, values)
-
-    def _run(self, inputs: Tensor, replaced: Mapping[str, Replacement]) -> dict[str, Tensor]:
-        return self.graph.run(self.network.given(inputs), self.taps, replaced=replaced)
 
     def _variable(self, size: int, steps: int, source: torch.Generator) -> Variable:
         device = str(self.graph.device)
